@@ -1,0 +1,87 @@
+// Element types, and the two 16-bit floating-point formats with their roundings.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+namespace qlora {
+
+enum class DType : uint8_t { f32, bf16, f16, i32, u8, i8 };
+
+constexpr const char* kDTypeNames[] = {"f32", "bf16", "f16", "i32", "u8", "i8"};
+constexpr size_t kDTypeSizes[] = {4, 2, 2, 4, 1, 1};
+
+constexpr const char* name(DType t) { return kDTypeNames[static_cast<int>(t)]; }
+constexpr size_t sizeOf(DType t) { return kDTypeSizes[static_cast<int>(t)]; }
+constexpr bool isFloat(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
+
+#define QLORA_INLINE inline __attribute__((always_inline))
+
+/// The upper half of an fp32.
+struct bf16 {
+  uint16_t bits;
+};
+
+/// IEEE binary16.
+struct f16 {
+  uint16_t bits;
+};
+
+QLORA_INLINE float toFloat(float x) { return x; }
+QLORA_INLINE float toFloat(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+/// Exact, subnormals and NaN included. Branch-free, so that loops over it vectorize.
+QLORA_INLINE float toFloat(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  // Exponent and mantissa moved into place and rescaled by 2^112, which also normalizes subnormals.
+  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude << 13) : std::bit_cast<uint32_t>(scaled);
+  return std::bit_cast<float>(sign | special);
+}
+
+template <class T>
+QLORA_INLINE T fromFloat(float x);
+
+template <>
+QLORA_INLINE float fromFloat<float>(float x) {
+  return x;
+}
+
+/// Round to nearest even; subnormal results are kept, NaN stays NaN.
+template <>
+QLORA_INLINE bf16 fromFloat<bf16>(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const uint32_t nan = (u >> 16) | 0x40;
+  return {static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
+}
+
+/// Round to nearest even; overflow becomes infinity, subnormal results are kept.
+template <>
+QLORA_INLINE f16 fromFloat<f16>(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  const uint32_t a = u & 0x7fffffff;
+  // Normal results: rebias the exponent by 127 - 15, then round the 13 dropped bits.
+  const uint32_t normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+  // Subnormal results: adding 0.5 aligns the mantissa so that the addition itself rounds.
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(a) + 0.5f) - 0x3f000000;
+  uint32_t h = a < 0x38800000 ? subnormal : normal;
+  h = a >= 0x477ff000 ? 0x7c00 : h;  // 65520 and above round to infinity
+  h = a > 0x7f800000 ? 0x7e00 : h;
+  return {static_cast<uint16_t>(sign | h)};
+}
+
+/// Calls f with a value of the C++ type behind a floating-point dtype: dispatch(t, [&](auto zero) { using T = ... });
+template <class F>
+QLORA_INLINE void dispatchFloat(DType t, F&& f) {
+  switch (t) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    default: return f(f16{});
+  }
+}
+
+}  // namespace qlora

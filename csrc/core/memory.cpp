@@ -1,0 +1,163 @@
+#include "core/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "core/error.h"
+
+namespace qlora {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kSegmentBytes = size_t{64} << 20;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+void raise(std::atomic<int64_t>& peak, int64_t value) {
+  int64_t seen = peak.load(std::memory_order_relaxed);
+  while (seen < value && !peak.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
+  }
+}
+
+// What lives from step to step is allocated on its own: in the segments it would only split them.
+bool isTransient(MemoryClass c) { return c == MemoryClass::activations || c == MemoryClass::scratch; }
+
+}  // namespace
+
+void MemoryCounter::add(MemoryClass c, int64_t bytes) {
+  const int i = static_cast<int>(c);
+  raise(peak_, live_.fetch_add(bytes, std::memory_order_relaxed) + bytes);
+  raise(peakByClass_[i], byClass_[i].fetch_add(bytes, std::memory_order_relaxed) + bytes);
+}
+
+void MemoryCounter::resetPeak() {
+  peak_.store(live(), std::memory_order_relaxed);
+  for (int i = 0; i < kMemoryClasses; ++i) peakByClass_[i].store(live(i), std::memory_order_relaxed);
+}
+
+MemoryCounter& processMemory() {
+  static MemoryCounter counter;
+  return counter;
+}
+
+SegmentAllocator::~SegmentAllocator() {
+  for (const auto& [start, bytes] : segments_) munmap(start, bytes);
+}
+
+char* SegmentAllocator::addSegment(size_t bytes) {
+  bytes = std::max(kSegmentBytes, roundUp(bytes, kHugePage));
+  void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  madvise(start, bytes, MADV_HUGEPAGE);  // advice: where it is refused, pages are merely smaller
+  char* address = static_cast<char*>(start);
+  segments_.emplace(address, bytes);
+  insertFree(blocks_.emplace(address, Block{bytes, true, true}).first);
+  return address;
+}
+
+void SegmentAllocator::insertFree(Blocks::iterator block) { free_.emplace(block->second.bytes, block->first); }
+void SegmentAllocator::eraseFree(Blocks::iterator block) { free_.erase({block->second.bytes, block->first}); }
+
+void* SegmentAllocator::allocate(size_t bytes) {
+  bytes = roundUp(std::max<size_t>(bytes, 1), kAlignment);
+  auto fit = free_.lower_bound({bytes, nullptr});
+  if (fit == free_.end()) {
+    if (!addSegment(bytes)) return nullptr;
+    fit = free_.lower_bound({bytes, nullptr});
+  }
+  const auto block = blocks_.find(fit->second);
+  free_.erase(fit);
+  if (block->second.bytes > bytes) {
+    const Block rest{block->second.bytes - bytes, true, false};
+    block->second.bytes = bytes;
+    insertFree(blocks_.emplace(block->first + bytes, rest).first);
+  }
+  block->second.free = false;
+  return block->first;
+}
+
+void SegmentAllocator::release(void* pointer) {
+  auto block = blocks_.find(static_cast<char*>(pointer));
+  block->second.free = true;
+  const auto next = std::next(block);
+  if (next != blocks_.end() && next->second.free && !next->second.first) {
+    eraseFree(next);
+    block->second.bytes += next->second.bytes;
+    blocks_.erase(next);
+  }
+  if (!block->second.first) {
+    const auto previous = std::prev(block);
+    if (previous->second.free) {
+      eraseFree(previous);
+      previous->second.bytes += block->second.bytes;
+      blocks_.erase(block);
+      block = previous;
+    }
+  }
+  insertFree(block);
+}
+
+void SegmentAllocator::trim() {
+  for (auto segment = segments_.begin(); segment != segments_.end();) {
+    const auto block = blocks_.find(segment->first);
+    if (block->second.free && block->second.bytes == segment->second) {
+      eraseFree(block);
+      blocks_.erase(block);
+      munmap(segment->first, segment->second);
+      segment = segments_.erase(segment);
+    } else {
+      ++segment;
+    }
+  }
+}
+
+void* Memory::allocate(size_t bytes, MemoryClass c) {
+  const int64_t limit = limit_.load(std::memory_order_relaxed);
+  const int64_t live = counter_.live();
+  void* pointer = nullptr;
+  if (limit == 0 || live + static_cast<int64_t>(bytes) <= limit) {
+    if (isTransient(c)) {
+      std::lock_guard lock(mutex_);
+      try {
+        pointer = transient_.allocate(bytes);
+      } catch (const std::bad_alloc&) {
+      }
+    } else {
+      pointer = std::aligned_alloc(kAlignment, roundUp(std::max<size_t>(bytes, 1), kAlignment));
+    }
+  }
+  if (!pointer) {
+    char message[256];
+    std::snprintf(message, sizeof message, "out of memory: %zu bytes of %s were wanted, %lld bytes are in use%s", bytes,
+                  kMemoryClassNames[static_cast<int>(c)], static_cast<long long>(live),
+                  limit ? (", the limit is " + std::to_string(limit)).c_str() : "");
+    throw Error("ERR_QLORA_OUT_OF_MEMORY", message,
+                "Use a smaller batchSize or maxLength, turn gradientCheckpointing on, or free other models.");
+  }
+  counter_.add(c, static_cast<int64_t>(bytes));
+  processMemory().add(c, static_cast<int64_t>(bytes));
+  return pointer;
+}
+
+void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
+  if (isTransient(c)) {
+    std::lock_guard lock(mutex_);
+    transient_.release(pointer);
+  } else {
+    std::free(pointer);
+  }
+  counter_.add(c, -static_cast<int64_t>(bytes));
+  processMemory().add(c, -static_cast<int64_t>(bytes));
+}
+
+void Memory::trim() {
+  std::lock_guard lock(mutex_);
+  transient_.trim();
+}
+
+}  // namespace qlora

@@ -1,0 +1,86 @@
+// Memory of one stream: every byte counted by class, transient ones served from segments that are kept and reused.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+
+namespace qlora {
+
+enum class MemoryClass : uint8_t { weights, adapters, optimizer, activations, scratch };
+constexpr int kMemoryClasses = 5;
+constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters", "optimizer", "activations", "scratch"};
+
+/// Bytes in use now and at most, in total and by class. Safe to read from any thread.
+class MemoryCounter {
+ public:
+  void add(MemoryClass c, int64_t bytes);
+
+  int64_t live() const { return live_.load(std::memory_order_relaxed); }
+  int64_t peak() const { return peak_.load(std::memory_order_relaxed); }
+  int64_t live(int c) const { return byClass_[c].load(std::memory_order_relaxed); }
+  int64_t peak(int c) const { return peakByClass_[c].load(std::memory_order_relaxed); }
+  void resetPeak();
+
+ private:
+  std::atomic<int64_t> live_{0}, peak_{0};
+  std::array<std::atomic<int64_t>, kMemoryClasses> byClass_{}, peakByClass_{};
+};
+
+/// All CPU memory of the process.
+MemoryCounter& processMemory();
+
+/// Best fit with coalescing over large segments. Freed blocks stay mapped for the next step, so a training step that
+/// repeats its shapes maps no page; `trim` hands wholly free segments back.
+class SegmentAllocator {
+ public:
+  SegmentAllocator() = default;
+  SegmentAllocator(const SegmentAllocator&) = delete;
+  SegmentAllocator& operator=(const SegmentAllocator&) = delete;
+  ~SegmentAllocator();
+
+  void* allocate(size_t bytes);  // aligned to 64; null where the system has none
+  void release(void* pointer);
+  void trim();
+
+ private:
+  struct Block {
+    size_t bytes;
+    bool free;
+    bool first;  // of its segment
+  };
+  using Blocks = std::map<char*, Block>;
+
+  char* addSegment(size_t bytes);
+  void insertFree(Blocks::iterator block);
+  void eraseFree(Blocks::iterator block);
+
+  Blocks blocks_;                              // by address
+  std::set<std::pair<size_t, char*>> free_;    // by size, then address
+  std::map<char*, size_t> segments_;
+};
+
+/// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe.
+class Memory {
+ public:
+  void* allocate(size_t bytes, MemoryClass c);
+  void release(void* pointer, size_t bytes, MemoryClass c);
+
+  /// Allocations that would take the live bytes above it fail; 0 is no limit.
+  void setLimit(int64_t bytes) { limit_.store(bytes, std::memory_order_relaxed); }
+  void trim();
+  MemoryCounter& counter() { return counter_; }
+
+ private:
+  MemoryCounter counter_;
+  std::atomic<int64_t> limit_{0};
+  std::mutex mutex_;
+  SegmentAllocator transient_;
+};
+
+}  // namespace qlora

@@ -1,0 +1,125 @@
+// How an operation's arguments are described, and what happens around its kernel.
+//
+// An argument struct lists its members once, in `visit`, with the part that each plays:
+//
+//   in          read                                    a failed input fails the operation
+//   out         allocated before the kernel, overwritten     fails with the operation
+//   accumulate  added to (gradients of parameters)      fails with the operation
+//   update      changed in place (parameters, optimizer state)   untouched when the operation fails
+//   value       a number
+//
+// `optional...` may be left out (an undefined tensor). From this one list come the reading of JavaScript's arguments,
+// the allocation of outputs and the passing on of errors, so that a kernel is left with its arithmetic.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "core/error.h"
+#include "core/stream.h"
+#include "core/tensor.h"
+
+namespace qlora {
+
+namespace detail {
+
+struct FindError {
+  std::shared_ptr<const Error> error;
+
+  void in(const Tensor& t) {
+    if (!error && t.defined()) error = t.storage->error;
+    if (!error && t.defined() && !t.storage->data && t.size() > 0) {
+      error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "an operation reads a tensor that nothing has written");
+    }
+  }
+  void in(const std::vector<Tensor>& list) {
+    for (const Tensor& t : list) in(t);
+  }
+  void optionalIn(const Tensor& t) { in(t); }
+  void out(const Tensor&) {}
+  void optionalOut(const Tensor&) {}
+  void accumulate(const Tensor& t) { in(t); }
+  void optionalAccumulate(const Tensor& t) { in(t); }
+  template <class T>
+  void update(const T& t) {
+    in(t);
+  }
+  template <class T>
+  void value(const T&) {}
+};
+
+struct AllocateOutputs {
+  void in(const Tensor&) {}
+  void in(const std::vector<Tensor>&) {}
+  void optionalIn(const Tensor&) {}
+  void out(const Tensor& t) { t.storage->allocate(); }
+  void optionalOut(const Tensor& t) {
+    if (t.defined()) t.storage->allocate();
+  }
+  void accumulate(const Tensor&) {}
+  void optionalAccumulate(const Tensor&) {}
+  template <class T>
+  void update(const T&) {}
+  template <class T>
+  void value(const T&) {}
+};
+
+struct PassOnError {
+  std::shared_ptr<const Error> error;
+
+  void in(const Tensor&) {}
+  void in(const std::vector<Tensor>&) {}
+  void optionalIn(const Tensor&) {}
+  void out(const Tensor& t) { t.storage->error = error; }
+  void optionalOut(const Tensor& t) { accumulate(t); }
+  void accumulate(const Tensor& t) {
+    if (t.defined()) t.storage->error = error;
+  }
+  void optionalAccumulate(const Tensor& t) { accumulate(t); }
+  template <class T>
+  void update(const T&) {}
+  template <class T>
+  void value(const T&) {}
+};
+
+}  // namespace detail
+
+/// The exception in flight as an Error that can be kept. Call within a catch.
+inline std::shared_ptr<const Error> currentError() {
+  try {
+    throw;
+  } catch (const Error& e) {
+    return std::make_shared<Error>(e);
+  } catch (const std::bad_alloc&) {
+    return std::make_shared<Error>("ERR_QLORA_OUT_OF_MEMORY", "out of memory");
+  } catch (const std::exception& e) {
+    return std::make_shared<Error>("ERR_QLORA_INTERNAL", e.what());
+  }
+}
+
+/// Checks the arguments now; runs the kernel when the stream comes to it.
+template <class Args>
+void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&)) {
+  args.check();
+  stream.post([args = std::move(args), kernel](Context& context) mutable {
+    detail::FindError inputs;
+    args.visit(inputs);
+    std::shared_ptr<const Error> error = std::move(inputs.error);
+    if (!error) {
+      try {
+        detail::AllocateOutputs outputs;
+        args.visit(outputs);
+        kernel(context, args);
+      } catch (...) {
+        error = currentError();
+      }
+    }
+    if (error) {
+      detail::PassOnError passOn{error};
+      args.visit(passOn);
+    }
+  });
+}
+
+}  // namespace qlora

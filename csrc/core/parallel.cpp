@@ -1,0 +1,120 @@
+#include "core/parallel.h"
+
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace qlora {
+
+namespace {
+
+// Long enough to bridge the gaps between operations of a training step, short enough not to burn an idle core.
+constexpr int kSpins = 20000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+int threadsFromEnvironment() {
+  const char* text = std::getenv("QLORA_NUM_THREADS");
+  const int asked = text ? std::atoi(text) : 0;
+  if (asked > 0) return std::min(asked, 256);
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    ++generation_;
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(int64_t count, Invoke invoke, void* body) {
+  std::lock_guard owner(owner_);
+  {
+    std::lock_guard lock(mutex_);
+    count_ = count;
+    invoke_ = invoke;
+    body_ = body;
+    next_ = 0;
+    failed_ = false;
+    exception_ = nullptr;
+    running_ = static_cast<int>(workers_.size());
+    ++generation_;
+  }
+  wake_.notify_all();
+  drain(0);
+  for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
+    if (spin < kSpins) {
+      pause();
+    } else {
+      std::unique_lock lock(mutex_);
+      done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
+    }
+  }
+  if (exception_) std::rethrow_exception(exception_);
+}
+
+void ThreadPool::drain(int thread) {
+  try {
+    for (int64_t i; !failed_ && (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) invoke_(body_, i, thread);
+  } catch (...) {
+    std::lock_guard lock(mutex_);
+    if (!failed_.exchange(true)) exception_ = std::current_exception();
+  }
+}
+
+void ThreadPool::work(int thread) {
+  yieldToEventLoop();
+  uint64_t seen = 0;
+  while (true) {
+    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
+    if (generation_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+    }
+    {
+      // A loop is set up under the lock: taking it once orders what was written there before what is read here.
+      std::lock_guard lock(mutex_);
+      seen = generation_;
+      if (stop_) return;
+    }
+    drain(thread);
+    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      std::lock_guard lock(mutex_);
+      done_.notify_one();
+    }
+  }
+}
+
+ThreadPool& threadPool() {
+  // Never destroyed: at exit the operating system ends its threads, wherever they are.
+  static ThreadPool& pool = *new ThreadPool(threadsFromEnvironment());
+  return pool;
+}
+
+void yieldToEventLoop() {
+#if defined(__linux__)
+  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 5);
+#endif
+}
+
+}  // namespace qlora

@@ -1,0 +1,81 @@
+// A stream: a thread that runs operations in the order in which they were enqueued.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/memory.h"
+#include "core/parallel.h"
+
+namespace qlora {
+
+struct OpTable;
+
+/// Memory that an operation needs while it runs; handed back when it is done.
+class Scratch {
+ public:
+  explicit Scratch(Memory& memory) : memory_(memory) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    for (const auto& [pointer, bytes] : taken_) memory_.release(pointer, bytes, MemoryClass::scratch);
+  }
+
+  void* bytes(size_t n) {
+    taken_.emplace_back(memory_.allocate(n, MemoryClass::scratch), n);
+    return taken_.back().first;
+  }
+  /// Aligned to 64 bytes, not initialized.
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  Memory& memory_;
+  std::vector<std::pair<void*, size_t>> taken_;
+};
+
+/// What an operation runs with.
+struct Context {
+  ThreadPool& pool;
+  Scratch& scratch;
+};
+
+class Stream {
+ public:
+  using Task = std::function<void(Context&)>;
+
+  Stream(std::shared_ptr<Memory> memory, const OpTable& ops);
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { close(); }
+
+  /// Throws ERR_QLORA_DISPOSED after close. A task may not throw.
+  void post(Task task);
+  /// Drops what was not started, waits for what was. Idempotent.
+  void close();
+
+  Memory& memory() const { return *memory_; }
+  const std::shared_ptr<Memory>& sharedMemory() const { return memory_; }
+  const OpTable& ops() const { return ops_; }
+
+ private:
+  void work();
+
+  const std::shared_ptr<Memory> memory_;
+  const OpTable& ops_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Task> queue_;
+  bool closed_ = false;
+  std::thread thread_;
+};
+
+}  // namespace qlora

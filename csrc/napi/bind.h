@@ -1,0 +1,134 @@
+// The border to JavaScript: errors, arguments, promises. Nothing here knows an operation.
+#pragma once
+
+#include <napi.h>
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/operation.h"
+#include "core/stream.h"
+
+namespace qlora {
+
+/// The error as JavaScript sees it: an Error with `code` and `hint`, which lib/native.ts turns into a QLoRAError.
+Napi::Error toJavaScript(Napi::Env env, const Error& error);
+
+/// Runs body; whatever it throws becomes a JavaScript exception. Every callback of the addon goes through here.
+template <class Body>
+Napi::Value guarded(Napi::Env env, Body&& body) {
+  try {
+    return body();
+  } catch (const Napi::Error&) {
+    throw;
+  } catch (...) {
+    throw toJavaScript(env, *currentError());
+  }
+}
+
+/// What one JavaScript thread (environment) has of the addon: the promises that streams will settle.
+class Completions {
+ public:
+  explicit Completions(Napi::Env env);
+
+  /// A promise settled on env's thread by `settle(error or null)`, from any thread, once. `value` makes the result there
+  /// and holds whatever JavaScript values must stay alive until then.
+  using Settle = std::function<void(std::shared_ptr<const Error>)>;
+  Napi::Promise add(Napi::Env env, std::function<Napi::Value(Napi::Env)> value, Settle& settle);
+
+  /// Called when the environment goes: nothing is settled any more.
+  void shutDown();
+
+ private:
+  std::mutex mutex_;
+  napi_threadsafe_function function_ = nullptr;
+  int64_t waiting_ = 0;  // on env's thread only
+};
+
+/// Per-environment state of the addon.
+struct AddonData {
+  explicit AddonData(Napi::Env env) : completions(std::make_shared<Completions>(env)) {}
+
+  std::shared_ptr<Completions> completions;
+  Napi::FunctionReference tensorClass, streamClass;
+  std::vector<std::weak_ptr<Stream>> streams;
+};
+
+class StreamHandle : public Napi::ObjectWrap<StreamHandle> {
+ public:
+  static Napi::Function define(Napi::Env env);
+  explicit StreamHandle(const Napi::CallbackInfo& info);
+  static StreamHandle& of(const Napi::Value& value);
+
+  std::shared_ptr<Stream> stream;
+
+ private:
+  Napi::Value sync(const Napi::CallbackInfo& info);
+  Napi::Value close(const Napi::CallbackInfo& info);
+  Napi::Value memory(const Napi::CallbackInfo& info);
+  Napi::Value setMemoryLimit(const Napi::CallbackInfo& info);
+  Napi::Value trim(const Napi::CallbackInfo& info);
+};
+
+class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
+ public:
+  static Napi::Function define(Napi::Env env);
+  explicit TensorHandle(const Napi::CallbackInfo& info);
+  ~TensorHandle() override;
+  static TensorHandle& of(const Napi::Value& value);
+
+  /// Throws where it was disposed of.
+  const Tensor& tensor() const;
+
+  std::shared_ptr<Stream> stream;
+
+ private:
+  Napi::Value write(const Napi::CallbackInfo& info);
+  Napi::Value read(const Napi::CallbackInfo& info);
+  Napi::Value view(const Napi::CallbackInfo& info);
+  Napi::Value dispose(const Napi::CallbackInfo& info);
+  void release();
+
+  Tensor tensor_;
+  bool ownsBytes_ = true;  // a view does not count for V8's garbage collector
+};
+
+/// Reads an operation's arguments from JavaScript's, in the order of its `visit`.
+class ArgumentReader {
+ public:
+  ArgumentReader(const Napi::CallbackInfo& info, const std::shared_ptr<Stream>& stream)
+      : info_(info), stream_(stream) {}
+
+  void in(Tensor& t);
+  void in(std::vector<Tensor>& list);
+  void optionalIn(Tensor& t);
+  void out(Tensor& t) { in(t); }
+  void optionalOut(Tensor& t) { optionalIn(t); }
+  void accumulate(Tensor& t) { in(t); }
+  void optionalAccumulate(Tensor& t) { optionalIn(t); }
+  void update(Tensor& t) { in(t); }
+  void update(std::vector<Tensor>& list) { in(list); }
+  void value(float& x) { x = static_cast<float>(number()); }
+  void value(double& x) { x = number(); }
+  void value(int64_t& x) { x = static_cast<int64_t>(number()); }
+  void value(int& x) { x = static_cast<int>(number()); }
+  void value(uint64_t& x) { x = static_cast<uint64_t>(number()); }
+  void finish() const;
+
+ private:
+  Napi::Value next();
+  double number();
+  Tensor tensorOf(const Napi::Value& value) const;
+
+  const Napi::CallbackInfo& info_;
+  const std::shared_ptr<Stream>& stream_;
+  size_t at_ = 1;  // argument 0 is the stream
+};
+
+void defineFiles(Napi::Env env, Napi::Object exports);
+
+}  // namespace qlora

@@ -1,0 +1,144 @@
+#include "napi/bind.h"
+#include "ops/op_table.h"
+
+namespace qlora {
+
+namespace {
+
+const napi_type_tag kStreamTag = {0x716c6f7261737472, 0x65616d0000000001};
+
+Napi::Object counts(Napi::Env env, const MemoryCounter& counter) {
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("liveBytes", static_cast<double>(counter.live()));
+  result.Set("peakBytes", static_cast<double>(counter.peak()));
+  Napi::Object byClass = Napi::Object::New(env), peakByClass = Napi::Object::New(env);
+  for (int i = 0; i < kMemoryClasses; ++i) {
+    byClass.Set(kMemoryClassNames[i], static_cast<double>(counter.live(i)));
+    peakByClass.Set(kMemoryClassNames[i], static_cast<double>(counter.peak(i)));
+  }
+  result.Set("byClass", byClass);
+  result.Set("peakByClass", peakByClass);
+  return result;
+}
+
+template <class Args>
+Napi::Value callOperation(const Napi::CallbackInfo& info, void (*const OpTable::*kernel)(Context&, const Args&)) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const std::shared_ptr<Stream>& stream = StreamHandle::of(info[0]).stream;
+    Args args{};
+    ArgumentReader reader(info, stream);
+    args.visit(reader);
+    reader.finish();
+    enqueue(*stream, std::move(args), stream->ops().*kernel);
+    return info.Env().Undefined();
+  });
+}
+
+}  // namespace
+
+Napi::Function StreamHandle::define(Napi::Env env) {
+  return DefineClass(env, "Stream",
+                     {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
+                      InstanceMethod<&StreamHandle::memory>("memory"),
+                      InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
+                      InstanceMethod<&StreamHandle::trim>("trim")});
+}
+
+StreamHandle::StreamHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<StreamHandle>(info) {
+  guarded(info.Env(), [&]() -> Napi::Value {
+    info.This().As<Napi::Object>().TypeTag(&kStreamTag);
+    stream = std::make_shared<Stream>(std::make_shared<Memory>(), cpuTable());
+    info.Env().GetInstanceData<AddonData>()->streams.push_back(stream);
+    return info.Env().Undefined();
+  });
+}
+
+StreamHandle& StreamHandle::of(const Napi::Value& value) {
+  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kStreamTag)) {
+    fail("ERR_QLORA_ARGUMENT", "expected a stream");
+  }
+  return *Napi::ObjectWrap<StreamHandle>::Unwrap(value.As<Napi::Object>());
+}
+
+/// Resolves when everything enqueued before it has run.
+Napi::Value StreamHandle::sync(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    Completions::Settle settle;
+    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
+    Napi::Promise promise = completions.add(info.Env(), [](Napi::Env env) { return env.Undefined(); }, settle);
+    stream->post([settle](Context&) { settle(nullptr); });
+    return promise;
+  });
+}
+
+Napi::Value StreamHandle::close(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    stream->close();
+    stream->memory().trim();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) { return counts(info.Env(), stream->memory().counter()); }
+
+Napi::Value StreamHandle::setMemoryLimit(const Napi::CallbackInfo& info) {
+  stream->memory().setLimit(info[0].ToNumber().Int64Value());
+  return info.Env().Undefined();
+}
+
+Napi::Value StreamHandle::trim(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    stream->post([memory = stream->sharedMemory()](Context&) { memory->trim(); });
+    return info.Env().Undefined();
+  });
+}
+
+static Napi::Value processMemoryOf(const Napi::CallbackInfo& info) { return counts(info.Env(), processMemory()); }
+
+static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    Napi::Object result = Napi::Object::New(info.Env());
+    Napi::Array isas = Napi::Array::New(info.Env());
+    const CpuTables here = cpuTables();
+    for (int i = 0; i < here.count; ++i) isas.Set(static_cast<uint32_t>(i), here.tables[i]->name);
+    result.Set("instructionSets", isas);
+    result.Set("inUse", cpuTable().name);
+    result.Set("threads", threadPool().size());
+    return result;
+  });
+}
+
+static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
+  auto* data = new AddonData(env);
+  env.SetInstanceData(data);
+  Napi::Function streamClass = StreamHandle::define(env), tensorClass = TensorHandle::define(env);
+  data->streamClass = Napi::Persistent(streamClass);
+  data->tensorClass = Napi::Persistent(tensorClass);
+  exports.Set("Stream", streamClass);
+  exports.Set("Tensor", tensorClass);
+  exports.Set("processMemory", Napi::Function::New(env, processMemoryOf));
+  exports.Set("cpu", Napi::Function::New(env, cpuInformation));
+
+  Napi::Object ops = Napi::Object::New(env);
+#define QLORA_DEFINE_OP(function, Args)                                               \
+  ops.Set(#function, Napi::Function::New(env, [](const Napi::CallbackInfo& info) {    \
+            return callOperation<Args>(info, &OpTable::function);                     \
+          }));
+  QLORA_OPS(QLORA_DEFINE_OP)
+#undef QLORA_DEFINE_OP
+  exports.Set("ops", ops);
+  defineFiles(env, exports);
+
+  // process.exit() and worker.terminate() come here in mid-work: what runs is waited for, the rest is dropped.
+  env.AddCleanupHook([data] {
+    for (const auto& weak : data->streams) {
+      if (const auto stream = weak.lock()) stream->close();
+    }
+    data->completions->shutDown();
+  });
+  return exports;
+}
+
+NODE_API_MODULE(qlora_node, initialize)
+
+}  // namespace qlora

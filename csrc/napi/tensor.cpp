@@ -1,0 +1,187 @@
+#include <cstring>
+#include <string>
+
+#include "core/check.h"
+#include "napi/bind.h"
+
+namespace qlora {
+
+namespace {
+
+const napi_type_tag kTensorTag = {0x716c6f726174656e, 0x736f720000000001};
+// Up to here a write copies at once; above, it reads the caller's array when the stream comes to it.
+constexpr size_t kCopyAtOnce = size_t{1} << 20;
+
+template <size_t N>
+int indexOf(const char* const (&names)[N], const Napi::Value& value, const char* what) {
+  const std::string text = value.ToString();
+  for (size_t i = 0; i < N; ++i) {
+    if (text == names[i]) return static_cast<int>(i);
+  }
+  fail("ERR_QLORA_ARGUMENT", "unknown %s '%s'", what, text.c_str());
+}
+
+/// Fills rank and shape from an array of non-negative integers.
+void readShape(const Napi::Value& value, Tensor& t) {
+  if (!value.IsArray()) fail("ERR_QLORA_ARGUMENT", "a shape must be an array");
+  const Napi::Array array = value.As<Napi::Array>();
+  if (array.Length() > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
+  t.rank = static_cast<int>(array.Length());
+  double size = 1;
+  for (int i = 0; i < t.rank; ++i) {
+    const double n = array.Get(static_cast<uint32_t>(i)).ToNumber().DoubleValue();
+    size *= n;
+    if (!(n >= 0) || n != static_cast<double>(static_cast<int64_t>(n)) || size > 0x1p48) {
+      fail("ERR_QLORA_SHAPE", "a shape must hold non-negative integers with a product below 2^48");
+    }
+    t.shape[i] = static_cast<int64_t>(n);
+  }
+}
+
+Napi::Value typedArray(Napi::Env env, DType dtype, size_t count, Napi::ArrayBuffer buffer) {
+  switch (dtype) {
+    case DType::f32: return Napi::Float32Array::New(env, count, buffer, 0);
+    case DType::i32: return Napi::Int32Array::New(env, count, buffer, 0);
+    case DType::u8: return Napi::Uint8Array::New(env, count, buffer, 0);
+    case DType::i8: return Napi::Int8Array::New(env, count, buffer, 0);
+    default: return Napi::Uint16Array::New(env, count, buffer, 0);
+  }
+}
+
+}  // namespace
+
+Napi::Function TensorHandle::define(Napi::Env env) {
+  return DefineClass(env, "Tensor",
+                     {InstanceMethod<&TensorHandle::write>("write"), InstanceMethod<&TensorHandle::read>("read"),
+                      InstanceMethod<&TensorHandle::view>("view"), InstanceMethod<&TensorHandle::dispose>("dispose")});
+}
+
+/// new Tensor(stream, dtype, shape, memoryClass)
+TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TensorHandle>(info) {
+  guarded(info.Env(), [&]() -> Napi::Value {
+    info.This().As<Napi::Object>().TypeTag(&kTensorTag);
+    if (info.Length() == 0) return info.Env().Undefined();  // filled by view()
+    stream = StreamHandle::of(info[0]).stream;
+    tensor_.dtype = static_cast<DType>(indexOf(kDTypeNames, info[1], "dtype"));
+    readShape(info[2], tensor_);
+    const auto memoryClass = static_cast<MemoryClass>(indexOf(kMemoryClassNames, info[3], "memory class"));
+    const size_t bytes = static_cast<size_t>(tensor_.size()) * sizeOf(tensor_.dtype);
+    tensor_.storage = std::make_shared<Storage>(stream->sharedMemory(), bytes, memoryClass);
+    Napi::MemoryManagement::AdjustExternalMemory(info.Env(), static_cast<int64_t>(bytes));
+    return info.Env().Undefined();
+  });
+}
+
+TensorHandle::~TensorHandle() { release(); }
+
+TensorHandle& TensorHandle::of(const Napi::Value& value) {
+  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kTensorTag)) {
+    fail("ERR_QLORA_ARGUMENT", "expected a tensor");
+  }
+  return *Napi::ObjectWrap<TensorHandle>::Unwrap(value.As<Napi::Object>());
+}
+
+const Tensor& TensorHandle::tensor() const {
+  if (!tensor_.defined()) fail("ERR_QLORA_DISPOSED", "this tensor was disposed of");
+  return tensor_;
+}
+
+/// write(typedArray): Promise. Bytes are taken as they are.
+Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const Tensor target = tensor();
+    if (!info[0].IsTypedArray()) fail("ERR_QLORA_ARGUMENT", "write takes a typed array");
+    const Napi::TypedArray source = info[0].As<Napi::TypedArray>();
+    const size_t bytes = source.ByteLength();
+    if (bytes != target.storage->bytes) {
+      fail("ERR_QLORA_SHAPE", "write: a tensor of shape %s and type %s holds %zu bytes, got %zu",
+           shapeText(target).c_str(), name(target.dtype), target.storage->bytes, bytes);
+    }
+    const auto* data = static_cast<const char*>(source.ArrayBuffer().Data()) + source.ByteOffset();
+    std::shared_ptr<std::vector<char>> copy;
+    std::shared_ptr<Napi::ObjectReference> keep;
+    if (bytes <= kCopyAtOnce) {
+      copy = std::make_shared<std::vector<char>>(data, data + bytes);
+      data = copy->data();
+    } else {
+      keep = std::make_shared<Napi::ObjectReference>(Napi::Persistent(info[0].As<Napi::Object>()));
+    }
+    Completions::Settle settle;
+    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
+    Napi::Promise promise = completions.add(info.Env(), [keep](Napi::Env env) { return env.Undefined(); }, settle);
+    stream->post([target, data, bytes, copy, settle](Context&) {
+      std::shared_ptr<const Error> error;
+      try {
+        target.storage->allocate();
+        if (bytes) std::memcpy(target.storage->data, data, bytes);
+      } catch (...) {
+        error = target.storage->error = currentError();
+      }
+      settle(error);
+    });
+    return promise;
+  });
+}
+
+/// read(): Promise of a typed array; 16-bit floats come as Uint16Array of their bits.
+Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const Tensor source = tensor();
+    const size_t bytes = source.storage->bytes;
+    Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(info.Env(), bytes);
+    void* target = buffer.Data();
+    auto keep = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
+    Completions::Settle settle;
+    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
+    const size_t count = static_cast<size_t>(source.size());
+    Napi::Promise promise = completions.add(
+        info.Env(),
+        [keep, dtype = source.dtype, count](Napi::Env env) { return typedArray(env, dtype, count, keep->Value()); },
+        settle);
+    stream->post([source, target, bytes, settle](Context&) {
+      std::shared_ptr<const Error> error = source.storage->error;
+      if (!error && !source.storage->data && bytes) {
+        error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
+      }
+      if (!error && bytes) std::memcpy(target, source.storage->data, bytes);
+      settle(error);
+    });
+    return promise;
+  });
+}
+
+/// view(shape): the same storage in another shape of the same size.
+Napi::Value TensorHandle::view(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    Tensor viewed = tensor();
+    readShape(info[0], viewed);
+    if (viewed.size() != tensor().size()) {
+      fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(), shapeText(tensor()).c_str());
+    }
+    Napi::Object object = info.Env().GetInstanceData<AddonData>()->tensorClass.New({});
+    TensorHandle& handle = of(object);
+    handle.stream = stream;
+    handle.tensor_ = std::move(viewed);
+    handle.ownsBytes_ = false;
+    return object;
+  });
+}
+
+Napi::Value TensorHandle::dispose(const Napi::CallbackInfo& info) {
+  release();
+  return info.Env().Undefined();
+}
+
+void TensorHandle::release() {
+  if (!tensor_.defined()) return;
+  if (ownsBytes_) Napi::MemoryManagement::AdjustExternalMemory(Env(), -static_cast<int64_t>(tensor_.storage->bytes));
+  // Dropped in the stream's order, so that what is in memory when does not depend on how far JavaScript runs ahead.
+  try {
+    stream->post([storage = std::move(tensor_.storage)](Context&) {});
+  } catch (const Error&) {
+    // The stream is closed: nothing uses the storage any more, and it goes with this handle.
+  }
+  tensor_ = {};
+}
+
+}  // namespace qlora

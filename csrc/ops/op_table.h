@@ -1,0 +1,33 @@
+// The table of operations that a device offers: one line an op. The CPU fills one such table an instruction set
+// (cpu_table.cpp, compiled once for each); CUDA's plugin exports its own.
+#pragma once
+
+#include "core/stream.h"
+#include "ops/rms_norm.h"
+
+// clang-format off
+#define QLORA_OPS(X) \
+  X(rmsNormForward, RmsNormForward) \
+  X(rmsNormBackward, RmsNormBackward) \
+  /* the end */
+// clang-format on
+
+namespace qlora {
+
+struct OpTable {
+  const char* name;  // the instruction set or device it is for
+#define QLORA_OP_POINTER(function, Args) void (*function)(Context&, const Args&);
+  QLORA_OPS(QLORA_OP_POINTER)
+#undef QLORA_OP_POINTER
+};
+
+/// The tables of this build that the processor at hand can run, best first.
+struct CpuTables {
+  const OpTable* const* tables;
+  int count;
+};
+CpuTables cpuTables();
+/// The one that QLORA_CPU names ("scalar", "avx2", ...), else the best. Throws ERR_QLORA_CPU where it cannot run here.
+const OpTable& cpuTable();
+
+}  // namespace qlora
