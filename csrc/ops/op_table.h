@@ -3,12 +3,23 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/dora.h"
+#include "ops/lora_linear.h"
+#include "ops/matmul.h"
 #include "ops/rms_norm.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
+  X(matmulForward, MatmulForward) \
+  X(matmulBackward, MatmulBackward) \
+  X(matmulBackwardWeight, MatmulBackwardWeight) \
+  X(loraLinearForward, LoraLinearForward) \
+  X(loraLinearBackward, LoraLinearBackward) \
+  X(loraRowNorm, LoraRowNorm) \
+  X(doraScaleForward, DoraScaleForward) \
+  X(doraScaleBackward, DoraScaleBackward) \
   /* the end */
 // clang-format on
 
