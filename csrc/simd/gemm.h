@@ -37,6 +37,7 @@ struct PackedA {
   DType compute;
   int64_t M, K;
   void* panels = nullptr;
+  bool split = true;  // the order of K (rows.h); only nt has a choice
 };
 
 /// Element (m, n) of a product is kept, times 1 / (1 - p), where random element m * N + n of (seed, stream) is >= p.
