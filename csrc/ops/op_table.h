@@ -3,10 +3,12 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
+  X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
   /* the end */
