@@ -72,7 +72,7 @@ struct DynamicMap {
   static constexpr int kKeys = kHighestKey - kLowestKey + 2;
 
   float code[256];
-  float threshold[256];  // the last is infinite
+  float threshold[256];     // the last is infinite
   uint8_t first[2][kKeys];  // [x < 0][key]
 };
 

@@ -57,17 +57,25 @@ void dequantizeFourBit(ThreadPool& pool, const Weight& w, T* y) {
 }
 
 template <class T>
+void dequantizeInt8Row(const int8_t* __restrict q, int64_t n, float absmax, T* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fromFloat<T>(static_cast<float>(q[i]) * absmax * (1.0f / 127));
+}
+
+template <class T>
 void dequantizeInt8(ThreadPool& pool, const Weight& w, T* y) {
   const auto* q = w.data.data<const int8_t>();
   const auto* absmax = w.absmax.data<const float>();
   const int64_t rowsPerTask = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, w.K));
   pool.parallelFor((w.N + rowsPerTask - 1) / rowsPerTask, [&](int64_t task, int) {
     for (int64_t row = task * rowsPerTask; row < std::min(w.N, (task + 1) * rowsPerTask); ++row) {
-      for (int64_t i = row * w.K; i < (row + 1) * w.K; ++i) {
-        y[i] = fromFloat<T>(static_cast<float>(q[i]) * absmax[row] * (1.0f / 127));
-      }
+      dequantizeInt8Row(q + row * w.K, w.K, absmax[row], y + row * w.K);
     }
   });
+}
+
+template <class From, class To>
+void convertChunk(const From* __restrict x, int64_t n, To* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fromFloat<To>(toFloat(x[i]));
 }
 
 template <class T>
@@ -76,7 +84,7 @@ void convert(ThreadPool& pool, const Tensor& x, T* y) {
     const auto* v = x.data<const decltype(zero)>();
     const int64_t n = x.size();
     pool.parallelFor(chunks(n), [&](int64_t chunk, int) {
-      for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) y[i] = fromFloat<T>(toFloat(v[i]));
+      convertChunk(v + chunk * kChunk, std::min(kChunk, n - chunk * kChunk), y + chunk * kChunk);
     });
   });
 }

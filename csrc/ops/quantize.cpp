@@ -45,6 +45,26 @@ void quantizeBlocks(ThreadPool& pool, const T* x, int64_t n, int64_t blockSize, 
   });
 }
 
+/// Of a row rounded to fp16.
+template <class T>
+float halfAbsmax(const T* v, int64_t n) {
+  uint16_t top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = static_cast<uint16_t>(fromFloat<f16>(toFloat(v[i])).bits & 0x7fff);
+    top = magnitude > top ? magnitude : top;
+  }
+  return toFloat(f16{top});
+}
+
+template <class T>
+void quantizeHalfRow(const T* __restrict v, int64_t n, float scale, int8_t* __restrict q) {
+  for (int64_t i = 0; i < n; ++i) {
+    // Adding 1.5 * 2^23 rounds to the nearest even integer.
+    const float rounded = toFloat(fromFloat<f16>(toFloat(v[i]))) * scale + 0x1.8p23f - 0x1.8p23f;
+    q[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+  }
+}
+
 /// index and absmax of one block of at most 256 values.
 float quantizeDynamic(const DynamicMap& map, const float* v, int64_t n, uint8_t* index) {
   const float absmax = blockAbsmax(v, n), inverse = blockInverse(absmax);
@@ -137,20 +157,8 @@ void quantizeInt8(Context& context, const QuantizeInt8& a) {
     const T* x = a.x.data<const T>();
     context.pool.parallelFor((N + rowsPerTask - 1) / rowsPerTask, [&](int64_t task, int) {
       for (int64_t row = task * rowsPerTask; row < std::min(N, (task + 1) * rowsPerTask); ++row) {
-        const T* v = x + row * K;
-        uint16_t bits = 0;
-        for (int64_t k = 0; k < K; ++k) {
-          const auto magnitude = static_cast<uint16_t>(fromFloat<f16>(toFloat(v[k])).bits & 0x7fff);
-          bits = magnitude > bits ? magnitude : bits;
-        }
-        const float top = toFloat(f16{bits});
-        absmax[row] = top;
-        const float scale = top > 0 ? 127.0f * (1.0f / top) : 0.0f;
-        for (int64_t k = 0; k < K; ++k) {
-          const float scaled = toFloat(fromFloat<f16>(toFloat(v[k]))) * scale;
-          // Adding 1.5 * 2^23 rounds to the nearest even integer.
-          q[row * K + k] = static_cast<int8_t>(static_cast<int32_t>((scaled + 0x1.8p23f) - 0x1.8p23f));
-        }
+        const float top = absmax[row] = halfAbsmax(x + row * K, K);
+        quantizeHalfRow(x + row * K, K, top > 0 ? 127.0f * (1.0f / top) : 0.0f, q + row * K);
       }
     });
   });

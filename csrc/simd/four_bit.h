@@ -7,7 +7,11 @@
 #include "core/codes.h"
 
 #if defined(__AVX512BW__)
+// GCC 12 takes the undefined lanes within its own intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace qlora::QLORA_ISA {
