@@ -5,10 +5,12 @@
 #include "core/stream.h"
 #include "ops/dequantize.h"
 #include "ops/quantize.h"
+#include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
+  X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
   X(quantize4bit, Quantize4bit) \
