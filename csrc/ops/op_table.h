@@ -3,6 +3,8 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/dequantize.h"
+#include "ops/quantize.h"
 #include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 
@@ -11,6 +13,14 @@
   X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
+  X(quantize4bit, Quantize4bit) \
+  X(doubleQuantize, DoubleQuantize) \
+  X(quantize8bit, Quantize8bit) \
+  X(quantizeInt8, QuantizeInt8) \
+  X(dequantize, Dequantize) \
+  X(dequantize8bit, Dequantize8bit) \
+  X(fourBitCode, FourBitCode) \
+  X(dynamicMapCode, DynamicMapCode) \
   /* the end */
 // clang-format on
 
