@@ -25,15 +25,6 @@ std::string describe(int error) { return std::system_category().message(error); 
               "Check the disk and the permissions, and that nothing changes the file meanwhile.");
 }
 
-[[noreturn]] void writeFailed(const std::string& path, const std::string& what, uint64_t wanted, int error) {
-  const std::string message =
-      path + ": cannot " + what + ": " + describe(error) + " (the file takes " + std::to_string(wanted) + " bytes)";
-  if (error == ENOSPC || error == EDQUOT) {
-    throw Error("ERR_QLORA_DISK_FULL", message, "Free space on this disk or write elsewhere; what was there is untouched.");
-  }
-  throw Error("ERR_QLORA_WRITE_FAILED", message, "Check the folder, its permissions and the disk; what was there is untouched.");
-}
-
 template <class Call>
 auto retry(Call&& call) {
   auto result = call();
@@ -78,14 +69,25 @@ class OutputFile {
   void commit() {
     if (retry([&] { return fsync(descriptor_); }) < 0) fail("sync it");
     // close frees the descriptor even where it fails
-    if (const int descriptor = std::exchange(descriptor_, -1); close(descriptor) < 0 && errno != EINTR) fail("close it");
+    if (const int descriptor = std::exchange(descriptor_, -1); close(descriptor) < 0 && errno != EINTR)
+      fail("close it");
     if (std::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename the new file to it");
     renamed_ = true;
     syncFolder();
   }
 
  private:
-  [[noreturn]] void fail(const char* what) const { writeFailed(path_, what, wanted_, errno); }
+  [[noreturn]] void fail(const char* what) const {
+    const int error = errno;
+    const bool full = error == ENOSPC || error == EDQUOT;
+    throw Error(
+        full ? "ERR_QLORA_DISK_FULL" : "ERR_QLORA_WRITE_FAILED",
+        path_ + ": cannot " + what + ": " + describe(error) + " (the file takes " + std::to_string(wanted_) + " bytes)",
+        std::string(full ? "Free space on this disk or write elsewhere"
+                         : "Check the folder, its permissions and the disk") +
+            (renamed_ ? "; the new file is in place, but a power cut may still undo it."
+                      : "; what was there before is untouched."));
+  }
 
   void syncFolder() const {
     const int folder = retry([&] { return open(folderOf(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); });
@@ -132,6 +134,7 @@ void forChunks(size_t bytes, ThreadPool& pool, Chunk&& chunk) {
 }  // namespace
 
 InputFile::InputFile(std::string path) : path_(std::move(path)) {
+  if (path_.find('\0') != std::string::npos) readFailed(path_, "a path cannot hold a zero byte");
   // Without O_NONBLOCK, opening a named pipe would wait for its writer.
   descriptor_ = retry([&] { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
   if (descriptor_ < 0 && (errno == ENOENT || errno == ENOTDIR)) {
@@ -177,8 +180,9 @@ void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint6
     char* data = static_cast<char*>(target) + at;
     file.read(data, n, offset + at);
     const size_t count = n / size;
-    const size_t found = dtype == DType::f32 ? firstNotFinite<uint32_t>(data, count, 0x7f800000u)
-                                             : firstNotFinite<uint16_t>(data, count, dtype == DType::bf16 ? 0x7f80 : 0x7c00);
+    const size_t found = dtype == DType::f32
+                             ? firstNotFinite<uint32_t>(data, count, 0x7f800000u)
+                             : firstNotFinite<uint16_t>(data, count, dtype == DType::bf16 ? 0x7f80 : 0x7c00);
     if (found < count) {
       throw Error("ERR_QLORA_NOT_FINITE",
                   file.path() + ": element " + std::to_string(at / size + found) + " is infinite or NaN",

@@ -45,8 +45,8 @@ struct FilePart {
   size_t bytes;
 };
 
-/// Writes the parts one after the other to `temporary` (which may not exist, in the same folder), syncs it, renames it to
-/// `path` and syncs the folder. On an error the temporary file is gone and an earlier `path` is as it was.
+/// Writes the parts one after the other to `temporary` (which may not exist, in the same folder), syncs it, renames it
+/// to `path` and syncs the folder. On an error the temporary file is gone and an earlier `path` is as it was.
 void writeFile(const std::string& path, const std::string& temporary, const std::vector<FilePart>& parts);
 
 }  // namespace qlora

@@ -19,7 +19,8 @@ constexpr uint64_t kMaxNumber = (uint64_t{1} << 53) - 1;  // what a JavaScript n
 
 bool isSpace(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
 
-/// Bytes of the well-formed UTF-8 sequence at `s` (no overlong form, no surrogate, at most U+10FFFF), 0 where there is none.
+/// Bytes of the well-formed UTF-8 sequence at `s` (no overlong form, no surrogate, at most U+10FFFF), 0 where there is
+/// none.
 int utf8Length(const unsigned char* s, size_t left) {
   const unsigned char c = s[0];
   if (c < 0x80) return 1;
@@ -83,8 +84,10 @@ class SafetensorsParser {
     });
     skipSpace();
     if (at_ != end_) unexpected("the end of the header");
-    refuseTwice(header_.entries_, [](const SafetensorsHeader::Entry& e) { return e.name; }, "tensor ");
-    refuseTwice(header_.metadata_, [](const SafetensorsHeader::Pair& p) { return p.key; }, "metadata ");
+    refuseTwice(
+        header_.entries_, [](const SafetensorsHeader::Entry& e) { return e.name; }, "tensor ");
+    refuseTwice(
+        header_.metadata_, [](const SafetensorsHeader::Pair& p) { return p.key; }, "metadata ");
     checkCover();
   }
 
@@ -145,7 +148,10 @@ class SafetensorsParser {
     uint32_t code = 0;
     for (int i = 0; i < 4; ++i, ++at_) {
       const char c = at_ == end_ ? '\0' : *at_;
-      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+      const int digit = c >= '0' && c <= '9'   ? c - '0'
+                        : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                        : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                               : -1;
       if (digit < 0) unexpected("four hexadecimal digits");
       code = code * 16 + static_cast<uint32_t>(digit);
     }
@@ -157,14 +163,28 @@ class SafetensorsParser {
     switch (c) {
       case '"':
       case '\\':
-      case '/': *out = c; return out + 1;
-      case 'b': *out = '\b'; return out + 1;
-      case 'f': *out = '\f'; return out + 1;
-      case 'n': *out = '\n'; return out + 1;
-      case 'r': *out = '\r'; return out + 1;
-      case 't': *out = '\t'; return out + 1;
-      case 'u': break;
-      default: unexpected("an escape sequence");
+      case '/':
+        *out = c;
+        return out + 1;
+      case 'b':
+        *out = '\b';
+        return out + 1;
+      case 'f':
+        *out = '\f';
+        return out + 1;
+      case 'n':
+        *out = '\n';
+        return out + 1;
+      case 'r':
+        *out = '\r';
+        return out + 1;
+      case 't':
+        *out = '\t';
+        return out + 1;
+      case 'u':
+        break;
+      default:
+        unexpected("an escape sequence");
     }
     uint32_t code = hex4();
     if (code >= 0xd800 && code < 0xe000) {
@@ -273,7 +293,8 @@ class SafetensorsParser {
     const SafetensorsDType& type = kSafetensorsDTypes[entry.dtype];
     uint64_t bits = 0;
     if (__builtin_mul_overflow(elements, static_cast<uint64_t>(type.bits), &bits) || bits % 8 != 0) {
-      invalid(what + ": " + std::to_string(elements) + " elements of " + type.name + " are no whole number of bytes below 2^61");
+      invalid(what + ": " + std::to_string(elements) + " elements of " + type.name +
+              " are no whole number of bytes below 2^61");
     }
     const std::string span = "data_offsets [" + std::to_string(entry.begin) + ", " + std::to_string(entry.end) + "]";
     if (entry.end < entry.begin) invalid(what + ": " + span + " end before they begin");
@@ -282,8 +303,8 @@ class SafetensorsParser {
               " bytes of data");
     }
     if (entry.end - entry.begin != bits / 8) {
-      invalid(what + ": " + std::to_string(elements) + " elements of " + type.name + " take " + std::to_string(bits / 8) +
-              " bytes, but " + span + " span " + std::to_string(entry.end - entry.begin));
+      invalid(what + ": " + std::to_string(elements) + " elements of " + type.name + " take " +
+              std::to_string(bits / 8) + " bytes, but " + span + " span " + std::to_string(entry.end - entry.begin));
     }
   }
 
@@ -293,7 +314,8 @@ class SafetensorsParser {
     const auto name = [&](uint32_t i) { return header_.view(key(items[i])); };
     std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return name(a) < name(b); });
     for (size_t i = 1; i < order.size(); ++i) {
-      if (name(order[i - 1]) == name(order[i])) invalid("its header holds " + (what + quoted(name(order[i]))) + " twice");
+      if (name(order[i - 1]) == name(order[i]))
+        invalid("its header holds " + (what + quoted(name(order[i]))) + " twice");
     }
   }
 
@@ -307,9 +329,10 @@ class SafetensorsParser {
     uint64_t covered = 0;
     for (uint32_t i : order) {
       if (entries[i].begin != covered) {
-        invalid("tensor " + quoted(header_.view(entries[i].name)) + " begins at byte " + std::to_string(entries[i].begin) +
-                (entries[i].begin < covered ? ", inside the one before it, which ends at " : ", leaving a hole behind ") +
-                std::to_string(covered));
+        invalid(
+            "tensor " + quoted(header_.view(entries[i].name)) + " begins at byte " + std::to_string(entries[i].begin) +
+            (entries[i].begin < covered ? ", inside the one before it, which ends at " : ", leaving a hole behind ") +
+            std::to_string(covered));
       }
       covered = entries[i].end;
     }
@@ -331,6 +354,21 @@ class SafetensorsParser {
   char* at_;
   const uint64_t dataBytes_;
 };
+
+uint32_t safetensorsHeaderLength(const unsigned char* prefix, uint64_t fileBytes) {
+  if (fileBytes < 8) invalid("it has " + std::to_string(fileBytes) + " bytes, too few for a safetensors file");
+  uint64_t length = 0;
+  for (int i = 7; i >= 0; --i) length = length << 8 | prefix[i];
+  if (length > kMaxSafetensorsHeader) {
+    invalid("its header claims " + std::to_string(length) + " bytes; at most " + std::to_string(kMaxSafetensorsHeader) +
+            " are allowed");
+  }
+  if (length > fileBytes - 8) {
+    invalid("its header claims " + std::to_string(length) + " bytes, but the file has only " +
+            std::to_string(fileBytes) + ": it is cut short");
+  }
+  return static_cast<uint32_t>(length);
+}
 
 SafetensorsHeader::SafetensorsHeader(std::unique_ptr<char[]> text, uint32_t length, uint64_t dataBytes)
     : text_(std::move(text)) {

@@ -26,13 +26,16 @@ struct SafetensorsDType {
 
 /// Every dtype of the format, whether we can load it or not, in the order by which files are sorted (alignment rises).
 constexpr SafetensorsDType kSafetensorsDTypes[] = {
-    {"BOOL", 8},        {"F4", 4},    {"F6_E2M3", 6},  {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
-    {"F8_E5M2", 8},     {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
-    {"U16", 16},        {"F16", 16},  {"BF16", 16},    {"I32", 32},        {"U32", 32},        {"F32", 32},
-    {"C64", 64},        {"F64", 64},  {"I64", 64},     {"U64", 64},
+    {"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
+    {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
+    {"U16", 16},    {"F16", 16},    {"BF16", 16},   {"I32", 32},        {"U32", 32},        {"F32", 32},
+    {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64},
 };
 
 constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
+
+/// The length that the file's first 8 bytes claim; throws ERR_QLORA_SAFETENSORS where the file cannot hold it.
+uint32_t safetensorsHeaderLength(const unsigned char* prefix, uint64_t fileBytes);
 
 /// What a header says. Names, shapes and metadata are views of its text, and lists grow without being copied, so that
 /// memory stays below 8 x the text.
@@ -45,7 +48,7 @@ class SafetensorsHeader {
     Text name;
     uint32_t shapeAt = 0;
     uint32_t rank = 0;
-    uint8_t dtype = 0;  // index into kSafetensorsDTypes
+    uint8_t dtype = 0;            // index into kSafetensorsDTypes
     uint64_t begin = 0, end = 0;  // bytes, from the start of the data
   };
   struct Pair {
