@@ -1,5 +1,5 @@
-// The mask of dropout, as a function of (seed, stream, element), so that forward and backward need not store it and every
-// operation that drops draws the same: element e takes word e % 4 of Philox's counter e / 4 and is kept where
+// The mask of dropout, as a function of (seed, stream, element), so that forward and backward need not store it and
+// every operation that drops draws the same: element e takes word e % 4 of Philox's counter e / 4 and is kept where
 // uniform(word) >= p; kept elements are scaled by 1 / (1 - p). p in [0, 1).
 #pragma once
 
