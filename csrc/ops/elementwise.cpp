@@ -1,5 +1,7 @@
 #include "ops/elementwise.h"
 
+#include <algorithm>
+
 #include "simd/chunks.h"
 #include "simd/dropout.h"
 
@@ -10,9 +12,7 @@ namespace {
 template <class T>
 void fillWith(Context& context, const Tensor& t, T value) {
   T* x = t.data<T>();
-  forChunks(context, t.size(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) x[i] = value;
-  });
+  forChunks(context, t.size(), [x, value](int64_t begin, int64_t end) { std::fill(x + begin, x + end, value); });
 }
 
 void scaleInto(Context& context, const Tensor& from, const Tensor& to, float factor) {
@@ -67,8 +67,8 @@ void dropout(Context& context, const Dropout& a) {
   const DropoutMask mask{a.p, a.seed, a.stream};
   dispatchFloat(a.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* x = a.x.data<T>();
-    T* y = a.y.data<T>();
+    const T* __restrict x = a.x.data<T>();
+    T* __restrict y = a.y.data<T>();
     forChunks(context, a.x.size(), [&](int64_t begin, int64_t end) {
       float factors[kDropoutBlock];
       for (int64_t at = begin; at < end; at += kDropoutBlock) {
