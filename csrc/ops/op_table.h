@@ -10,11 +10,13 @@
 #include "ops/grad_norm.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/optimizer.h"
+#include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 #include "ops/sample.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
+  X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
   X(fill, Fill) \
