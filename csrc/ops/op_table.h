@@ -5,8 +5,16 @@
 #include "core/stream.h"
 #include "ops/dequantize.h"
 #include "ops/quantize.h"
+#include "ops/cast.h"
+#include "ops/elementwise.h"
+#include "ops/embedding.h"
+#include "ops/glu.h"
+#include "ops/grad_norm.h"
+#include "ops/linear_cross_entropy.h"
+#include "ops/optimizer.h"
 #include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
+#include "ops/sample.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
@@ -21,6 +29,21 @@
   X(dequantize8bit, Dequantize8bit) \
   X(fourBitCode, FourBitCode) \
   X(dynamicMapCode, DynamicMapCode) \
+  X(fill, Fill) \
+  X(add, Add) \
+  X(scale, Scale) \
+  X(scaleByTensor, ScaleByTensor) \
+  X(dropout, Dropout) \
+  X(cast, Cast) \
+  X(gluForward, GluForward) \
+  X(gluBackward, GluBackward) \
+  X(embeddingForward, EmbeddingForward) \
+  X(embeddingBackward, EmbeddingBackward) \
+  X(linearCrossEntropy, LinearCrossEntropy) \
+  X(gradNorm, GradNorm) \
+  X(adamw, AdamW) \
+  X(sgd, Sgd) \
+  X(sample, Sample) \
   /* the end */
 // clang-format on
 
