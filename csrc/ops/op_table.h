@@ -3,12 +3,20 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/attention.h"
+#include "ops/key_value_cache.h"
 #include "ops/rms_norm.h"
+#include "ops/rope.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
+  X(ropeTable, RopeTable) \
+  X(rope, Rope) \
+  X(attentionForward, AttentionForward) \
+  X(attentionBackward, AttentionBackward) \
+  X(appendKeyValue, AppendKeyValue) \
   /* the end */
 // clang-format on
 
