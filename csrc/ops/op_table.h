@@ -5,11 +5,13 @@
 #include "core/stream.h"
 #include "ops/attention.h"
 #include "ops/key_value_cache.h"
+#include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
+  X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
   X(ropeTable, RopeTable) \
