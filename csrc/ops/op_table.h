@@ -15,6 +15,11 @@
 #include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
 #include "ops/sample.h"
+#include "ops/attention.h"
+#include "ops/key_value_cache.h"
+#include "ops/random_uniform.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
@@ -44,6 +49,11 @@
   X(adamw, AdamW) \
   X(sgd, Sgd) \
   X(sample, Sample) \
+  X(ropeTable, RopeTable) \
+  X(rope, Rope) \
+  X(attentionForward, AttentionForward) \
+  X(attentionBackward, AttentionBackward) \
+  X(appendKeyValue, AppendKeyValue) \
   /* the end */
 // clang-format on
 
