@@ -44,14 +44,7 @@ void dequantizeFourBit(ThreadPool& pool, const Weight& w, T* y) {
   pool.parallelFor(chunks(n), [&](int64_t chunk, int) {
     const int64_t end = std::min(n, (chunk + 1) * kChunk);
     for (int64_t i = chunk * kChunk; i < end; i += w.blockSize) {
-      const float absmax = scales[i / w.blockSize];
-      T table[16];
-      for (int c = 0; c < 16; ++c) table[c] = fromFloat<T>(code[c] * absmax);
-      const int64_t count = std::min(end - i, w.blockSize), whole = count / 32 * 32;
-      decodeFourBit(packed + i / 2, whole, table, y + i);
-      for (int64_t j = i + whole; j < i + count; ++j) {
-        y[j] = table[j % 2 == 0 ? packed[j / 2] >> 4 : packed[j / 2] & 15];
-      }
+      decodeFourBit(packed + i / 2, std::min(end - i, w.blockSize), code, scales[i / w.blockSize], y + i);
     }
   });
 }

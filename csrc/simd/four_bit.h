@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/codes.h"
 
@@ -103,25 +104,45 @@ QLORA_INLINE void encodeFourBit(const T* v, int64_t n, float inverse, uint8_t* p
   }
 }
 
-/// y = table[code], n elements: a multiple of 32.
+/// What a code stands for in a block: the 16 values rounded to T, for a permute that reads 4 index bits of a 32-bit
+/// lane or 5 of a 16-bit one (so there they are twice).
 template <class T>
-QLORA_INLINE void decodeFourBit(const uint8_t* packed, int64_t n, const T* table, T* y) {
+QLORA_INLINE __m512i blockTable(const float* code, float absmax) {
+  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(absmax));
+  const __m512i bits = _mm512_castps_si512(values);
+  if constexpr (std::is_same_v<T, float>) return bits;
+  if constexpr (std::is_same_v<T, f16>) {
+    return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // As fromFloat<bf16>: AVX-512's own conversion flushes subnormal results.
+  const __m512i upper = _mm512_srli_epi32(bits, 16), last = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(nearest, 16), nan, upper, _mm512_set1_epi32(0x40));
+  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(rounded));
+}
+
+/// Decodes as many of the n elements as it takes at a time, and says how many.
+template <class T>
+QLORA_INLINE int64_t decodeWhole(const uint8_t* packed, int64_t n, const float* code, float absmax, T* y) {
+  const __m512i table = blockTable<T>(code, absmax);
+  // The permute ignores the upper bits of an index: what else lies there does no harm.
   if constexpr (sizeof(T) == 4) {
-    const __m512 values = _mm512_loadu_ps(table);
-    for (int64_t i = 0; i < n; i += 16) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
       const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2)));
-      // The permute reads the low 4 bits of each lane: what else lies there does no harm.
       const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-      _mm512_storeu_ps(y + i, _mm512_permutexvar_ps(codes, values));
+      _mm512_storeu_si512(y + i, _mm512_permutexvar_epi32(codes, table));
     }
+    return i;
   } else {
-    // It reads 5 bits of a 16-bit lane: the table is there twice.
-    const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
-    for (int64_t i = 0; i < n; i += 32) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
       const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2)));
       const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-      _mm512_storeu_si512(y + i, _mm512_permutexvar_epi16(codes, values));
+      _mm512_storeu_si512(y + i, _mm512_permutexvar_epi16(codes, table));
     }
+    return i;
   }
 }
 
@@ -144,15 +165,26 @@ QLORA_INLINE void encodeFourBit(const T* v, int64_t n, float inverse, uint8_t* p
   }
 }
 
-/// y = table[code], n elements: even.
+/// Decodes none: what follows takes any number.
 template <class T>
-QLORA_INLINE void decodeFourBit(const uint8_t* packed, int64_t n, const T* table, T* y) {
-  for (int64_t i = 0; i < n / 2; ++i) {
-    y[2 * i] = table[packed[i] >> 4];
-    y[2 * i + 1] = table[packed[i] & 15];
-  }
+QLORA_INLINE int64_t decodeWhole(const uint8_t*, int64_t, const float*, float, T*) {
+  return 0;
 }
 
 #endif
+
+/// y[i] = round_T(code[q[i]] * absmax) for the n elements of one block, which starts at a whole byte.
+template <class T>
+QLORA_INLINE void decodeFourBit(const uint8_t* packed, int64_t n, const float* code, float absmax, T* y) {
+  int64_t i = decodeWhole(packed, n, code, absmax, y);
+  if (i == n) return;
+  T table[16];
+  for (int c = 0; c < 16; ++c) table[c] = fromFloat<T>(code[c] * absmax);
+  for (; i + 2 <= n; i += 2) {
+    y[i] = table[packed[i / 2] >> 4];
+    y[i + 1] = table[packed[i / 2] & 15];
+  }
+  if (i < n) y[i] = table[packed[i / 2] >> 4];
+}
 
 }  // namespace qlora::QLORA_ISA
