@@ -72,8 +72,8 @@ void dropout(Context& context, const Dropout& a) {
     forChunks(context, a.x.size(), [&](int64_t begin, int64_t end) {
       float factors[kDropoutBlock];
       for (int64_t at = begin; at < end; at += kDropoutBlock) {
-        dropoutBlock(mask, at / kDropoutBlock, factors);
         const int64_t n = std::min<int64_t>(kDropoutBlock, end - at);
+        dropoutFactors(mask, at, n, factors);
         for (int64_t i = 0; i < n; ++i) y[at + i] = fromFloat<T>(toFloat(x[at + i]) * factors[i]);
       }
     });

@@ -13,6 +13,9 @@
 #include "ops/linear_cross_entropy.h"
 #include "ops/optimizer.h"
 #include "ops/random_uniform.h"
+#include "ops/dora.h"
+#include "ops/lora_linear.h"
+#include "ops/matmul.h"
 #include "ops/rms_norm.h"
 #include "ops/sample.h"
 #include "ops/attention.h"
@@ -54,6 +57,14 @@
   X(attentionForward, AttentionForward) \
   X(attentionBackward, AttentionBackward) \
   X(appendKeyValue, AppendKeyValue) \
+  X(matmulForward, MatmulForward) \
+  X(matmulBackward, MatmulBackward) \
+  X(matmulBackwardWeight, MatmulBackwardWeight) \
+  X(loraLinearForward, LoraLinearForward) \
+  X(loraLinearBackward, LoraLinearBackward) \
+  X(loraRowNorm, LoraRowNorm) \
+  X(doraScaleForward, DoraScaleForward) \
+  X(doraScaleBackward, DoraScaleBackward) \
   /* the end */
 // clang-format on
 

@@ -11,40 +11,39 @@
 namespace qlora {
 
 struct DropoutMask {
-  float p;
-  uint64_t seed, stream;
+  float p = 0;
+  uint64_t seed = 0, stream = 0;
 };
 
-constexpr int kDropoutBlock = 64;  // elements drawn at once, from 16 counters
+constexpr int kDropoutCounters = 16;                 // drawn at once
+constexpr int kDropoutBlock = 4 * kDropoutCounters;  // elements
 
-/// The factors of elements [64 block, 64 block + 64): 0 or 1 / (1 - p).
-QLORA_INLINE void dropoutBlock(const DropoutMask& mask, int64_t block, float* factors) {
-  constexpr int kCounters = kDropoutBlock / 4;
-  uint32_t words[4][kCounters];
-  const uint64_t first = static_cast<uint64_t>(block) * kCounters;
-  for (int l = 0; l < kCounters; ++l) {
-    const auto drawn = philox(mask.seed, mask.stream, first + static_cast<uint64_t>(l));
+/// The factors, 0 or 1 / (1 - p), of the elements of `count` counters from `counter`; count <= kDropoutCounters.
+QLORA_INLINE void dropoutBlock(const DropoutMask& mask, int64_t counter, int64_t count, float* factors) {
+  uint32_t words[4][kDropoutCounters];
+  for (int64_t l = 0; l < count; ++l) {
+    const auto drawn = philox(mask.seed, mask.stream, static_cast<uint64_t>(counter + l));
     for (int w = 0; w < 4; ++w) words[w][l] = drawn[w];
   }
   const float scale = 1.0f / (1.0f - mask.p);
-  for (int l = 0; l < kCounters; ++l) {
+  for (int64_t l = 0; l < count; ++l) {
     for (int w = 0; w < 4; ++w) factors[4 * l + w] = uniform(words[w][l]) >= mask.p ? scale : 0.0f;
   }
 }
 
 /// The factors of elements [first, first + count), wherever that starts: factors[i] is element first + i's.
 QLORA_INLINE void dropoutFactors(const DropoutMask& mask, int64_t first, int64_t count, float* factors) {
-  for (int64_t at = first; at < first + count;) {
-    const int64_t block = at / kDropoutBlock, skip = at % kDropoutBlock;
-    const int64_t n = std::min(kDropoutBlock - skip, first + count - at);
+  for (int64_t done = 0; done < count;) {
+    const int64_t at = first + done, skip = at % 4;
+    const int64_t n = std::min(kDropoutBlock - skip, count - done);
     if (n == kDropoutBlock) {
-      dropoutBlock(mask, block, factors + (at - first));
+      dropoutBlock(mask, at / 4, kDropoutCounters, factors + done);
     } else {
-      float whole[kDropoutBlock];
-      dropoutBlock(mask, block, whole);
-      for (int64_t i = 0; i < n; ++i) factors[at - first + i] = whole[skip + i];
+      float block[kDropoutBlock];
+      dropoutBlock(mask, at / 4, (skip + n + 3) / 4, block);
+      for (int64_t i = 0; i < n; ++i) factors[done + i] = block[skip + i];
     }
-    at += n;
+    done += n;
   }
 }
 
