@@ -1,5 +1,5 @@
 import { QLoRAError } from '../errors.js';
-import { encodeChat, type TrainedTurn } from '../tokenizer/chat.js';
+import { encodeChat, maskOf, type TrainedTurn } from '../tokenizer/chat.js';
 import type { EncodeOptions as TextOptions, Tokenizer } from '../tokenizer/tokenizer.js';
 import { fitPair, type Limits, type Source, type Target } from './fit.js';
 import { describePlace, type Message, type Row, type RowPlace } from './rows.js';
@@ -178,7 +178,8 @@ function encodeMessages(
   const end = ids.length > limits.total ? (trained.at(-1)?.end ?? limits.total) : ids.length;
   const kept = Int32Array.from(ids.slice(0, end));
   const labels = trainOnSource ? kept.slice() : new Int32Array(end).fill(IGNORED);
-  for (const turn of trained) labels.set(kept.subarray(turn.start, turn.end), turn.start);
+  const mask = maskOf(tokenizer, ids, trained);
+  for (let t = 0; t < end; t++) if (mask[t]) labels[t] = kept[t] as number;
   return { ids: kept, labels, truncated: ids.length - end, cut: { source: 0, target: ids.length - end } };
 }
 

@@ -72,15 +72,19 @@ export function encodeChat(
     );
   });
   const encoded = turnsOf(spans, (places) => tokenizer.tokensBefore(text, ids, places, encoding));
-  const trained = encoded.includes(undefined) ? undefined : maskOf(ids.length, encoded);
+  const trained = encoded.includes(undefined) ? undefined : maskOf(tokenizer, ids, encoded);
   return { text, ids, turns: encoded, trained };
 }
 
-/** 1 for the tokens of `turns`. */
-export function maskOf(length: number, turns: readonly (TrainedTurn | undefined)[]): Uint8Array {
-  const mask = new Uint8Array(length);
+/** 1 for the tokens of `turns` that have a place in the text. */
+export function maskOf(
+  tokenizer: Pick<Tokenizer, 'hasPlace'>,
+  ids: readonly number[],
+  turns: readonly (TrainedTurn | undefined)[],
+): Uint8Array {
+  const mask = new Uint8Array(ids.length);
   for (const turn of turns) if (turn) mask.fill(1, turn.start, turn.end);
-  return mask;
+  return mask.map((bit, i) => (tokenizer.hasPlace(ids[i] as number) ? bit : 0));
 }
 
 interface Span extends Range {

@@ -60,6 +60,8 @@ export class Tokenizer {
   readonly #allTokens: Splitter;
   readonly #plainTokens: Splitter;
   readonly #surfaces: (Uint8Array | undefined)[] = [];
+  /** The token of one space, where the post-processor gives it no place in the text. */
+  readonly #placeless: number | undefined;
 
   /**
    * Loads tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja; only the first must
@@ -106,6 +108,7 @@ export class Tokenizer {
     }
     this.#special = special;
     this.vocabSize = hf.model.vocab.length;
+    this.#placeless = trimsOffsets(json.post_processor) ? hf.token_to_id('Ġ') : undefined;
     this.#allTokens = new Splitter(json.added_tokens);
     this.#plainTokens = new Splitter(json.added_tokens.filter((token) => !token.special));
   }
@@ -189,6 +192,15 @@ export class Tokenizer {
     return this.#added.has(id);
   }
 
+  /**
+   * Whether the token has a place in the text. A lone space has none where the post-processor trims offsets (Llama 3's
+   * does): masks made by offsets, as the `tokenizers` library makes them, leave it out, and so do ours. Longer runs of
+   * spaces, which are the indentation of code, count here though offsets would leave them out too.
+   */
+  hasPlace(id: number): boolean {
+    return id !== this.#placeless;
+  }
+
   /** The bytes that the token stands for; empty for an unknown id. */
   surface(id: number): Uint8Array {
     let bytes = this.#surfaces[id];
@@ -258,6 +270,13 @@ export class Tokenizer {
     }
     return tokens;
   }
+}
+
+/** A ByteLevel post-processor with trim_offsets, alone or in a sequence. */
+function trimsOffsets(processor: unknown): boolean {
+  const { type, trim_offsets, processors } = (processor ?? {}) as Record<string, unknown>;
+  if (type === 'ByteLevel') return trim_offsets !== false;
+  return Array.isArray(processors) && processors.some(trimsOffsets);
 }
 
 async function importTokenizers(): Promise<{ Tokenizer: new (json: object, config: object) => HfTokenizer }> {

@@ -171,17 +171,7 @@ t.test('chat templates render, and mark what the assistant says', async (t) => {
       continue;
     }
     marked++;
-    // The reference goes by offsets, and a tokenizer with trim_offsets gives a token of spaces alone none: it is
-    // unmarked there in the midst of a turn. It belongs to the turn, and is trained here.
-    const spaces = c.tokenizer === 'llama3-like' ? ids.map((id) => /^Ġ+$/.test(tokenizer.tokenOf(id) ?? '')) : [];
-    const mask = [...(trained ?? [])];
-    t.same(
-      mask.map((bit, i) => (spaces[i] ? 0 : bit)),
-      c.trained.map((bit, i) => (spaces[i] ? 0 : bit)),
-      `${label}: mask`,
-    );
-    const inside = mask.every((bit, i) => !spaces[i] || bit === Math.min(mask[i - 1] ?? 0, mask[i + 1] ?? 0));
-    t.ok(inside, `${label}: spaces are trained where their neighbours are`);
+    t.same([...(trained ?? [])], c.trained, `${label}: mask`);
   }
   t.ok(marked > 30, 'masks were compared');
   const llama3 = tokenizers.get('llama3-like') as Tokenizer;
