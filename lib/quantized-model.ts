@@ -9,7 +9,7 @@ import { generateIds } from './generate/tokens.js';
 import { openModelFolder } from './io/model-folder.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
 import { checkOptions } from './options.js';
-import { type QuantizeOptions, quantizeSchema, resolveQuantizeOptions } from './quantization.js';
+import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
 import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
 import { Tokenizer } from './tokenizer/tokenizer.js';
 import { ConfigReader } from './models/config-reader.js';
@@ -61,7 +61,7 @@ export interface MemoryUse {
 
 const loadSchema = z.strictObject({
   quantization: z
-    .union([z.literal('none'), quantizeSchema.extend({ skipModules: z.array(z.string()).optional() })])
+    .union([z.literal('none'), z.looseObject({ skipModules: z.array(z.string()).optional() })])
     .optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
@@ -123,10 +123,7 @@ export class QuantizedModel implements AsyncDisposable {
     const stream = new Stream();
     try {
       const weights = await loadWeights(stream, folder, family, config, {
-        quantization:
-          quantization === 'none'
-            ? undefined
-            : { ...resolveQuantizeOptions(quantization), skipModules: quantization.skipModules ?? [] },
+        quantization: resolveQuantization(quantization),
         storage,
         signal: rest.signal,
         onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
@@ -315,6 +312,12 @@ export class QuantizedModel implements AsyncDisposable {
     const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
     return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
   }
+}
+
+function resolveQuantization(quantization: NonNullable<LoadOptions['quantization']>): WeightOptions['quantization'] {
+  if (quantization === 'none') return undefined;
+  const { skipModules = [], ...options } = quantization;
+  return { ...resolveQuantizeOptions(options), skipModules };
 }
 
 /** undefined where the folder has none: ids work without it. */

@@ -83,8 +83,7 @@ function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): 
   if (!dependsOnLength(rope)) {
     const { inverseFrequencies, factor } = ropeFrequencies(rope, length);
     using p = Tensor.from(core.stream, positions, [positions.length]);
-    using f = Tensor.from(core.stream, inverseFrequencies, [inverseFrequencies.length]);
-    return ropeTable(p, f, factor);
+    return ropeTable(p, inverseFrequencies, factor);
   }
   const half = rope.rotaryDim / 2;
   const cos = new Float32Array(positions.length * half);

@@ -53,7 +53,7 @@ export class LoraAdapter {
   async save(directory: string): Promise<void> {
     const items = this.layers.flatMap((layer) => {
       const keys = adapterKeys(layer.path);
-      const item = (name: string, tensor: Tensor) => ({ name, shape: tensor.shape, tensor });
+      const item = (name: string, tensor: Tensor) => ({ name, data: tensor });
       return [
         item(keys.A, layer.A),
         item(keys.B, layer.B),

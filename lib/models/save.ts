@@ -19,7 +19,7 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
   await mkdir(directory, { recursive: true });
   const { linears, dense } = core.weights;
   const quantized = linears.filter((linear) => !linear.weight.isDense);
-  const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, shape: tensor.shape, tensor }));
+  const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
   for (const linear of quantized) items.push(...(await quantizedItems(linear.path, linear.weight, core.computeDtype)));
   await writeSafetensors(join(directory, 'model.safetensors'), items, { format: 'pt' });
   const config: Record<string, unknown> = { ...core.configJson };

@@ -3,7 +3,7 @@ import { QLoRAError } from '../errors.js';
 import { readQuantizedWeight } from '../io/bnb-checkpoint.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import { Linear } from '../nn/linear.js';
-import { cast } from '../ops/cast.js';
+import { cast } from '../ops/elementwise.js';
 import { quantizeWeight } from '../ops/quantize.js';
 import { Weight } from '../ops/weight.js';
 import type { ResolvedQuantizeOptions } from '../quantization.js';

@@ -62,7 +62,9 @@ export async function prepareDatasets(core: ModelCore, options: ResolvedTrainerO
   if (typeof evalDataset !== 'number') {
     return {
       train: await encodeDataset(core, dataset, encoding, datasetFormat, maxTrainSamples),
-      eval: evalDataset && (await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples)),
+      eval: evalDataset
+        ? await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples)
+        : undefined,
     };
   }
   const rows = await encodeDataset(core, dataset, encoding, datasetFormat);

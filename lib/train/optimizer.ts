@@ -38,21 +38,15 @@ export class Optimizer {
    */
   step(step: number, learningRate: number): Tensor {
     const o = this.#options;
-    const norm = gradNorm(this.#gradients);
-    const common = {
-      params: this.#parameters,
-      grads: this.#gradients,
-      norm,
-      lr: learningRate,
-      weightDecay: o.weightDecay,
-      step,
-      maxNorm: o.maxGradNorm,
-    };
+    const norm = gradNorm((this.#parameters[0] as Tensor).stream, this.#gradients);
+    const common = { lr: learningRate, weightDecay: o.weightDecay, step, maxNorm: o.maxGradNorm };
     if (o.optimizer === 'sgd') {
-      sgd({ ...common, momentumStates: this.#states[0] ?? [], momentum: o.momentum });
+      const [momentum = []] = this.#states;
+      sgd(this.#parameters, this.#gradients, momentum, norm, { ...common, momentum: o.momentum });
     } else {
       const [m, v] = this.#states as [Tensor[], Tensor[]];
-      adamw({ ...common, m, v, beta1: o.adamBeta1, beta2: o.adamBeta2, eps: o.adamEpsilon });
+      const adam = { beta1: o.adamBeta1, beta2: o.adamBeta2, eps: o.adamEpsilon };
+      adamw(this.#parameters, this.#gradients, { m, v }, norm, { ...common, ...adam });
     }
     return norm;
   }

@@ -96,7 +96,7 @@ const source = z.custom<DatasetSource>(
 );
 
 const schema = z.strictObject({
-  model: z.union([z.string(), z.instanceof(QuantizedModel)]),
+  model: z.union([z.string(), z.custom<QuantizedModel>((value) => value instanceof QuantizedModel)]),
   dataset: source,
   evalDataset: z.union([z.number().gt(0), source]).optional(),
   datasetFormat: z.string().optional(),

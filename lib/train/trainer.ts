@@ -1,7 +1,7 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Tape } from '../autograd.js';
-import { type EncodedRow, explainRow, encodeRow } from '../data/encode.js';
+import { type EncodedRow, explainRow } from '../data/encode.js';
 import { shuffledOrder } from '../data/order.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import type { Row } from '../data/rows.js';
@@ -56,6 +56,13 @@ interface StepResult {
   gradNorm: number;
   finite: boolean;
   tokens: number;
+}
+
+/** A step whose work is in the queue. */
+interface EnqueuedStep {
+  step: number;
+  learningRate: number;
+  result: Promise<StepResult>;
 }
 
 const adapterName = 'default';
@@ -138,9 +145,9 @@ export class QLoRATrainer implements AsyncDisposable {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
       const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
-      const result = await this.#enqueueStep(encoded, this.#totalSteps);
-      if (!result) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
-      const { loss, gradNorm } = await result;
+      const step = await this.#enqueueStep(encoded, this.#totalSteps);
+      if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
+      const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };
     });
   }
@@ -227,7 +234,7 @@ export class QLoRATrainer implements AsyncDisposable {
     let skipped = 0;
     let since = performance.now();
     // A step's numbers are awaited after the next step was enqueued, so that the stream never runs dry.
-    let previous: { step: number; learningRate: number; result: Promise<StepResult> } | undefined;
+    let previous: EnqueuedStep | undefined;
     const report = async () => {
       if (!previous) return;
       const { step, learningRate, result } = previous;
@@ -257,14 +264,13 @@ export class QLoRATrainer implements AsyncDisposable {
     };
 
     while (this.#step < total) {
-      const learningRate = this.#learningRate(this.#step, total);
-      const result = await this.#enqueueStep(this.#rowsOfStep(this.#step), total, signal, report);
-      if (!result) {
+      const enqueued = await this.#enqueueStep(this.#rowsOfStep(this.#step), total, signal, report);
+      if (!enqueued) {
         await report();
         return this.#stopped(emit, finalLoss);
       }
       await report();
-      previous = { step: this.#step, learningRate, result };
+      previous = enqueued;
       if (evalSteps && this.#datasets.eval && this.#step % evalSteps === 0 && this.#step < total) {
         await report();
         if (!signal.aborted) await evaluate();
@@ -323,7 +329,7 @@ export class QLoRATrainer implements AsyncDisposable {
     totalSteps: number,
     signal?: AbortSignal,
     between: () => Promise<void> = async () => {},
-  ): Promise<Promise<StepResult> | undefined> {
+  ): Promise<EnqueuedStep | undefined> {
     const { batchSize, gradientCheckpointing, seed } = this.#options;
     const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
     // Rows of like length side by side: the sum is the same, the padding less.
@@ -356,8 +362,9 @@ export class QLoRATrainer implements AsyncDisposable {
       const [gradNorm, finite] = (await norms) as unknown as [number, number];
       return { loss, gradNorm, finite: finite === 1, tokens };
     })();
+    // Whoever awaits the result is told; a run that ends before that is not an unhandled rejection.
     result.catch(() => {});
-    return wrap(result);
+    return { step: this.#step, learningRate, result };
   }
 
   /** An adapter whose B is all zero learnt nothing: saving it would hide that. */
