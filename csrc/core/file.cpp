@@ -71,7 +71,7 @@ class OutputFile {
     // close frees the descriptor even where it fails
     if (const int descriptor = std::exchange(descriptor_, -1); close(descriptor) < 0 && errno != EINTR)
       fail("close it");
-    if (std::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename the new file to it");
+    if (retry([&] { return std::rename(temporary_.c_str(), path_.c_str()); }) < 0) fail("rename the new file to it");
     renamed_ = true;
     syncFolder();
   }

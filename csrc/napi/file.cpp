@@ -56,6 +56,29 @@ class BackgroundTask : public Napi::AsyncWorker {
   std::shared_ptr<const Error> error_;
 };
 
+/// A promise settled by `task` on the stream; rejected where the stream takes no more work. Holds `keep` until then.
+Napi::Promise onStream(Napi::Env env, Stream& stream, std::function<void(Context&)> task, Napi::Object keep) {
+  auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(keep));
+  Completions::Settle settle;
+  auto& completions = *env.GetInstanceData<AddonData>()->completions;
+  Napi::Promise promise = completions.add(
+      env, [kept](Napi::Env env) { return env.Undefined(); }, settle);
+  try {
+    stream.post([task = std::move(task), settle](Context& context) {
+      std::shared_ptr<const Error> error;
+      try {
+        task(context);
+      } catch (...) {
+        error = currentError();
+      }
+      settle(error);
+    });
+  } catch (...) {
+    settle(currentError());
+  }
+  return promise;
+}
+
 /// An open safetensors file: its bytes and what its header says.
 struct OpenSafetensors {
   explicit OpenSafetensors(const std::string& path) : file(path) {
@@ -179,28 +202,28 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
     });
   }
 
-  /// Fills the tensor with the bytes from `offset` of the data on, when its stream comes to it.
+  /// (tensor, byteOffset, name): fills the tensor with the bytes of the data from there on when its stream comes to it;
+  /// the name is for messages.
   Napi::Value readWith(const Napi::CallbackInfo& info, Reader reader) {
     return guarded(info.Env(), [&]() -> Napi::Value {
       const Shared file = opened();
       const TensorHandle& handle = TensorHandle::of(info[0]);
       const Tensor target = handle.tensor();
       const uint64_t offset = checkedOffset(*file, info[1].ToNumber().DoubleValue(), target.storage->bytes);
-      Completions::Settle settle;
-      auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
-      Napi::Promise promise = completions.add(
-          info.Env(), [](Napi::Env env) { return env.Undefined(); }, settle);
-      handle.stream->post([file, target, offset, reader, settle](Context& context) {
-        std::shared_ptr<const Error> error;
-        try {
-          target.storage->allocate();
-          reader(*file, target, offset, context.pool);
-        } catch (...) {
-          error = target.storage->error = currentError();
-        }
-        settle(error);
-      });
-      return promise;
+      return onStream(
+          info.Env(), *handle.stream,
+          [file, target, offset, reader, name = info[2].ToString().Utf8Value()](Context& context) {
+            try {
+              target.storage->allocate();
+              reader(*file, target, offset, context.pool);
+            } catch (...) {
+              const auto error = currentError();
+              target.storage->error =
+                  std::make_shared<Error>(error->code, "tensor " + quoted(name) + ": " + error->what(), error->hint);
+              throw Error(*target.storage->error);
+            }
+          },
+          info.This().As<Napi::Object>());
     });
   }
 
@@ -290,21 +313,8 @@ Napi::Value writeFileFrom(const Napi::CallbackInfo& info) {
       return BackgroundTask::start(
           info.Env(), [=] { content->write(path, temporary); }, array);
     }
-    auto keep = std::make_shared<Napi::ObjectReference>(Napi::Persistent(array.As<Napi::Object>()));
-    Completions::Settle settle;
-    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
-    Napi::Promise promise = completions.add(
-        info.Env(), [keep](Napi::Env env) { return env.Undefined(); }, settle);
-    content->stream->post([content, path, temporary, settle](Context&) {
-      std::shared_ptr<const Error> error;
-      try {
-        content->write(path, temporary);
-      } catch (...) {
-        error = currentError();
-      }
-      settle(error);
-    });
-    return promise;
+    return onStream(
+        info.Env(), *content->stream, [=](Context&) { content->write(path, temporary); }, array);
   });
 }
 

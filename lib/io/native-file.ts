@@ -8,8 +8,8 @@ export interface NativeSafetensorsFile {
   count(): { tensors: number; metadata: number };
   tensors(from: number, to: number): NativeTensorRow[];
   metadata(from: number, to: number): [key: string, value: string][];
-  read(tensor: NativeTensor, byteOffset: number): Promise<void>;
-  readFinite(tensor: NativeTensor, byteOffset: number): Promise<void>;
+  read(tensor: NativeTensor, byteOffset: number, name: string): Promise<void>;
+  readFinite(tensor: NativeTensor, byteOffset: number, name: string): Promise<void>;
   readBytes(byteOffset: number, bytes: number): Promise<Uint8Array>;
   close(): void;
 }

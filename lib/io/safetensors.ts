@@ -106,13 +106,13 @@ export class SafetensorsFile implements Disposable {
    */
   read(name: string, tensor: Tensor): Promise<void> {
     this.check(name, tensor);
-    return guard(() => this.handle.read(tensor.handle, this.entry(name).begin));
+    return guard(() => this.handle.read(tensor.handle, this.entry(name).begin, name));
   }
 
   /** The same, and ERR_QLORA_NOT_FINITE where a floating-point element is infinite or NaN. */
   readFinite(name: string, tensor: Tensor): Promise<void> {
     this.check(name, tensor);
-    return guard(() => this.handle.readFinite(tensor.handle, this.entry(name).begin));
+    return guard(() => this.handle.readFinite(tensor.handle, this.entry(name).begin, name));
   }
 
   /** The same for a part: as many elements as `tensor` has, from element `offset` of tensor `name` on. */
@@ -126,7 +126,7 @@ export class SafetensorsFile implements Disposable {
         `${this.path}: '${name}' has ${(end - begin) / size} elements, wanted were ${tensor.size} from ${offset} on`,
       );
     }
-    return guard(() => this.handle.readFinite(tensor.handle, begin + offset * size));
+    return guard(() => this.handle.readFinite(tensor.handle, begin + offset * size, name));
   }
 
   /**
@@ -142,7 +142,7 @@ export class SafetensorsFile implements Disposable {
         `${this.path}: '${name}' has ${end - begin} bytes, the tensor to fill ${bytes}`,
       );
     }
-    return guard(() => this.handle.read(tensor.handle, begin));
+    return guard(() => this.handle.read(tensor.handle, begin, name));
   }
 
   /** The bytes of a small tensor (at most 1 MiB), on no stream. */
