@@ -199,6 +199,11 @@ t.test('headers that lie', async (t) => {
     ['metadata key twice', fileOf('{"__metadata__":{"k":"1","k":"2"}}'), /metadata 'k' twice/],
     ['metadata of numbers', fileOf({ __metadata__: { k: 1 } }), /metadata 'k' must be a string/],
     ['metadata nested', fileOf({ __metadata__: { k: {} } }), /metadata 'k' must be a string/],
+    [
+      'endless metadata',
+      fileOf(`{"__metadata__":{${Array.from({ length: 100_001 }, (_, i) => `"${i}":""`)}}}`),
+      /more than 100000 metadata/,
+    ],
     ['metadata null', fileOf({ __metadata__: null }), /expected '\{'/],
     ['tensor is a number', fileOf({ a: 1 }), /'a' must be an object/],
     ['an array', fileOf('[]'), /does not begin with/],
