@@ -93,16 +93,17 @@ function addTensors(a: Tensor, b: Tensor): Tensor {
 }
 
 /**
- * Runs fn without recording, and again when its gradient is needed: only x is kept meanwhile. fn must compute the same
- * both times.
+ * Runs fn without recording, and again when its gradient is needed: only x is kept meanwhile, and `needs`, what else fn
+ * reads and its caller may dispose of. fn must compute the same both times.
  */
 export function checkpoint(
   tape: Tape | undefined,
   x: Tensor,
   fn: (tape: Tape | undefined, x: Tensor) => Tensor,
+  needs: readonly Tensor[] = [],
 ): Tensor {
   const y = fn(undefined, x);
-  tape?.recordAlways([x], [y], [x], ([dy]) => {
+  tape?.recordAlways([x], [y], [x, ...needs], ([dy]) => {
     const inner = new Tape();
     using input = x.view(x.shape);
     using again = fn(inner, input);

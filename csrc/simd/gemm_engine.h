@@ -1,0 +1,276 @@
+// The blocked matmul, over an engine that knows one tile of registers.
+//
+// A tile holds kRows x kStrip sums. One operand of it is broadcast, an element (or a pair of bf16) at a time: its panel
+// is [row][k], kStride apart. The other lies in lanes: its panel is a strip of kStrip columns, [k][lane] ([k /
+// 2][lane][2] for pairs). A lanes panel has its columns in split order (rows.h): kVector evens, then kVector odds.
+//
+//   nt       lanes are rows of A, packed once for all tasks; rows of B are decoded by each task and broadcast. K is in
+//            split order on both sides. The tile is transposed when it is stored.
+//   nn, tn   rows (columns) of A are packed once and broadcast; rows of B are decoded by each task into lanes. No
+//            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
+//
+// A task owns a block of C and walks all of K, so a sum is always made in the same order.
+#pragma once
+
+#include <cstring>
+
+#include "simd/dropout.h"
+#include "simd/gemm_store.h"
+#include "simd/rows.h"
+#include "simd/vector.h"
+
+namespace qlora::QLORA_ISA {
+
+constexpr int64_t roundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t ceilDivide(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+template <class E>
+class Engine {
+ public:
+  using Element = typename E::Element;
+  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kPair = E::kPair, kGroup = E::kGroup;
+  static constexpr int kChunk = E::kChunk, kStride = E::kStride;
+  static constexpr int64_t kTile = int64_t{kRows} * kStrip;
+
+  static PackedA pack(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {
+    PackedA packed{form, compute, M, K};
+    if (form == GemmForm::nt) {
+      const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
+      auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
+      context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
+        const int64_t strip = task % strips, begin = task / strips * kChunk, end = std::min<int64_t>(begin + kChunk, K);
+        const int64_t lanes = std::min<int64_t>(kStrip, M - strip * kStrip);
+        // Rows of a piece stay in the first cache until they are transposed.
+        constexpr int64_t kPiece = 128, kApart = kPiece + 32;
+        alignas(64) Element rows[kStrip * kApart];
+        std::fill(rows + lanes * kApart, rows + kStrip * kApart, Element{});
+        for (int64_t k = begin; k < end; k += kPiece) {
+          const int64_t n = std::min(kPiece, end - k);
+          E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
+          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), panels + (strip * depth + k) * kStrip);
+        }
+      });
+      packed.panels = panels;
+      return packed;
+    }
+    const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
+    auto* panels = context.scratch.take<Element>(chunks * M * kStride + 1);
+    context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
+      const int64_t chunk = task / blocks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
+      const int64_t row = task % blocks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
+      Element* out = panels + (chunk * M + row) * kStride;
+      if (form == GemmForm::nn) {
+        E::rowsNatural(a, compute, row, rows, k, n, out, kStride);
+      } else {
+        Element line[kRowsPacked];
+        for (int64_t c = 0; c < n; ++c) {
+          readNatural(a, compute, k + c, row, rows, line);
+          for (int64_t r = 0; r < rows; ++r) out[r * kStride + c] = line[r];
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        std::fill(out + r * kStride + n, out + r * kStride + roundUp(n, kPair), Element{});
+    });
+    packed.panels = panels;
+    return packed;
+  }
+
+  static void run(Context& context, const Gemm& g) {
+    if (g.form == GemmForm::tn && g.M > g.N) {
+      Gemm swapped = g;
+      std::swap(swapped.M, swapped.N);
+      std::swap(swapped.a, swapped.b);
+      return Engine(context, swapped, Store::transposed).runTasks(context);
+    }
+    Engine(context, g, g.form == GemmForm::nt ? Store::transposed : Store::direct).runTasks(context);
+  }
+
+ private:
+  enum class Store { direct, transposed };
+  static constexpr int64_t kRowsPacked = 64;
+  // Blocks of the operand that each task decodes, and of the one that is packed once: what fits the second cache.
+  static constexpr int64_t kDecoded = 128, kShared = 512;
+
+  struct Term {
+    GemmOperand b;
+    int64_t K;
+    const Element* a;
+    DropoutMask dropout;
+  };
+
+  Engine(Context& context, const Gemm& g, Store store) : g_(g), store_(store), lanesShared_(g.form == GemmForm::nt) {
+    if (g.extra.K > 0) {
+      const PackedA packed = pack(context, g.form, g.compute, g.extra.a, g.M, g.extra.K);
+      addTerm(g.extra.b, g.extra.K, packed, g.extra.dropout);
+    }
+    if (g.K > 0) {
+      const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K);
+      addTerm(g.b, g.K, packed, {});
+    }
+    // Fewer than this many tasks leave threads idle at the end.
+    constexpr int64_t kTasks = 16;
+    const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
+    shared_ = even(g.M, kShared, sharedUnit);
+    decoded_ = even(g.N, kDecoded, decodedUnit);
+    while (tasks() < kTasks && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
+    while (tasks() < kTasks && decoded_ > std::max<int64_t>(32, decodedUnit))
+      decoded_ = even(g.N, decoded_ / 2, decodedUnit);
+    const int threads = context.pool.size();
+    const int64_t rows = lanesShared_ ? decoded_ : shared_, lanes = lanesShared_ ? shared_ : decoded_;
+    panelSize_ = lanesShared_ ? decoded_ * kStride : roundUp(decoded_, decodedUnit) * kChunk;
+    tilesSize_ = (rows / kRows + 1) * ceilDivide(lanes, kStrip) * kTile;
+    panelBuffer_ = context.scratch.take<Element>(threads * panelSize_);
+    tilesBuffer_ = context.scratch.take<float>(threads * tilesSize_);
+  }
+
+  void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
+    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout};
+  }
+
+  /// The size of the even blocks that n falls into when none may pass `limit`.
+  static int64_t even(int64_t n, int64_t limit, int64_t unit) {
+    const int64_t blocks = std::max<int64_t>(1, ceilDivide(n, std::max(limit, unit)));
+    return std::max(unit, roundUp(ceilDivide(n, blocks), unit));
+  }
+
+  int64_t tasks() const { return ceilDivide(g_.M, shared_) * ceilDivide(g_.N, decoded_); }
+
+  void runTasks(Context& context) const {
+    const int64_t columns = ceilDivide(g_.N, decoded_);
+    context.pool.parallelFor(tasks(), [&](int64_t task, int thread) {
+      runTask(task / columns * shared_, task % columns * decoded_, thread);
+    });
+  }
+
+  /// Rows [m, m + shared_) by columns [n, n + decoded_) of C.
+  void runTask(int64_t m, int64_t n, int thread) const {
+    Element* panel = panelBuffer_ + thread * panelSize_;
+    const int64_t ms = std::min(shared_, g_.M - m), ns = std::min(decoded_, g_.N - n);
+    Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, tilesBuffer_ + thread * tilesSize_};
+    bool first = true;
+    for (int i = 0; i < termCount_; ++i) {
+      const Term& term = terms_[i];
+      for (int64_t k = 0; k < term.K; k += kChunk) {
+        const int64_t size = std::min<int64_t>(kChunk, term.K - k);
+        if (lanesShared_) {
+          E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
+          const int64_t depth = roundUp(term.K, kGroup);
+          multiply(block, roundUp(size, kGroup), panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip,
+                   first);
+        } else {
+          E::lanes(term.b, g_.compute, k, size, n, ns, panel);
+          multiply(block, roundUp(size, kPair), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
+                   first);
+        }
+        first = false;
+      }
+      if (term.dropout.p > 0) applyDropout(block, term.dropout, m, n);
+    }
+    if (first) std::fill_n(block.tiles, tilesSize_, 0.0f);
+    if (store_ == Store::direct) {
+      storeDirect(block, m, n);
+    } else {
+      lanesShared_ ? storeTransposed(block, m, n) : storeTransposed(block, n, m);
+    }
+  }
+
+  struct Block {
+    int64_t rows, lanes;
+    float* tiles;
+
+    int64_t groups() const { return ceilDivide(rows, kRows); }
+    int64_t strips() const { return ceilDivide(lanes, kStrip); }
+    /// Rows fall into groups of nearly one size.
+    int64_t groupStart(int64_t group) const { return group * rows / groups(); }
+    float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
+  };
+
+  static void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips, int64_t stripSize,
+                       bool first) {
+    for (int64_t group = 0; group < block.groups(); ++group) {
+      const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
+      for (int64_t strip = 0; strip < block.strips(); ++strip) {
+        E::tile(static_cast<int>(count), depth, rows + start * kStride, strips + strip * stripSize,
+                block.tile(group, strip), first);
+      }
+    }
+  }
+
+  /// Calls f(row, its kStrip sums in strip) for each row of the block.
+  template <class F>
+  static void forEachRow(const Block& block, int64_t strip, F&& f) {
+    for (int64_t group = 0; group < block.groups(); ++group) {
+      const int64_t start = block.groupStart(group), end = block.groupStart(group + 1);
+      float* tile = block.tile(group, strip);
+      for (int64_t row = start; row < end; ++row, tile += kStrip) f(row, tile);
+    }
+  }
+
+  /// nn only: rows are m, lanes are n in split order.
+  void applyDropout(const Block& block, const DropoutMask& dropout, int64_t m, int64_t n) const {
+    for (int64_t strip = 0; strip < block.strips(); ++strip) {
+      forEachRow(block, strip, [&](int64_t row, float* sums) {
+        float factor[kStrip];
+        dropoutFactors(dropout, (m + row) * g_.N + n + strip * kStrip, kStrip, factor);
+        for (int l = 0; l < kVector; ++l) {
+          sums[l] *= factor[2 * l];
+          sums[kVector + l] *= factor[2 * l + 1];
+        }
+      });
+    }
+  }
+
+  void storeDirect(const Block& block, int64_t m, int64_t n) const {
+    for (int64_t strip = 0; strip < block.strips(); ++strip) {
+      const int64_t first = n + strip * kStrip, count = std::min<int64_t>(kStrip, n + block.lanes - first);
+      forEachRow(block, strip, [&](int64_t row, const float* sums) {
+        float line[kStrip];
+        for (int l = 0; l < kVector; ++l) {
+          line[2 * l] = sums[l];
+          line[2 * l + 1] = sums[kVector + l];
+        }
+        storeRow(g_, m + row, first, count, line);
+      });
+    }
+  }
+
+  /// The block's lanes are rows of C from m, its rows are columns of C from n.
+  void storeTransposed(const Block& block, int64_t m, int64_t n) const {
+    constexpr int64_t kPiece = kStoreMost;
+    alignas(64) float lines[kStrip][kPiece + kVector];
+    alignas(64) float square[kVector * kStrip];
+    for (int64_t strip = 0; strip < block.strips(); ++strip) {
+      for (int64_t begin = 0; begin < block.rows; begin += kPiece) {
+        const int64_t end = std::min(block.rows, begin + kPiece);
+        int64_t filled = 0;
+        forEachRow(block, strip, [&](int64_t row, const float* sums) {
+          if (row < begin || row >= end) return;
+          std::memcpy(square + filled % kVector * kStrip, sums, sizeof(float) * kStrip);
+          if (++filled % kVector && row + 1 < end) return;
+          const int64_t column = (filled - 1) / kVector * kVector;
+          for (int half = 0; half < 2; ++half) {
+            transpose(square + half * kVector, kStrip, &lines[half * kVector][column], kPiece + kVector);
+          }
+        });
+        for (int lane = 0; lane < kStrip; ++lane) {
+          // Lanes that were decoded are in split order, lanes that were packed from rows are not.
+          const int64_t l = lanesShared_ ? lane : (lane < kVector ? 2 * lane : 2 * (lane - kVector) + 1);
+          const int64_t offset = strip * kStrip + l;
+          if (offset < block.lanes) storeRow(g_, m + offset, n + begin, end - begin, lines[lane]);
+        }
+      }
+    }
+  }
+
+  const Gemm g_;
+  const Store store_;
+  const bool lanesShared_;
+  Term terms_[2];
+  int termCount_ = 0;
+  int64_t shared_ = 0, decoded_ = 0;  // block sizes along M and N
+  int64_t panelSize_ = 0, tilesSize_ = 0;
+  Element* panelBuffer_ = nullptr;
+  float* tilesBuffer_ = nullptr;
+};
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,91 @@
+// The engine in fp32: products fused where the instruction set fuses.
+#pragma once
+
+#include "simd/gemm_engine.h"
+
+namespace qlora::QLORA_ISA {
+
+struct Fp32Engine {
+  using Element = float;
+  static constexpr int kPair = 1, kGroup = 2 * kVector, kStrip = 2 * kVector;
+  // As many sums as registers hold beside two lanes and a broadcast.
+  static constexpr int kRows = kVector == 16 ? 12 : (kVector == 8 ? 6 : 4);
+  static constexpr int kChunk = 256, kStride = kChunk + 16;
+
+  /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
+  static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, float* out,
+                        int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
+  }
+
+  /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
+  static void rowsNatural(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n,
+                          float* out, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) readNatural(o, compute, i + r, j, n, out + r * stride);
+  }
+
+  /// A strip from kStrip rows in split order, `stride` apart.
+  static void lanesFromRows(const float* rows, int64_t stride, int64_t depth, float* strip) {
+    for (int64_t k = 0; k < depth; k += kVector) {
+      for (int half = 0; half < 2; ++half) {
+        transpose(rows + half * kVector * stride + k, stride, strip + k * kStrip + half * kVector, kStrip);
+      }
+    }
+  }
+
+  /// Strips, kChunk * kStrip apart, of columns [j, j + columns) of rows [i, i + n).
+  static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,
+                    float* strips) {
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < columns; c += kStrip) {
+        readSplit<kGroup, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
+                                  strips + c * kChunk + r * kStrip);
+      }
+    }
+  }
+
+  template <int R>
+  static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
+    Vector sum[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) sum[r][v] = first ? Vector{} : load(c + r * kStrip + v * kVector);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const Vector x = broadcast(rows[r * kStride + k]);
+        sum[r][0] = multiplyAdd(x, low, sum[r][0]);
+        sum[r][1] = multiplyAdd(x, high, sum[r][1]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < 2; ++v) store(c + r * kStrip + v * kVector, sum[r][v]);
+    }
+  }
+
+  static void tile(int count, int64_t depth, const float* rows, const float* strip, float* c, bool first) {
+    switch (count) {
+#define QLORA_TILE(n) \
+  case n:             \
+    if constexpr (n <= kRows) return tileOf<n>(depth, rows, strip, c, first);
+      QLORA_TILE(1)
+      QLORA_TILE(2)
+      QLORA_TILE(3)
+      QLORA_TILE(4)
+      QLORA_TILE(5)
+      QLORA_TILE(6)
+      QLORA_TILE(7)
+      QLORA_TILE(8)
+      QLORA_TILE(9)
+      QLORA_TILE(10)
+      QLORA_TILE(11)
+      QLORA_TILE(12)
+#undef QLORA_TILE
+    }
+  }
+};
+
+}  // namespace qlora::QLORA_ISA
