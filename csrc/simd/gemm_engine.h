@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "simd/dropout.h"
+#include "simd/gemm_store.h"
 #include "simd/rows.h"
 #include "simd/vector.h"
 
@@ -37,13 +38,17 @@ class Engine {
       const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
       auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
-        const int64_t strip = task % strips, k = task / strips * kChunk, n = std::min<int64_t>(kChunk, K - k);
+        const int64_t strip = task % strips, begin = task / strips * kChunk, end = std::min<int64_t>(begin + kChunk, K);
         const int64_t lanes = std::min<int64_t>(kStrip, M - strip * kStrip);
-        alignas(64) Element rows[kStrip * kStride];
-        for (int64_t l = 0; l < lanes; ++l) E::readSplit(a, compute, strip * kStrip + l, k, n, rows + l * kStride);
-        const int64_t padded = roundUp(n, kGroup);
-        for (int64_t l = lanes; l < kStrip; ++l) std::fill_n(rows + l * kStride, padded, Element{});
-        E::lanesFromRows(rows, padded, panels + (strip * depth + k) * kStrip);
+        // Rows of a piece stay in the first cache until they are transposed.
+        constexpr int64_t kPiece = 128, kApart = kPiece + 32;
+        alignas(64) Element rows[kStrip * kApart];
+        std::fill(rows + lanes * kApart, rows + kStrip * kApart, Element{});
+        for (int64_t k = begin; k < end; k += kPiece) {
+          const int64_t n = std::min(kPiece, end - k);
+          E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
+          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), panels + (strip * depth + k) * kStrip);
+        }
       });
       packed.panels = panels;
       return packed;
@@ -55,7 +60,7 @@ class Engine {
       const int64_t row = task % blocks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
       Element* out = panels + (chunk * M + row) * kStride;
       if (form == GemmForm::nn) {
-        for (int64_t r = 0; r < rows; ++r) readNatural(a, compute, row + r, k, n, out + r * kStride);
+        E::rowsNatural(a, compute, row, rows, k, n, out, kStride);
       } else {
         Element line[kRowsPacked];
         for (int64_t c = 0; c < n; ++c) {
@@ -148,7 +153,7 @@ class Engine {
       for (int64_t k = 0; k < term.K; k += kChunk) {
         const int64_t size = std::min<int64_t>(kChunk, term.K - k);
         if (lanesShared_) {
-          for (int64_t r = 0; r < ns; ++r) E::readSplit(term.b, g_.compute, n + r, k, size, panel + r * kStride);
+          E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
           const int64_t depth = roundUp(term.K, kGroup);
           multiply(block, roundUp(size, kGroup), panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip,
                    first);
@@ -224,14 +229,14 @@ class Engine {
           line[2 * l] = sums[l];
           line[2 * l + 1] = sums[kVector + l];
         }
-        storeRow(m + row, first, count, line);
+        storeRow(g_, m + row, first, count, line);
       });
     }
   }
 
   /// The block's lanes are rows of C from m, its rows are columns of C from n.
   void storeTransposed(const Block& block, int64_t m, int64_t n) const {
-    constexpr int64_t kPiece = 4 * kStrip;
+    constexpr int64_t kPiece = kStoreMost;
     alignas(64) float lines[kStrip][kPiece + kVector];
     alignas(64) float square[kVector * kStrip];
     for (int64_t strip = 0; strip < block.strips(); ++strip) {
@@ -251,31 +256,10 @@ class Engine {
           // Lanes that were decoded are in split order, lanes that were packed from rows are not.
           const int64_t l = lanesShared_ ? lane : (lane < kVector ? 2 * lane : 2 * (lane - kVector) + 1);
           const int64_t offset = strip * kStrip + l;
-          if (offset < block.lanes) storeRow(m + offset, n + begin, end - begin, lines[lane]);
+          if (offset < block.lanes) storeRow(g_, m + offset, n + begin, end - begin, lines[lane]);
         }
       }
     }
-  }
-
-  /// C[m, n .. n + count) from sums.
-  void storeRow(int64_t m, int64_t n, int64_t count, const float* sums) const {
-    const float scale = g_.rowScale ? g_.alpha * g_.rowScale[m] : g_.alpha;
-    float line[4 * kStrip];
-    for (int64_t i = 0; i < count; ++i) line[i] = sums[i] * scale;
-    if (g_.columnScale) {
-      for (int64_t i = 0; i < count; ++i) line[i] *= g_.columnScale[n + i];
-    }
-    if (g_.bias) {
-      for (int64_t i = 0; i < count; ++i) line[i] += g_.bias[n + i];
-    }
-    dispatchFloat(g_.cDtype, [&](auto zero) {
-      using T = decltype(zero);
-      T* c = static_cast<T*>(g_.c) + m * g_.cStride + n;
-      if (g_.store == GemmStore::add) {
-        for (int64_t i = 0; i < count; ++i) line[i] += toFloat(c[i]);
-      }
-      for (int64_t i = 0; i < count; ++i) c[i] = fromFloat<T>(line[i]);
-    });
   }
 
   const Gemm g_;

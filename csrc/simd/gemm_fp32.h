@@ -12,15 +12,23 @@ struct Fp32Engine {
   static constexpr int kRows = kVector == 16 ? 12 : (kVector == 8 ? 6 : 4);
   static constexpr int kChunk = 256, kStride = kChunk + 16;
 
-  static void readSplit(const GemmOperand& o, DType compute, int64_t i, int64_t j, int64_t n, float* out) {
-    QLORA_ISA::readSplit<kGroup, kChunk>(o, compute, i, j, n, out);
+  /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
+  static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, float* out,
+                        int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
-  /// Strip from kStrip rows, kStride apart.
-  static void lanesFromRows(const float* rows, int64_t depth, float* strip) {
+  /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
+  static void rowsNatural(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n,
+                          float* out, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) readNatural(o, compute, i + r, j, n, out + r * stride);
+  }
+
+  /// A strip from kStrip rows in split order, `stride` apart.
+  static void lanesFromRows(const float* rows, int64_t stride, int64_t depth, float* strip) {
     for (int64_t k = 0; k < depth; k += kVector) {
       for (int half = 0; half < 2; ++half) {
-        transpose(rows + half * kVector * kStride + k, kStride, strip + k * kStrip + half * kVector, kStrip);
+        transpose(rows + half * kVector * stride + k, stride, strip + k * kStrip + half * kVector, kStrip);
       }
     }
   }
@@ -30,7 +38,8 @@ struct Fp32Engine {
                     float* strips) {
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c < columns; c += kStrip) {
-        readSplit(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c), strips + c * kChunk + r * kStrip);
+        readSplit<kGroup, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
+                                  strips + c * kChunk + r * kStrip);
       }
     }
   }
@@ -38,17 +47,20 @@ struct Fp32Engine {
   template <int R>
   static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
     Vector sum[R][2];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) sum[r][v] = first ? Vector{} : load(c + r * kStrip + v * kVector);
     }
     for (int64_t k = 0; k < depth; ++k) {
       const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Vector x = broadcast(rows[r * kStride + k]);
         sum[r][0] = multiplyAdd(x, low, sum[r][0]);
         sum[r][1] = multiplyAdd(x, high, sum[r][1]);
       }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) store(c + r * kStrip + v * kVector, sum[r][v]);
     }

@@ -1,0 +1,306 @@
+// The engine on AVX-512 with bf16: pairs of k through vdpbf16ps, which is fma(even, fma(odd, sum)) in each fp32 lane.
+//
+// The sixteen values of a block of 4-bit weights are scaled and rounded once, to a table of 32 (16 twice, since the
+// permute reads five bits of an index and only four are the weight's); one permute then decodes 32 weights.
+#pragma once
+
+#include "simd/gemm_engine.h"
+#include "simd/nibbles.h"
+
+namespace qlora::QLORA_ISA {
+
+QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+/// The scaled table of the block, twice over.
+QLORA_INLINE __m512i scaledTable(__m512 code, float absmax) {
+  const __m512 scaled = _mm512_mul_ps(code, _mm512_set1_ps(absmax));
+  return bf16Pair(scaled, scaled);
+}
+
+/// A group of 64 weights from 32 bytes: evens and odds.
+struct Group {
+  __m512i even, odd;
+};
+QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i table) {
+  const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table), _mm512_permutexvar_epi16(w, table)};
+}
+/// The same where the second half of the group has another table (blocks of 32).
+QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i first, __m512i second) {
+  const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  // Bit 5 of an index chooses the table.
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(32), 1),
+                four = _mm512_set1_epi16(15);
+  const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), four, half, 0xea);  // (a & b) | c
+  const __m512i odd = _mm512_ternarylogic_epi32(w, four, half, 0xea);
+  return {_mm512_permutex2var_epi16(first, even, second), _mm512_permutex2var_epi16(first, odd, second)};
+}
+
+/// Decodes rows of a 4-bit weight whose rows are whole groups of 64.
+class GroupReader {
+ public:
+  static bool reads(const Weight& w) { return w.data.dtype == DType::u8 && w.K % 64 == 0; }
+
+  explicit GroupReader(const Nibbles& n) : n_(n), code_(_mm512_loadu_ps(n.code)) {}
+
+  /// `flat` is the first of 64 elements, a multiple of 64.
+  QLORA_INLINE Group read(int64_t flat) const {
+    const uint8_t* bytes = n_.data + (flat >> 1);
+    const int64_t block = flat >> n_.shift;
+    const __m512i table = scaledTable(code_, n_.scale(block));
+    if (n_.shift > 5) return decodeGroup(bytes, table);
+    return decodeGroup(bytes, table, scaledTable(code_, n_.scale(block + 1)));
+  }
+  QLORA_INLINE void prefetch(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1), _MM_HINT_T0); }
+
+ private:
+  const Nibbles& n_;
+  const __m512 code_;
+};
+
+/// 32 elements of a dense row from p as bf16; only the first n where n < 32.
+template <class T>
+QLORA_INLINE __m512i loadRow(const T* p, int64_t n, float scale) {
+  const __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
+    if (scale == 1) return x;
+    const __m512 s = _mm512_set1_ps(scale);
+    const auto wide = [](__m256i half) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    };
+    return bf16Pair(_mm512_mul_ps(wide(_mm512_castsi512_si256(x)), s),
+                    _mm512_mul_ps(wide(_mm512_extracti64x4_epi64(x, 1)), s));
+  } else {
+    const __m512 s = _mm512_set1_ps(scale);
+    const auto wide = [&](const T* from, __mmask16 m) {
+      if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps(m, from);
+      if constexpr (std::is_same_v<T, f16>) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, from));
+      if constexpr (std::is_same_v<T, int8_t>) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, from)));
+      }
+    };
+    return bf16Pair(_mm512_mul_ps(wide(p, low), s), _mm512_mul_ps(wide(p + 16, high), s));
+  }
+}
+
+/// Calls f(pointer to element (0, 0), stride, scale of a row) with the type that a dense operand or weight has.
+template <class F>
+QLORA_INLINE void withDense(const GemmOperand& o, F&& f) {
+  const Weight* w = o.weight;
+  const DType dtype = w ? w->data.dtype : o.dtype;
+  const void* data = w ? w->data.data<void>() : o.data;
+  const int64_t stride = w ? w->K : o.stride;
+  const float scale = w ? 1.0f : o.scale;
+  switch (dtype) {
+    case DType::f32:
+      return f(static_cast<const float*>(data), stride, [=](int64_t) { return scale; });
+    case DType::bf16:
+      return f(static_cast<const bf16*>(data), stride, [=](int64_t) { return scale; });
+    case DType::f16:
+      return f(static_cast<const f16*>(data), stride, [=](int64_t) { return scale; });
+    default:
+      return f(static_cast<const int8_t*>(data), stride, [=](int64_t) { return scale; });
+  }
+}
+
+struct Bf16Engine {
+  using Element = bf16;
+  static constexpr int kPair = 2, kGroup = 64, kStrip = 2 * kVector;
+  static constexpr int kRows = 12, kChunk = 512, kStride = kChunk + 32;
+  // Rows that a decoder asks memory for ahead of their turn.
+  static constexpr int kAheadRows = 4, kAheadLanes = 16;
+
+  static bool isNibbles(const GemmOperand& o) { return o.weight && o.weight->data.dtype == DType::u8; }
+  static bool isIntegerRows(const GemmOperand& o) { return o.weight && o.weight->data.dtype == DType::i8; }
+
+  /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
+  static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
+                        int64_t stride) {
+    if (isNibbles(o) && GroupReader::reads(*o.weight)) {
+      const Nibbles nibbles(*o.weight);
+      const GroupReader reader(nibbles);
+      for (int64_t r = 0; r < rows; ++r, out += stride) {
+        const int64_t flat = (i + r) * nibbles.K + j;
+        for (int64_t g = 0; g < n; g += 64) {
+          if (g % 128 == 0) reader.prefetch(flat + g + kAheadRows * nibbles.K);
+          const Group group = reader.read(flat + g);
+          _mm512_storeu_si512(out + g, group.even);
+          _mm512_storeu_si512(out + g + 32, group.odd);
+        }
+      }
+      return;
+    }
+    if (isNibbles(o) || isIntegerRows(o)) {
+      for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
+      return;
+    }
+    withDense(o, [&](const auto* data, int64_t from, auto scale) {
+      const __m512i evens = counting(0, 2), odds = counting(1, 2);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* line = data + (i + r) * from + j;
+        const float s = scale(r);
+        for (int64_t g = 0; g < n; g += 64) {
+          const __m512i low = loadRow(line + g, n - g, s);
+          const __m512i high = n - g > 32 ? loadRow(line + g + 32, n - g - 32, s) : _mm512_setzero_si512();
+          _mm512_storeu_si512(out + r * stride + g, _mm512_permutex2var_epi16(low, evens, high));
+          _mm512_storeu_si512(out + r * stride + g + 32, _mm512_permutex2var_epi16(low, odds, high));
+        }
+      }
+    });
+  }
+
+  /// Rows [i, i + rows), columns [j, j + n), in memory's order, a zero behind an odd n.
+  static void rowsNatural(const GemmOperand& o, DType, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
+                          int64_t stride) {
+    withDense(o, [&](const auto* data, int64_t from, auto scale) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* line = data + (i + r) * from + j;
+        for (int64_t c = 0; c < n; c += 32)
+          _mm512_storeu_si512(out + r * stride + c, loadRow(line + c, n - c, scale(r)));
+      }
+    });
+  }
+
+  /// A strip from kStrip rows in split order, `stride` apart.
+  static void lanesFromRows(const bf16* rows, int64_t stride, int64_t depth, bf16* strip) {
+    const auto* pairs = reinterpret_cast<const float*>(rows);
+    auto* out = reinterpret_cast<float*>(strip);
+    for (int64_t k = 0; k < depth / 2; k += kVector) {
+      for (int half = 0; half < 2; ++half) {
+        transpose(pairs + half * kVector * stride / 2 + k, stride / 2, out + k * kStrip + half * kVector, kStrip);
+      }
+    }
+  }
+
+  /// Strips, kChunk * kStrip apart, of columns [j, j + columns) of rows [i, i + n).
+  static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,
+                    bf16* strips) {
+    if (isNibbles(o) && GroupReader::reads(*o.weight)) return lanesOfNibbles(*o.weight, i, n, j, columns, strips);
+    if (isNibbles(o) || isIntegerRows(o)) {
+      alignas(64) bf16 pair[2][kGroup];
+      for (int64_t r = 0; r < n; r += 2) {
+        for (int64_t c = 0; c < columns; c += kStrip) {
+          const int64_t count = std::min<int64_t>(kStrip, columns - c);
+          std::memset(pair, 0, sizeof pair);
+          readNatural(o, compute, i + r, j + c, count, pair[0]);
+          if (r + 1 < n) readNatural(o, compute, i + r + 1, j + c, count, pair[1]);
+          storePair(_mm512_load_si512(pair[0]), _mm512_load_si512(pair[1]), strips + c * kChunk + r * kStrip);
+        }
+      }
+      return;
+    }
+    withDense(o, [&](const auto* data, int64_t from, auto scale) {
+      for (int64_t r = 0; r < n; r += 2) {
+        const auto* line = data + (i + r) * from + j;
+        for (int64_t c = 0; c < columns; c += kStrip) {
+          const __m512i first = loadRow(line + c, columns - c, scale(r));
+          const __m512i second =
+              r + 1 < n ? loadRow(line + from + c, columns - c, scale(r + 1)) : _mm512_setzero_si512();
+          storePair(first, second, strips + c * kChunk + r * kStrip);
+        }
+      }
+    });
+  }
+
+  static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    switch (count) {
+      case 1:
+        return tileOf<1>(depth, rows, strip, c, first);
+      case 2:
+        return tileOf<2>(depth, rows, strip, c, first);
+      case 3:
+        return tileOf<3>(depth, rows, strip, c, first);
+      case 4:
+        return tileOf<4>(depth, rows, strip, c, first);
+      case 5:
+        return tileOf<5>(depth, rows, strip, c, first);
+      case 6:
+        return tileOf<6>(depth, rows, strip, c, first);
+      case 7:
+        return tileOf<7>(depth, rows, strip, c, first);
+      case 8:
+        return tileOf<8>(depth, rows, strip, c, first);
+      case 9:
+        return tileOf<9>(depth, rows, strip, c, first);
+      case 10:
+        return tileOf<10>(depth, rows, strip, c, first);
+      case 11:
+        return tileOf<11>(depth, rows, strip, c, first);
+      default:
+        return tileOf<12>(depth, rows, strip, c, first);
+    }
+  }
+
+ private:
+  /// 16-bit lanes start, start + step, ...
+  static __m512i counting(int start, int step) {
+    alignas(64) uint16_t index[32];
+    for (int l = 0; l < 32; ++l) index[l] = static_cast<uint16_t>(start + l * step);
+    return _mm512_load_si512(index);
+  }
+
+  /// Two rows of 32 columns as pairs: the even columns, then the odd ones.
+  QLORA_INLINE static void storePair(__m512i first, __m512i second, bf16* out) {
+    constexpr __mmask32 kUpper = 0xaaaaaaaa;
+    _mm512_storeu_si512(out, _mm512_mask_blend_epi16(kUpper, first, _mm512_slli_epi32(second, 16)));
+    _mm512_storeu_si512(out + 32, _mm512_mask_blend_epi16(kUpper, _mm512_srli_epi32(first, 16), second));
+  }
+
+  static void lanesOfNibbles(const Weight& w, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
+    const Nibbles nibbles(w);
+    const GroupReader reader(nibbles);
+    alignas(64) uint16_t index[32];
+    for (int l = 0; l < 32; ++l) index[l] = static_cast<uint16_t>(l / 2 + l % 2 * 32);
+    const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t r = 0; r < n; r += 2) {
+      const int64_t flat = (i + r) * nibbles.K + j;
+      for (int64_t c = 0; c < columns; c += 64) {
+        if (c % 128 == 0) {
+          reader.prefetch(flat + c + kAheadLanes * nibbles.K);
+          reader.prefetch(flat + c + (kAheadLanes + 1) * nibbles.K);
+        }
+        const Group first = reader.read(flat + c);
+        const Group second = r + 1 < n ? reader.read(flat + nibbles.K + c) : Group{};
+        bf16* out = strips + c * kChunk + r * kStrip;
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first.even, low, second.even));
+        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(first.odd, low, second.odd));
+        out += kChunk * kStrip;
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first.even, high, second.even));
+        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(first.odd, high, second.odd));
+      }
+    }
+  }
+
+  template <int R>
+  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    __m512 sum[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      sum[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip);
+      sum[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip + kVector);
+    }
+    for (int64_t k = 0; k < depth; k += 2) {
+      const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
+      const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, rows + r * kStride + k, sizeof pair);
+        const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, low);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, high);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(c + r * kStrip, sum[r][0]);
+      _mm512_storeu_ps(c + r * kStrip + kVector, sum[r][1]);
+    }
+  }
+};
+
+}  // namespace qlora::QLORA_ISA
