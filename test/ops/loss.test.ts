@@ -1,5 +1,5 @@
-import { createHash } from 'node:crypto';
 import { execFileSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { Tape } from '../../lib/autograd.js';
@@ -110,8 +110,16 @@ async function checkAll(stream: Stream, M: number, V: number, C: number, softCap
   return [
     largestError(await loss.read(), [expected.loss], expected.loss),
     largestError(await tokenLoss.read(), expected.tokenLoss, 10),
-    largestError((await dh.read()).map((g) => g / 2), expected.dh, 1 / 64),
-    largestError((await W.gradient.read()).map((g) => g - 0.5), expected.dweight, 1 / 64),
+    largestError(
+      (await dh.read()).map((g) => g / 2),
+      expected.dh,
+      1 / 64,
+    ),
+    largestError(
+      (await W.gradient.read()).map((g) => g - 0.5),
+      expected.dweight,
+      1 / 64,
+    ),
   ];
 }
 
@@ -125,7 +133,11 @@ async function digest(): Promise<string> {
   const table = numbers([V, C]);
   table.requiresGrad = true;
   table.gradient = zeros(stream, [V, C], 'f32');
-  const ids = Tensor.from(stream, Int32Array.from({ length: M }, (_, i) => (i * i) % 7), [M]);
+  const ids = Tensor.from(
+    stream,
+    Int32Array.from({ length: M }, (_, i) => (i * i) % 7),
+    [M],
+  );
   const tape = new Tape();
   const h = embedding(tape, table, ids);
   const loss = linearCrossEntropy(tape, h, Weight.dense(table), ids, { scale: 0.1 });
@@ -149,7 +161,12 @@ if (process.env.QLORA_TEST_DIGEST) {
         [7, 50, 5, 1.5],
         [1400, 20011, 2, 0],
       ] as const) {
-        const [loss, tokenLoss, dh, dweight] = (await checkAll(stream, M, V, C, softCap)) as [number, number, number, number];
+        const [loss, tokenLoss, dh, dweight] = (await checkAll(stream, M, V, C, softCap)) as [
+          number,
+          number,
+          number,
+          number,
+        ];
         t.ok(loss < 1e-6, `loss ${loss}`);
         t.ok(tokenLoss < 1e-6, `tokenLoss ${tokenLoss}`);
         t.ok(dh < 3e-6, `dh ${dh}`);
@@ -166,7 +183,9 @@ if (process.env.QLORA_TEST_DIGEST) {
       h.requiresGrad = true;
       const weight = Weight.dense(Tensor.from(stream, Float32Array.of(1, 2), [1, 2]));
       const tape = new Tape();
-      const loss = linearCrossEntropy(tape, h, weight, Tensor.from(stream, Int32Array.of(-100, -100), [2]), { scale: 1 });
+      const loss = linearCrossEntropy(tape, h, weight, Tensor.from(stream, Int32Array.of(-100, -100), [2]), {
+        scale: 1,
+      });
       const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]), h) as Tensor;
       t.same([...(await loss.read()), ...(await dh.read())], [0, 0, 0, 0, 0]);
       await stream.close();

@@ -26,14 +26,22 @@ function probabilities(logits: readonly number[], { temperature = 1, topK = 0, t
     const p = softmax();
     const upwards = p.map((_, i) => i).sort((a, b) => (p[a] as number) - (p[b] as number) || b - a);
     let sum = 0;
-    const removed = new Set(upwards.filter((i) => (sum += p[i] as number) <= 1 - topP && i !== upwards.at(-1)));
+    const upTo = (i: number) => {
+      sum += p[i] as number;
+      return sum;
+    };
+    const removed = new Set(upwards.filter((i) => upTo(i) <= 1 - topP && i !== upwards.at(-1)));
     scores = scores.map((z, i) => (removed.has(i) ? Number.NEGATIVE_INFINITY : z));
   }
   return softmax();
 }
 
 /** How often each token came in `draws` draws from the same logits. */
-async function frequencies(logits: readonly number[], options: Partial<SampleOptions>, draws: number): Promise<number[]> {
+async function frequencies(
+  logits: readonly number[],
+  options: Partial<SampleOptions>,
+  draws: number,
+): Promise<number[]> {
   const stream = new Stream();
   const rows = Float32Array.from({ length: draws * logits.length }, (_, i) => logits[i % logits.length] as number);
   const ids = await sample(Tensor.from(stream, rows, [draws, logits.length]), { ...key, ...options }).read();
@@ -115,7 +123,10 @@ await forEachIsa(t, import.meta.url, async () => {
       const rows = new Float32Array(200 * V);
       for (let row = 0; row < 200; row++) rows.set(logits, row * V);
       const ids = await sample(Tensor.from(stream, rows, [200, V]), { ...key, ...options }).read();
-      t.ok(ids.every((id) => (p[id] as number) > 0), `${kept} of ${V} kept`);
+      t.ok(
+        ids.every((id) => (p[id] as number) > 0),
+        `${kept} of ${V} kept`,
+      );
       t.ok(new Set(ids).size > Math.min(kept, 200) / 4, 'and they differ');
       await stream.close();
     }
