@@ -156,7 +156,7 @@ await forEachIsa(t, import.meta.url, async () => {
       const back = (await cast(undefined, wide, dtype).readBits()) as Uint16Array;
       t.ok(back.every((bits, i) => bits === i || nan[i]));
       const nanStays = await cast(undefined, cast(undefined, wide, dtype), 'f32').read();
-      t.ok(nanStays.every((x, i) => Number.isNaN(x) === isNaN[i]));
+      t.ok(nanStays.every((x, i) => Number.isNaN(x) === nan[i]));
       // Between every two neighbours: halfway, and one unit of fp32 beside it.
       const finite = Array.from(await wide.read())
         .filter((x) => Number.isFinite(x) && x > 0)
