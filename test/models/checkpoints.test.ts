@@ -85,14 +85,17 @@ await forEachIsa(t, import.meta.url, async () => {
  */
 function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string, StoredTensor>, name: string): void {
   const { type, doubleQuant } = optionsOf(name);
+  // FP4's code 8 is zero as code 0 is, and bitsandbytes' CPU build chooses otherwise between them.
+  const valueOf = (code: number) => (type === 'fp4' ? code % 8 && code : code);
   let differing = 0;
   for (const [key, tensor] of want) {
     if (!want.has(`${key}.absmax`) && !isQuantized(key)) continue;
     const [a, b] = [bytesOf(got.get(key) as StoredTensor), bytesOf(tensor)];
     if (want.has(`${key}.absmax`)) {
       a.forEach((byte, i) => {
-        if (byte >> 4 !== (b[i] as number) >> 4) differing++;
-        if ((byte & 15) !== ((b[i] as number) & 15)) differing++;
+        const other = b[i] as number;
+        if (valueOf(byte >> 4) !== valueOf(other >> 4)) differing++;
+        if (valueOf(byte & 15) !== valueOf(other & 15)) differing++;
       });
     } else if (key.endsWith('.absmax') && !doubleQuant && !Buffer.from(a).equals(Buffer.from(b))) {
       t.fail(`${key}: other block maxima`);
@@ -100,7 +103,7 @@ function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string,
       t.fail(`${key}: another map`);
     }
   }
-  t.ok(differing <= (type === 'fp4' ? 64 : 0), `quantized anew: ${differing} codes differ`);
+  t.ok(differing <= (type === 'fp4' ? 64 : 0), `quantized anew: ${differing} values differ`);
 }
 
 /** A model whose tensors are large beside its 4-bit layers; returns the bytes of the largest. */
