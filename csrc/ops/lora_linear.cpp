@@ -11,7 +11,7 @@ namespace qlora::QLORA_ISA {
 namespace {
 
 /// mask * x as a matrix in scratch, of x's type.
-GemmOperand dropped(Context& context, const Tensor& x, const Dropout& dropout) {
+GemmOperand dropped(Context& context, const Tensor& x, const DropoutMask& dropout) {
   const int64_t rows = leading(x), K = x.dim(-1);
   void* out = context.scratch.bytes(static_cast<size_t>(rows * K) * sizeOf(x.dtype));
   dispatchFloat(x.dtype, [&](auto zero) {
@@ -35,7 +35,7 @@ GemmOperand dropped(Context& context, const Tensor& x, const Dropout& dropout) {
 
 void loraLinearForward(Context& context, const LoraLinearForward& a) {
   const int64_t M = leading(a.x), K = a.weight.K, r = a.loraA.dim(0);
-  const Dropout dropout{a.dropout, a.seed, a.stream};
+  const DropoutMask dropout{a.dropout, a.seed, a.stream};
   // What multiplies A also multiplies W, unless dropout sets them apart or W takes integers.
   PackedA packed;
   const PackedA* shared = nullptr;
@@ -64,7 +64,7 @@ void loraLinearForward(Context& context, const LoraLinearForward& a) {
 void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
   const int64_t M = leading(a.x), N = a.weight.N, K = a.weight.K, r = a.loraA.dim(0);
   const DType compute = a.x.dtype;
-  const Dropout dropout{a.dropout, a.seed, a.stream};
+  const DropoutMask dropout{a.dropout, a.seed, a.stream};
   const PackedA dy = packA(context, GemmForm::nn, compute, matrix(a.dy), M, N);
   float* u = context.scratch.take<float>(M * r);
   gemm(context, {.form = GemmForm::nn,

@@ -3,15 +3,60 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/dequantize.h"
+#include "ops/quantize.h"
+#include "ops/cast.h"
+#include "ops/elementwise.h"
+#include "ops/embedding.h"
+#include "ops/glu.h"
+#include "ops/grad_norm.h"
+#include "ops/linear_cross_entropy.h"
+#include "ops/optimizer.h"
+#include "ops/random_uniform.h"
 #include "ops/dora.h"
 #include "ops/lora_linear.h"
 #include "ops/matmul.h"
 #include "ops/rms_norm.h"
+#include "ops/sample.h"
+#include "ops/attention.h"
+#include "ops/key_value_cache.h"
+#include "ops/random_uniform.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
+  X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
+  X(quantize4bit, Quantize4bit) \
+  X(doubleQuantize, DoubleQuantize) \
+  X(quantize8bit, Quantize8bit) \
+  X(quantizeInt8, QuantizeInt8) \
+  X(dequantize, Dequantize) \
+  X(dequantize8bit, Dequantize8bit) \
+  X(fourBitCode, FourBitCode) \
+  X(dynamicMapCode, DynamicMapCode) \
+  X(fill, Fill) \
+  X(add, Add) \
+  X(scale, Scale) \
+  X(scaleByTensor, ScaleByTensor) \
+  X(dropout, Dropout) \
+  X(cast, Cast) \
+  X(gluForward, GluForward) \
+  X(gluBackward, GluBackward) \
+  X(embeddingForward, EmbeddingForward) \
+  X(embeddingBackward, EmbeddingBackward) \
+  X(linearCrossEntropy, LinearCrossEntropy) \
+  X(gradNorm, GradNorm) \
+  X(adamw, AdamW) \
+  X(sgd, Sgd) \
+  X(sample, Sample) \
+  X(ropeTable, RopeTable) \
+  X(rope, Rope) \
+  X(attentionForward, AttentionForward) \
+  X(attentionBackward, AttentionBackward) \
+  X(appendKeyValue, AppendKeyValue) \
   X(matmulForward, MatmulForward) \
   X(matmulBackward, MatmulBackward) \
   X(matmulBackwardWeight, MatmulBackwardWeight) \

@@ -16,6 +16,7 @@
 
 #include "core/stream.h"
 #include "ops/weight.h"
+#include "simd/dropout.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -40,17 +41,11 @@ struct PackedA {
   bool split = true;  // the order of K (rows.h); only nt has a choice
 };
 
-/// Element (m, n) of a product is kept, times 1 / (1 - p), where random element m * N + n of (seed, stream) is >= p.
-struct Dropout {
-  float p = 0;
-  uint64_t seed = 0, stream = 0;
-};
-
 /// A product that is added in the same accumulators, of the same form, M and N.
 struct GemmExtra {
   GemmOperand a, b;
-  int64_t K = 0;  // 0: there is none
-  Dropout dropout{};
+  int64_t K = 0;          // 0: there is none
+  DropoutMask dropout{};  // of its elements m * N + n
 };
 
 struct Gemm {

@@ -104,7 +104,7 @@ class Engine {
     GemmOperand b;
     int64_t K;
     const Element* a;
-    Dropout dropout;
+    DropoutMask dropout;
     bool split;
   };
 
@@ -136,7 +136,7 @@ class Engine {
   /// 4-bit weights come apart in split order.
   static bool hasOrder(const GemmOperand& b) { return b.weight && b.weight->data.dtype == DType::u8; }
 
-  void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const Dropout& dropout) {
+  void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
     terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split};
   }
 
@@ -225,7 +225,7 @@ class Engine {
   }
 
   /// nn only: rows are m, lanes are n in split order.
-  void applyDropout(const Block& block, const Dropout& dropout, int64_t m, int64_t n) const {
+  void applyDropout(const Block& block, const DropoutMask& dropout, int64_t m, int64_t n) const {
     for (int64_t strip = 0; strip < block.strips(); ++strip) {
       forEachRow(block, strip, [&](int64_t row, float* sums) {
         float factor[kStrip];

@@ -1,0 +1,139 @@
+/**
+ * A decoder-only transformer as its DecoderConfig describes it. Shapes: B rows, T tokens a row, C hidden size, H query
+ * heads, G key-value heads, D head size, V vocabulary, S places of the cache.
+ */
+import { checkpoint, type Tape } from '../autograd.js';
+import type { Linear, Pass } from '../nn/linear.js';
+import { attention } from '../ops/attention.js';
+import { add } from '../ops/elementwise.js';
+import { embedding } from '../ops/embedding.js';
+import { glu } from '../ops/glu.js';
+import { appendKeyValue } from '../ops/key-value-cache.js';
+import { reshape } from '../ops/reshape.js';
+import { rmsNorm } from '../ops/rms-norm.js';
+import { type RopeTable, rope } from '../ops/rope.js';
+import type { Weight } from '../ops/weight.js';
+import type { FloatDType, Tensor } from '../tensor.js';
+import type { DecoderConfig } from './config.js';
+import type { KeyValueCache } from './key-value-cache.js';
+
+export interface Block {
+  attentionNorm: Tensor;
+  q: Linear;
+  k: Linear;
+  v: Linear;
+  o: Linear;
+  mlpNorm: Tensor;
+  gate: Linear;
+  up: Linear;
+  down: Linear;
+}
+
+export interface DecoderWeights {
+  /** [V, C] */
+  embedding: Tensor;
+  layers: readonly Block[];
+  norm: Tensor;
+  /** [V, C]; the embedding itself where they are tied. */
+  head: Weight;
+}
+
+export interface DecoderInput {
+  /** i32 [B, T] */
+  tokens: Tensor;
+  /** cos and sin of each token's position, [B T, rotaryDim / 2] */
+  rope: RopeTable;
+  /** i32 [B, T]: tokens attend within equal ids only; left out where each row is one sequence. */
+  segments?: Tensor;
+  cache?: KeyValueCache;
+}
+
+export interface DecoderPass extends Pass {
+  computeDtype: FloatDType;
+  /** 'blocks' keeps only each block's input and computes the rest again in the backward pass. */
+  checkpointing: 'none' | 'blocks';
+}
+
+/** Hidden states after the last norm, [B T, C]. */
+export function decode(
+  tape: Tape | undefined,
+  config: DecoderConfig,
+  weights: DecoderWeights,
+  input: DecoderInput,
+  pass: DecoderPass,
+): Tensor {
+  const { tokens, cache } = input;
+  const [B, T] = tokens.shape as [number, number];
+  const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
+  let x = reshape(tape, embedded, [B * T, config.hiddenSize]);
+  embedded.dispose();
+  weights.layers.forEach((block, layer) => {
+    const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
+    const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
+    const y = tape && pass.checkpointing === 'blocks' ? checkpoint(tape, x, run, needs) : run(tape, x);
+    x.dispose();
+    x = y;
+  });
+  cache?.advance(T);
+  using last = x;
+  return rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
+}
+
+function runBlock(
+  tape: Tape | undefined,
+  config: DecoderConfig,
+  block: Block,
+  layer: number,
+  x: Tensor,
+  input: DecoderInput,
+  pass: DecoderPass,
+): Tensor {
+  const { eps, offset } = config.norm;
+  using normed = rmsNorm(tape, x, block.attentionNorm, eps, offset);
+  using attended = attend(tape, config, block, layer, normed, input, pass);
+  using projected = block.o.forward(tape, attended, pass);
+  using h = add(tape, x, projected);
+  using mlpInput = rmsNorm(tape, h, block.mlpNorm, eps, offset);
+  using mlpOutput = mlp(tape, config, block, mlpInput, pass);
+  return add(tape, h, mlpOutput);
+}
+
+/** [B T, C] to [B T, H D] */
+function attend(
+  tape: Tape | undefined,
+  config: DecoderConfig,
+  block: Block,
+  layer: number,
+  x: Tensor,
+  { tokens, rope: table, segments, cache }: DecoderInput,
+  pass: DecoderPass,
+): Tensor {
+  const { numHeads: H, numKvHeads: G, headDim: D } = config;
+  const [B, T] = tokens.shape as [number, number];
+  const turned = (linear: Linear, heads: number) => {
+    using flat = linear.forward(tape, x, pass);
+    using split = reshape(tape, flat, [B, T, heads, D]);
+    return rope(tape, split, table);
+  };
+  using q = turned(block.q, H);
+  using k = turned(block.k, G);
+  using flatV = block.v.forward(tape, x, pass);
+  using v = reshape(tape, flatV, [B, T, G, D]);
+  const options = { scale: config.attention.scale, causal: true };
+  if (cache) {
+    const { keys, values } = cache.layer(layer);
+    appendKeyValue(k, keys, cache.length);
+    appendKeyValue(v, values, cache.length);
+    using out = attention(tape, q, keys, values, { ...options, keyLength: cache.length + T });
+    return reshape(tape, out, [B * T, H * D]);
+  }
+  using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });
+  return reshape(tape, out, [B * T, H * D]);
+}
+
+function mlp(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Tensor, pass: DecoderPass): Tensor {
+  using gate = block.gate.forward(tape, x, pass);
+  using up = block.up.forward(tape, x, pass);
+  using gated = glu(tape, gate, up, config.activation);
+  return block.down.forward(tape, gated, pass);
+}

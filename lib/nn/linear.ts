@@ -1,0 +1,48 @@
+import type { Tape } from '../autograd.js';
+import { doraScale, loraRowNorm } from '../ops/dora.js';
+import { loraLinear } from '../ops/lora-linear.js';
+import { matmul } from '../ops/matmul.js';
+import type { Weight } from '../ops/weight.js';
+import type { FloatDType, Tensor } from '../tensor.js';
+import type { LoraLinear } from './lora.js';
+
+/** How a pass through the model is made. */
+export interface Pass {
+  /** Name of the adapter in use; undefined for the base alone. */
+  adapter: string | undefined;
+  /** While training: the key of this micro-step's dropout masks. */
+  dropout?: { seed: number; microStep: number };
+}
+
+/** A linear layer over a base of any kind, with the adapters that were added to it. */
+export class Linear {
+  readonly adapters = new Map<string, LoraLinear>();
+
+  constructor(
+    /** Its path in the Hugging Face model, e.g. model.layers.0.self_attn.q_proj. */
+    readonly path: string,
+    /** Its place among the model's linear layers: the key of its random numbers. */
+    readonly index: number,
+    readonly weight: Weight,
+    readonly bias: Tensor | undefined,
+  ) {}
+
+  /** x [.., K] to [.., N] */
+  forward(tape: Tape | undefined, x: Tensor, pass: Pass): Tensor {
+    const lora = pass.adapter === undefined ? undefined : this.adapters.get(pass.adapter);
+    if (!lora) return matmul(tape, x, this.weight, this.bias);
+    const { A, B, scale, magnitude } = lora;
+    const dropout = pass.dropout ? lora.dropout : 0;
+    const key = { seed: pass.dropout?.seed ?? 0, stream: (pass.dropout?.microStep ?? 0) * 2 ** 20 + this.index };
+    if (!magnitude) return loraLinear(tape, x, this.weight, this.bias, { A, B, scale, dropout, ...key });
+    using z = loraLinear(tape, x, this.weight, undefined, { A, B, scale, dropout, ...key });
+    using norm = loraRowNorm(this.weight, A, B, scale, x.dtype as FloatDType);
+    return doraScale(tape, z, magnitude, norm, this.bias);
+  }
+
+  dispose(): void {
+    this.weight.dispose();
+    this.bias?.dispose();
+    for (const lora of this.adapters.values()) lora.dispose();
+  }
+}

@@ -1,0 +1,80 @@
+import { bytesPerElement, type FloatDType, type Stream, type Tensor } from '../tensor.js';
+
+/** What csrc/ops/weight.h describes: a matrix [N, K] that a linear layer multiplies with, in any form it may have. */
+export interface WeightTensors {
+  data: Tensor;
+  /** 4-bit: block maxima, or their 8-bit indices; 8-bit: row maxima. */
+  absmax?: Tensor;
+  /** 4-bit: the 16 values of the type. */
+  code?: Tensor;
+  type?: 'nf4' | 'fp4';
+  /** Double quantization: maxima of blocks of 256 block maxima, the 256 values, and the mean that was taken off. */
+  nestedAbsmax?: Tensor;
+  nestedCode?: Tensor;
+  offset?: number;
+  blockSize?: number;
+}
+
+export class Weight {
+  readonly stream: Stream;
+
+  constructor(
+    /** Output features. */
+    readonly N: number,
+    /** Input features. */
+    readonly K: number,
+    readonly tensors: WeightTensors,
+  ) {
+    this.stream = tensors.data.stream;
+  }
+
+  static dense(data: Tensor): Weight {
+    return new Weight(data.dim(0), data.dim(1), { data });
+  }
+
+  get isDense(): boolean {
+    const { dtype } = this.tensors.data;
+    return dtype === 'f32' || dtype === 'bf16' || dtype === 'f16';
+  }
+
+  /** Of a dense weight that is trained. */
+  get requiresGrad(): boolean {
+    return this.tensors.data.requiresGrad;
+  }
+
+  get sizeBytes(): number {
+    const { data, absmax, nestedAbsmax } = this.tensors;
+    const bytes = (t: Tensor | undefined) => (t ? t.size * bytesPerElement[t.dtype] : 0);
+    return bytes(data) + bytes(absmax) + bytes(nestedAbsmax);
+  }
+
+  /** In the order of the C++ struct's `visit`. */
+  get args(): (Tensor | number | null)[] {
+    const { data, absmax, code, nestedAbsmax, nestedCode, blockSize, offset } = this.tensors;
+    return [
+      data,
+      absmax ?? null,
+      code ?? null,
+      nestedAbsmax ?? null,
+      nestedCode ?? null,
+      this.N,
+      this.K,
+      blockSize ?? 0,
+      offset ?? 0,
+    ];
+  }
+
+  /** What a backward rule that reads the weight must hold. */
+  get held(): Tensor[] {
+    const { data, absmax, nestedAbsmax, code, nestedCode } = this.tensors;
+    return [data, absmax, nestedAbsmax, code, nestedCode].filter((t) => t !== undefined);
+  }
+
+  dispose(): void {
+    const { data, absmax, nestedAbsmax } = this.tensors; // the codes are shared
+    for (const t of [data, absmax, nestedAbsmax]) t?.dispose();
+  }
+}
+
+/** The dtypes a computation may have, as the addon numbers them. */
+export const dtypeIndex: Readonly<Record<FloatDType, number>> = { f32: 0, bf16: 1, f16: 2 };

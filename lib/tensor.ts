@@ -1,0 +1,205 @@
+/** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
+
+import { QLoRAError } from './errors.js';
+import type { NativeArgument, NativeMemory, NativeStream, NativeTensor } from './native.js';
+import { guard, native } from './native.js';
+
+export type FloatDType = 'f32' | 'bf16' | 'f16';
+export type DType = FloatDType | 'i32' | 'u8' | 'i8';
+export type MemoryClass = 'weights' | 'adapters' | 'optimizer' | 'activations' | 'scratch';
+export type Device = 'cpu' | `cuda:${number}`;
+
+export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4, u8: 1, i8: 1 };
+
+/** A queue of operations with a thread of its own and memory that it counts. One a model. */
+export class Stream {
+  readonly device: Device = 'cpu';
+  readonly #native: NativeStream;
+  #closed = false;
+
+  constructor() {
+    this.#native = guard(() => new native.Stream());
+  }
+
+  get handle(): NativeStream {
+    return this.#native;
+  }
+
+  /** Enqueues an operation of the addon's table. Tensors are passed as they are, null where one is left out. */
+  run(op: string, ...args: (Tensor | readonly Tensor[] | number | null | undefined)[]): void {
+    const call = native.ops[op];
+    if (!call) throw new QLoRAError('ERR_QLORA_INTERNAL', `the addon has no operation '${op}'`);
+    const natives = args.map((a): NativeArgument => {
+      if (a instanceof Tensor) return a.handle;
+      return Array.isArray(a) ? a.map((t: Tensor) => t.handle) : (a as number | null | undefined);
+    });
+    guard(() => call(this.#native, ...natives));
+  }
+
+  /** Resolves when everything enqueued so far has run. */
+  sync(): Promise<void> {
+    return guard(() => this.#native.sync());
+  }
+
+  memory(): NativeMemory {
+    return this.#native.memory();
+  }
+
+  /** Allocations that would take the live bytes above it fail with ERR_QLORA_OUT_OF_MEMORY; 0 is no limit. */
+  setMemoryLimit(bytes: number): void {
+    this.#native.setMemoryLimit(bytes);
+  }
+
+  /** Hands unused memory back to the system, in the order of the queue. */
+  trim(): void {
+    guard(() => this.#native.trim());
+  }
+
+  get closed(): boolean {
+    return this.#closed;
+  }
+
+  /** Runs what was enqueued, then ends the thread. */
+  async close(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    await this.sync();
+    this.#native.close();
+  }
+}
+
+/**
+ * A row-major array on a stream. Its memory is allocated when the operation that fills it runs, and freed in the
+ * stream's order after `dispose()`: while the tape holds it for a backward rule it stays.
+ */
+export class Tensor implements Disposable {
+  readonly size: number;
+  /** Whether a gradient is to be computed for it: set on parameters, and by the tape on what depends on them. */
+  requiresGrad = false;
+  /** Of a parameter that is trained: f32, same shape; backward rules add to it. */
+  gradient: Tensor | undefined;
+  readonly #native: NativeTensor;
+  #holds = 0;
+  #disposed = false;
+
+  constructor(
+    readonly stream: Stream,
+    readonly dtype: DType,
+    readonly shape: readonly number[],
+    readonly memoryClass: MemoryClass = 'activations',
+    view?: NativeTensor,
+  ) {
+    this.size = shape.reduce((n, d) => n * d, 1);
+    this.#native = view ?? guard(() => new native.Tensor(stream.handle, dtype, shape, memoryClass));
+  }
+
+  /** A tensor that holds `data`. f32 from numbers may be given any float dtype by an op; bits are taken as they are. */
+  static from(
+    stream: Stream,
+    data: Float32Array | Int32Array | Uint8Array | Int8Array,
+    shape: readonly number[],
+    memoryClass: MemoryClass = 'activations',
+  ): Tensor {
+    const dtype: DType =
+      data instanceof Float32Array
+        ? 'f32'
+        : data instanceof Int32Array
+          ? 'i32'
+          : data instanceof Uint8Array
+            ? 'u8'
+            : 'i8';
+    const tensor = new Tensor(stream, dtype, shape, memoryClass);
+    // A failed write is passed on to whoever reads the tensor.
+    tensor.write(data).catch(() => {});
+    return tensor;
+  }
+
+  get handle(): NativeTensor {
+    return this.#native;
+  }
+
+  /** The dimension at i; negative counts from the end. */
+  dim(i: number): number {
+    return this.shape.at(i) as number;
+  }
+
+  /** Elements over the last dimension. */
+  get rows(): number {
+    const columns = this.shape.length ? this.dim(-1) : 1;
+    return columns ? this.size / columns : 1;
+  }
+
+  /** An array larger than 1 MiB is read when the stream comes to it: leave it alone until the promise resolves. */
+  write(data: Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array): Promise<void> {
+    return guard(() => this.#native.write(data));
+  }
+
+  /** The values once everything enqueued before has run. 16-bit floats come widened to fp32. */
+  async read(): Promise<Float32Array> {
+    const raw = await this.readBits();
+    if (this.dtype === 'bf16') return widenBf16(raw as Uint16Array);
+    if (this.dtype === 'f16') return widenF16(raw as Uint16Array);
+    return raw instanceof Float32Array ? raw : Float32Array.from(raw);
+  }
+
+  /** The stored elements as they are; 16-bit floats as Uint16Array. */
+  readBits(): Promise<Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array> {
+    return guard(() => this.#native.read());
+  }
+
+  /** The same memory in another shape of the same size. Its handle is disposed of on its own. */
+  view(shape: readonly number[]): Tensor {
+    const view = new Tensor(
+      this.stream,
+      this.dtype,
+      shape,
+      this.memoryClass,
+      guard(() => this.#native.view(shape)),
+    );
+    view.requiresGrad = this.requiresGrad;
+    return view;
+  }
+
+  /** Keeps the memory until `release()`, whatever happens to the handle. For the tape. */
+  hold(): this {
+    this.#holds++;
+    return this;
+  }
+
+  release(): void {
+    if (--this.#holds === 0 && this.#disposed) this.#native.dispose();
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    if (this.#holds === 0) this.#native.dispose();
+    this.gradient?.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+function widenBf16(bits: Uint16Array): Float32Array {
+  const out = new Float32Array(bits.length);
+  const words = new Uint32Array(out.buffer);
+  for (let i = 0; i < bits.length; i++) words[i] = (bits[i] as number) << 16;
+  return out;
+}
+
+function widenF16(bits: Uint16Array): Float32Array {
+  return Float32Array.from(bits, (h) => {
+    const sign = h & 0x8000 ? -1 : 1;
+    const exponent = (h >> 10) & 31;
+    const mantissa = h & 1023;
+    if (exponent === 0) return sign * mantissa * 2 ** -24;
+    if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
+    return sign * (1 + mantissa / 1024) * 2 ** (exponent - 15);
+  });
+}

@@ -1,0 +1,257 @@
+import { execFileSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { fileURLToPath } from 'node:url';
+import t from 'tap';
+import { Tape } from '../../lib/autograd.js';
+import { zeros } from '../../lib/ops/elementwise.js';
+import { embedding } from '../../lib/ops/embedding.js';
+import { gradNorm } from '../../lib/ops/grad-norm.js';
+import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
+import { Weight } from '../../lib/ops/weight.js';
+import { Stream, Tensor } from '../../lib/tensor.js';
+import {
+  checkMisuse,
+  checkOps,
+  forEachIsa,
+  largestError,
+  normalNumbers,
+  type OpCase,
+  tensorOf,
+  type Values,
+} from '../support/op-harness.js';
+
+interface Problem {
+  M: number;
+  V: number;
+  C: number;
+  h: ArrayLike<number>;
+  weight: ArrayLike<number>;
+  bias?: ArrayLike<number>;
+  labels: ArrayLike<number>;
+  scale: number;
+  softCap: number;
+}
+
+/** Loss and gradients by their formulas, in fp64. */
+function crossEntropy({ M, V, C, h, weight, bias, labels, scale, softCap }: Problem) {
+  const tokenLoss = new Float64Array(M);
+  const dh = new Float64Array(M * C);
+  const dweight = new Float64Array(V * C);
+  const z = new Float64Array(V);
+  for (let i = 0; i < M; i++) {
+    const label = labels[i] as number;
+    if (label === -100) continue;
+    for (let v = 0; v < V; v++) {
+      let x = bias ? (bias[v] as number) : 0;
+      for (let c = 0; c < C; c++) x += (h[i * C + c] as number) * (weight[v * C + c] as number);
+      z[v] = softCap ? softCap * Math.tanh(x / softCap) : x;
+    }
+    const most = z.reduce((a, b) => Math.max(a, b));
+    const logSum = most + Math.log(z.reduce((sum, x) => sum + Math.exp(x - most), 0));
+    tokenLoss[i] = logSum - (z[label] as number);
+    for (let v = 0; v < V; v++) {
+      const x = z[v] as number;
+      const slope = softCap ? 1 - (x / softCap) ** 2 : 1;
+      const dx = scale * (Math.exp(x - logSum) - (v === label ? 1 : 0)) * slope;
+      for (let c = 0; c < C; c++) {
+        dh[i * C + c] = (dh[i * C + c] as number) + dx * (weight[v * C + c] as number);
+        dweight[v * C + c] = (dweight[v * C + c] as number) + dx * (h[i * C + c] as number);
+      }
+    }
+  }
+  return { loss: scale * tokenLoss.reduce((a, b) => a + b), tokenLoss, dh, dweight };
+}
+
+const everyThird = (V: number) => (i: number) => (i % 3 === 1 ? -100 : (i * 7 + V - 1) % V);
+
+const cases: OpCase[] = [
+  { M: 13, V: 101, C: 37, softCap: 0, bias: false },
+  { M: 5, V: 35, C: 64, softCap: 2, bias: true },
+  { M: 1, V: 1, C: 1, softCap: 0, bias: false },
+  { M: 6, V: 4097, C: 3, softCap: 30, bias: false },
+].map(({ M, V, C, softCap, bias }) => ({
+  name: `linearCrossEntropy [${M}, ${C}] to ${V}, soft cap ${softCap}${bias ? ', bias' : ''}`,
+  inputs: {
+    h: { shape: [M, C], gradient: 'activation' },
+    weight: { shape: [V, C], value: (_, normal) => (2 * normal()) / Math.sqrt(C) },
+    ...(bias ? { bias: { shape: [V] } } : {}),
+    labels: { shape: [M], dtype: 'i32', value: everyThird(V) },
+  },
+  run: (tape, tensors) => {
+    const { h, weight, labels } = tensors as Record<'h' | 'weight' | 'labels', Tensor>;
+    return linearCrossEntropy(tape, h, Weight.dense(weight), labels, { scale: 0.37, softCap, bias: tensors.bias });
+  },
+  reference: ({ h, weight, bias, labels }: Values) => {
+    const problem = { M, V, C, scale: 0.37, softCap, bias } as const;
+    const [hidden, table, targets] = [h, weight, labels] as [Float64Array, Float64Array, Float64Array];
+    return Float64Array.of(crossEntropy({ ...problem, h: hidden, weight: table, labels: targets }).loss);
+  },
+}));
+
+/** Against the formulas, with every output at once. */
+async function checkAll(stream: Stream, M: number, V: number, C: number, softCap: number): Promise<number[]> {
+  const normal = normalNumbers(M + V);
+  const numbers = (n: number) => Float32Array.from({ length: n }, normal);
+  const [h, weight, bias] = [numbers(M * C), numbers(V * C), numbers(V)];
+  const labels = Int32Array.from({ length: M }, (_, i) => everyThird(V)(i));
+  const scale = 1 / 64;
+  const expected = crossEntropy({ M, V, C, h, weight, bias, labels, scale, softCap });
+
+  const x = Tensor.from(stream, h, [M, C]);
+  x.requiresGrad = true;
+  const W = Tensor.from(stream, weight, [V, C]);
+  W.requiresGrad = true;
+  W.gradient = Tensor.from(stream, new Float32Array(V * C).fill(0.5), [V, C]);
+  const tokenLoss = new Tensor(stream, 'f32', [M]);
+  const tape = new Tape();
+  const options = { scale, softCap, bias: Tensor.from(stream, bias, [V]), tokenLoss };
+  const loss = linearCrossEntropy(tape, x, Weight.dense(W), Tensor.from(stream, labels, [M]), options);
+  const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(2), [1]), x) as Tensor;
+  return [
+    largestError(await loss.read(), [expected.loss], expected.loss),
+    largestError(await tokenLoss.read(), expected.tokenLoss, 10),
+    largestError(
+      (await dh.read()).map((g) => g / 2),
+      expected.dh,
+      1 / 64,
+    ),
+    largestError(
+      (await W.gradient.read()).map((g) => g - 0.5),
+      expected.dweight,
+      1 / 64,
+    ),
+  ];
+}
+
+/** A hash of everything that is summed over many rows or tensors. */
+async function digest(): Promise<string> {
+  const stream = new Stream();
+  const normal = normalNumbers(3);
+  const numbers = (shape: number[]) =>
+    Tensor.from(stream, Float32Array.from({ length: shape.reduce((a, b) => a * b) }, normal), shape);
+  const [M, V, C] = [29, 999, 260];
+  const table = numbers([V, C]);
+  table.requiresGrad = true;
+  table.gradient = zeros(stream, [V, C], 'f32');
+  const ids = Tensor.from(
+    stream,
+    Int32Array.from({ length: M }, (_, i) => (i * i) % 7),
+    [M],
+  );
+  const tape = new Tape();
+  const h = embedding(tape, table, ids);
+  const loss = linearCrossEntropy(tape, h, Weight.dense(table), ids, { scale: 0.1 });
+  tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]));
+  const norm = gradNorm(stream, [table.gradient, numbers([3, 40000]), numbers([1])]);
+  const hash = createHash('sha256');
+  for (const result of [loss, table.gradient, norm]) hash.update(await result.read());
+  await stream.close();
+  return hash.digest('hex');
+}
+
+if (process.env.QLORA_TEST_DIGEST) {
+  process.stdout.write(await digest());
+} else {
+  await forEachIsa(t, import.meta.url, async () => {
+    await checkOps(t, cases);
+
+    await t.test('all results at once, in several chunks of rows', async (t) => {
+      const stream = new Stream();
+      for (const [M, V, C, softCap] of [
+        [7, 50, 5, 1.5],
+        [1400, 20011, 2, 0],
+      ] as const) {
+        const [loss, tokenLoss, dh, dweight] = (await checkAll(stream, M, V, C, softCap)) as [
+          number,
+          number,
+          number,
+          number,
+        ];
+        t.ok(loss < 1e-6, `loss ${loss}`);
+        t.ok(tokenLoss < 1e-6, `tokenLoss ${tokenLoss}`);
+        t.ok(dh < 3e-6, `dh ${dh}`);
+        t.ok(dweight < 2e-5, `dweight ${dweight}, beside the 0.5 that was there`);
+      }
+      // 933 rows count; a matrix product packs a copy of its chunk.
+      t.ok((stream.memory().peakByClass.scratch as number) < 0.8 * 933 * 20011 * 4, 'logits are never whole');
+      await stream.close();
+    });
+
+    await t.test('labels of which none counts', async (t) => {
+      const stream = new Stream();
+      const h = Tensor.from(stream, Float32Array.of(1, 2, 3, 4), [2, 2]);
+      h.requiresGrad = true;
+      const weight = Weight.dense(Tensor.from(stream, Float32Array.of(1, 2), [1, 2]));
+      const tape = new Tape();
+      const loss = linearCrossEntropy(tape, h, weight, Tensor.from(stream, Int32Array.of(-100, -100), [2]), {
+        scale: 1,
+      });
+      const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]), h) as Tensor;
+      t.same([...(await loss.read()), ...(await dh.read())], [0, 0, 0, 0, 0]);
+      await stream.close();
+    });
+
+    await t.test('far apart logits', async (t) => {
+      const stream = new Stream();
+      const h = Tensor.from(stream, Float32Array.of(1, 1), [2, 1]);
+      h.requiresGrad = true;
+      const weight = Weight.dense(Tensor.from(stream, Float32Array.of(1e30, -1e30, 0), [3, 1]));
+      const tape = new Tape();
+      const tokenLoss = new Tensor(stream, 'f32', [2]);
+      const labels = Tensor.from(stream, Int32Array.of(0, 2), [2]);
+      const loss = linearCrossEntropy(tape, h, weight, labels, { scale: 1, tokenLoss });
+      t.same([...(await tokenLoss.read())], [0, Math.fround(1e30)]);
+      const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]), h) as Tensor;
+      t.same([...(await dh.read())], [0, Math.fround(1e30)]);
+      await stream.close();
+    });
+
+    const small = (s: Stream, labels: number[]) => ({
+      h: tensorOf(s, 'f32', [2, 3], new Float32Array(6)),
+      weight: Weight.dense(tensorOf(s, 'f32', [5, 3], new Float32Array(15))),
+      labels: Tensor.from(s, Int32Array.from(labels), [labels.length]),
+    });
+    await checkMisuse(t, [
+      ...[5, -1].map((label) => ({
+        name: `label ${label} of 5`,
+        run: (s: Stream) => {
+          const { h, weight, labels } = small(s, [4, label]);
+          return linearCrossEntropy(undefined, h, weight, labels, { scale: 1 }).read();
+        },
+        code: 'ERR_QLORA_TOKEN_ID',
+        message: new RegExp(`label ${label} at position 1 is outside the vocabulary of 5`),
+      })),
+      {
+        name: 'too many labels',
+        run: (s) => {
+          const { h, weight, labels } = small(s, [1, 2, 3]);
+          return linearCrossEntropy(undefined, h, weight, labels, { scale: 1 });
+        },
+        code: 'ERR_QLORA_SHAPE',
+        message: /labels must have 2 elements, one a row of h, got \[3\]/,
+      },
+      {
+        name: 'a head of another width',
+        run: (s) => {
+          const { weight, labels } = small(s, [1, 2]);
+          return linearCrossEntropy(undefined, new Tensor(s, 'f32', [2, 4]), weight, labels, { scale: 1 });
+        },
+        code: 'ERR_QLORA_SHAPE',
+        message: /h must have shape \[\.\., 3\], got \[2, 4\]/,
+      },
+    ]);
+  });
+
+  if (!process.env.QLORA_CPU) {
+    t.test('the same bits from any number of threads', async (t) => {
+      const run = (threads: number) =>
+        execFileSync(process.execPath, [fileURLToPath(import.meta.url)], {
+          env: { ...process.env, QLORA_NUM_THREADS: String(threads), QLORA_TEST_DIGEST: '1' },
+          encoding: 'utf8',
+        });
+      const alone = run(1);
+      t.match(alone, /^[0-9a-f]{64}$/);
+      t.equal(run(5), alone);
+    });
+  }
+}
