@@ -110,11 +110,11 @@ class Engine {
 
   Engine(Context& context, const Gemm& g, Store store) : g_(g), store_(store), lanesShared_(g.form == GemmForm::nt) {
     if (g.extra.K > 0) {
-      const PackedA packed = pack(context, g.form, g.compute, g.extra.a, g.M, g.extra.K, hasOrder(g.extra.b));
+      const PackedA packed = pack(context, g.form, g.compute, g.extra.a, g.M, g.extra.K, hasSplitOrder(g.extra.b));
       addTerm(g.extra.b, g.extra.K, packed, g.extra.dropout);
     }
     if (g.K > 0) {
-      const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K, hasOrder(g.b));
+      const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K, hasSplitOrder(g.b));
       addTerm(g.b, g.K, packed, {});
     }
     // Fewer than this many tasks leave threads idle at the end.
@@ -132,9 +132,6 @@ class Engine {
     panelBuffer_ = context.scratch.take<Element>(threads * panelSize_);
     tilesBuffer_ = context.scratch.take<float>(threads * tilesSize_);
   }
-
-  /// 4-bit weights come apart in split order.
-  static bool hasOrder(const GemmOperand& b) { return b.weight && b.weight->data.dtype == DType::u8; }
 
   void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
     terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split};

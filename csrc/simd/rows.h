@@ -23,6 +23,9 @@ QLORA_INLINE float blockAbsmax(const Weight& w, int64_t block) {
   return scaled + w.offset;
 }
 
+/// Whether a product with B wants K in split order.
+QLORA_INLINE bool hasSplitOrder(const GemmOperand& b) { return b.weight && b.weight->data.dtype == DType::u8; }
+
 template <class E, class T>
 QLORA_INLINE E element(float x) {
   if constexpr (std::is_same_v<E, float>) {
