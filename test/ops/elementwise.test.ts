@@ -24,7 +24,10 @@ function normalCdf(x: number): number {
   if (z < 3) {
     let term = z;
     let sum = z;
-    for (let n = 1; term > 1e-18 * sum; n++) sum += term *= (z * z) / (2 * n + 1);
+    for (let n = 1; term > 1e-18 * sum; n++) {
+      term *= (z * z) / (2 * n + 1);
+      sum += term;
+    }
     return x > 0 ? 0.5 + density * sum : 0.5 - density * sum;
   }
   let fraction = z;
@@ -152,11 +155,11 @@ await forEachIsa(t, import.meta.url, async () => {
         -1,
         'exactly, subnormals and infinities too',
       );
-      const isNaN = Array.from(widened, Number.isNaN);
+      const notNumber = Array.from(widened, Number.isNaN);
       const back = (await cast(undefined, wide, dtype).readBits()) as Uint16Array;
-      t.ok(back.every((bits, i) => bits === i || isNaN[i]));
+      t.ok(back.every((bits, i) => bits === i || notNumber[i]));
       const nanStays = await cast(undefined, cast(undefined, wide, dtype), 'f32').read();
-      t.ok(nanStays.every((x, i) => Number.isNaN(x) === isNaN[i]));
+      t.ok(nanStays.every((x, i) => Number.isNaN(x) === notNumber[i]));
       // Between every two neighbours: halfway, and one unit of fp32 beside it.
       const finite = Array.from(await wide.read())
         .filter((x) => Number.isFinite(x) && x > 0)
