@@ -38,6 +38,7 @@ function crossEntropy({ M, V, C, h, weight, bias, labels, scale, softCap }: Prob
   const dh = new Float64Array(M * C);
   const dweight = new Float64Array(V * C);
   const z = new Float64Array(V);
+  const p = new Float64Array(V);
   for (let i = 0; i < M; i++) {
     const label = labels[i] as number;
     if (label === -100) continue;
@@ -46,13 +47,16 @@ function crossEntropy({ M, V, C, h, weight, bias, labels, scale, softCap }: Prob
       for (let c = 0; c < C; c++) x += (h[i * C + c] as number) * (weight[v * C + c] as number);
       z[v] = softCap ? softCap * Math.tanh(x / softCap) : x;
     }
-    const most = z.reduce((a, b) => Math.max(a, b));
-    const logSum = most + Math.log(z.reduce((sum, x) => sum + Math.exp(x - most), 0));
+    let most = Number.NEGATIVE_INFINITY;
+    for (const x of z) most = Math.max(most, x);
+    let sum = 0;
+    for (let v = 0; v < V; v++) sum += p[v] = Math.exp((z[v] as number) - most);
+    const logSum = most + Math.log(sum);
     tokenLoss[i] = logSum - (z[label] as number);
     for (let v = 0; v < V; v++) {
       const x = z[v] as number;
       const slope = softCap ? 1 - (x / softCap) ** 2 : 1;
-      const dx = scale * (Math.exp(x - logSum) - (v === label ? 1 : 0)) * slope;
+      const dx = scale * ((p[v] as number) / sum - (v === label ? 1 : 0)) * slope;
       for (let c = 0; c < C; c++) {
         dh[i * C + c] = (dh[i * C + c] as number) + dx * (weight[v * C + c] as number);
         dweight[v * C + c] = (dweight[v * C + c] as number) + dx * (h[i * C + c] as number);
