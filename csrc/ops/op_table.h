@@ -3,6 +3,8 @@
 #pragma once
 
 #include "core/stream.h"
+#include "ops/dequantize.h"
+#include "ops/quantize.h"
 #include "ops/cast.h"
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
@@ -16,12 +18,25 @@
 #include "ops/matmul.h"
 #include "ops/rms_norm.h"
 #include "ops/sample.h"
+#include "ops/attention.h"
+#include "ops/key_value_cache.h"
+#include "ops/random_uniform.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
   X(randomUniform, RandomUniform) \
   X(rmsNormForward, RmsNormForward) \
   X(rmsNormBackward, RmsNormBackward) \
+  X(quantize4bit, Quantize4bit) \
+  X(doubleQuantize, DoubleQuantize) \
+  X(quantize8bit, Quantize8bit) \
+  X(quantizeInt8, QuantizeInt8) \
+  X(dequantize, Dequantize) \
+  X(dequantize8bit, Dequantize8bit) \
+  X(fourBitCode, FourBitCode) \
+  X(dynamicMapCode, DynamicMapCode) \
   X(fill, Fill) \
   X(add, Add) \
   X(scale, Scale) \
@@ -37,6 +52,11 @@
   X(adamw, AdamW) \
   X(sgd, Sgd) \
   X(sample, Sample) \
+  X(ropeTable, RopeTable) \
+  X(rope, Rope) \
+  X(attentionForward, AttentionForward) \
+  X(attentionBackward, AttentionBackward) \
+  X(appendKeyValue, AppendKeyValue) \
   X(matmulForward, MatmulForward) \
   X(matmulBackward, MatmulBackward) \
   X(matmulBackwardWeight, MatmulBackwardWeight) \

@@ -26,11 +26,11 @@ function probabilities(logits: readonly number[], { temperature = 1, topK = 0, t
     const p = softmax();
     const upwards = p.map((_, i) => i).sort((a, b) => (p[a] as number) - (p[b] as number) || b - a);
     let sum = 0;
-    const removed = new Set<number>();
-    for (const i of upwards.slice(0, -1)) {
+    const upTo = (i: number) => {
       sum += p[i] as number;
-      if (sum <= 1 - topP) removed.add(i);
-    }
+      return sum;
+    };
+    const removed = new Set(upwards.filter((i) => upTo(i) <= 1 - topP && i !== upwards.at(-1)));
     scores = scores.map((z, i) => (removed.has(i) ? Number.NEGATIVE_INFINITY : z));
   }
   return softmax();

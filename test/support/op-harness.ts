@@ -71,12 +71,7 @@ export function roundTo(dtype: DType, x: number): number {
 }
 
 /** A tensor of `values` rounded to dtype. */
-export function tensorOf(
-  stream: Stream,
-  dtype: DType,
-  shape: readonly number[],
-  values: ArrayLike<number>,
-): Tensor {
+export function tensorOf(stream: Stream, dtype: DType, shape: readonly number[], values: ArrayLike<number>): Tensor {
   if (dtype === 'i32') return Tensor.from(stream, Int32Array.from(values), shape);
   if (dtype === 'u8') return Tensor.from(stream, Uint8Array.from(values), shape);
   if (dtype === 'i8') return Tensor.from(stream, Int8Array.from(values), shape);
@@ -84,7 +79,8 @@ export function tensorOf(
   if (dtype === 'f32') return wide;
   const narrow = new Tensor(stream, dtype, shape);
   const bits = new Uint16Array(wide.size);
-  for (let i = 0; i < bits.length; i++) bits[i] = dtype === 'bf16' ? bf16Bits(values[i] as number) : f16Bits(values[i] as number);
+  for (let i = 0; i < bits.length; i++)
+    bits[i] = dtype === 'bf16' ? bf16Bits(values[i] as number) : f16Bits(values[i] as number);
   narrow.write(bits).catch(() => {});
   wide.dispose();
   return narrow;
@@ -111,7 +107,8 @@ function f16Bits(x: number): number {
 
 function largest(values: ArrayLike<number>): number {
   let most = 0;
-  for (let i = 0; i < values.length; i++) if (Number.isFinite(values[i])) most = Math.max(most, Math.abs(values[i] as number));
+  for (let i = 0; i < values.length; i++)
+    if (Number.isFinite(values[i])) most = Math.max(most, Math.abs(values[i] as number));
   return most;
 }
 
@@ -189,7 +186,8 @@ async function checkOp(t: Test, c: OpCase, dtype: FloatDType, seed: number): Pro
     const numeric = numericGradients(c, values, name, dyValues);
     const gradientScale = Math.max(largest(analytic.map((g) => g - before)), largest([...numeric.values()])) || 1;
     let worst = 0;
-    for (const [i, g] of numeric) worst = Math.max(worst, Math.abs((analytic[i] as number) - before - g) / gradientScale);
+    for (const [i, g] of numeric)
+      worst = Math.max(worst, Math.abs((analytic[i] as number) - before - g) / gradientScale);
     // Adding to the 1 that was there rounds to fp32; differences of the fp64 reference are good to about 1e-7.
     const allowed = 4 * tolerance + 1e-6 + (before * 2 ** -22) / gradientScale;
     t.ok(worst <= allowed, `gradient of ${name}: error ${worst.toExponential(2)}, allowed ${allowed.toExponential(2)}`);

@@ -1,0 +1,67 @@
+import type { EncodedRow } from './encode.js';
+import { IGNORED } from './encode.js';
+
+/** The segment of padding; a row's own tokens are segment 0. */
+export const PADDING_SEGMENT = -1;
+
+/** Rows side by side, [batch, length] row-major, shorter ones padded on the right. */
+export interface Batch {
+  batch: number;
+  length: number;
+  tokens: Int32Array;
+  /** Aligned with `tokens`: labels[t] is tokens[t] or -100. `shiftLabels` gives what position t is to predict. */
+  labels: Int32Array;
+  /** From 0 in each row; 0 in padding. */
+  positions: Int32Array;
+  /** Attention stays within a segment. Padding is known by its segment, never by its id: EOS may serve as padding. */
+  segmentIds: Int32Array;
+  /** Labels that count: those that some position predicts. */
+  targets: number;
+}
+
+export interface CollateOptions {
+  /** What stands in padding, any id of the vocabulary. Default 0. */
+  padId?: number;
+}
+
+export function collate(
+  rows: readonly Pick<EncodedRow, 'ids' | 'labels'>[],
+  { padId = 0 }: CollateOptions = {},
+): Batch {
+  const batch = rows.length;
+  const length = rows.reduce((longest, row) => Math.max(longest, row.ids.length), 0);
+  const tokens = new Int32Array(batch * length).fill(padId);
+  const labels = new Int32Array(batch * length).fill(IGNORED);
+  const positions = new Int32Array(batch * length);
+  const segmentIds = new Int32Array(batch * length).fill(PADDING_SEGMENT);
+  rows.forEach((row, b) => {
+    const start = b * length;
+    tokens.set(row.ids, start);
+    labels.set(row.labels, start);
+    segmentIds.fill(0, start, start + row.ids.length);
+    for (let t = 0; t < row.ids.length; t++) positions[start + t] = t;
+  });
+  const targets = countTargets(shiftLabels({ batch, length, labels, segmentIds }));
+  return { batch, length, tokens, labels, positions, segmentIds, targets };
+}
+
+/** What each position is to predict: the label behind it, -100 at the end of a row and where a segment ends. */
+export function shiftLabels({
+  batch,
+  length,
+  labels,
+  segmentIds,
+}: Pick<Batch, 'batch' | 'length' | 'labels' | 'segmentIds'>): Int32Array {
+  const shifted = new Int32Array(batch * length).fill(IGNORED);
+  for (let b = 0; b < batch; b++) {
+    for (let i = b * length; i + 1 < (b + 1) * length; i++) {
+      if (segmentIds[i] === segmentIds[i + 1]) shifted[i] = labels[i + 1] as number;
+    }
+  }
+  return shifted;
+}
+
+/** How many labels are not -100. */
+export function countTargets(labels: Int32Array): number {
+  return labels.reduce((count, label) => (label === IGNORED ? count : count + 1), 0);
+}

@@ -1,0 +1,32 @@
+/** What an adapter remembers of its training, beside PEFT's files: qlora_node.json. */
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { writeFileAtomic } from './atomic-file.js';
+
+export interface TrainingRecord {
+  /** The template that instructions were trained with. */
+  template: string;
+}
+
+const fileName = 'qlora_node.json';
+
+export async function writeTrainingRecord(directory: string, record: TrainingRecord): Promise<void> {
+  await writeFileAtomic(join(directory, fileName), `${JSON.stringify(record, undefined, 2)}\n`);
+}
+
+/** undefined for an adapter that was made elsewhere. */
+export async function readTrainingRecord(directory: string): Promise<TrainingRecord | undefined> {
+  let text: string;
+  try {
+    text = await readFile(join(directory, fileName), 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  try {
+    const { template } = JSON.parse(text) as Partial<TrainingRecord>;
+    return typeof template === 'string' ? { template } : undefined;
+  } catch {
+    return undefined;
+  }
+}

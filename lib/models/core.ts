@@ -1,0 +1,123 @@
+/** What QuantizedModel, generation and training share: the weights, and passes through them. */
+
+import type { Tape } from '../autograd.js';
+import { QLoRAError } from '../errors.js';
+import type { GenerationConfig } from '../io/generation-config.js';
+import type { Linear } from '../nn/linear.js';
+import { embedding } from '../ops/embedding.js';
+import { matmul } from '../ops/matmul.js';
+import { type RopeTable, ropeTable } from '../ops/rope.js';
+import { type FloatDType, type Stream, Tensor } from '../tensor.js';
+import type { Tokenizer } from '../tokenizer/tokenizer.js';
+import type { DecoderConfig, Family } from './config.js';
+import { type DecoderPass, decode } from './decoder.js';
+import type { KeyValueCache } from './key-value-cache.js';
+import type { LoraAdapter } from './lora-adapter.js';
+import { dependsOnLength, ropeFrequencies } from './rope.js';
+import type { LoadedWeights } from './weights.js';
+
+export interface ModelCore {
+  readonly directory: string;
+  readonly stream: Stream;
+  readonly family: Family;
+  readonly config: DecoderConfig;
+  /** config.json as it was read. */
+  readonly configJson: Readonly<Record<string, unknown>>;
+  readonly generation: GenerationConfig;
+  readonly weights: LoadedWeights;
+  readonly computeDtype: FloatDType;
+  readonly tokenizer: Tokenizer | undefined;
+  readonly adapters: Map<string, LoraAdapter>;
+}
+
+/** Rows of ids, [batch, length] row-major, padded on the right. */
+export interface TokenRows {
+  tokens: Int32Array;
+  batch: number;
+  length: number;
+  /** Default: 0, 1, ... in each row, after what the cache holds. */
+  positions?: Int32Array;
+  /** Default: each row is one sequence. */
+  segmentIds?: Int32Array;
+}
+
+/** An id that the embedding does not have would read outside of it: refused before anything is enqueued. */
+export function checkIds(ids: ArrayLike<number>, vocabSize: number, what = 'inputIds'): void {
+  for (let i = 0; i < ids.length; i++) {
+    const id = ids[i] as number;
+    if (Number.isInteger(id) && id >= 0 && id < vocabSize) continue;
+    throw new QLoRAError(
+      'ERR_QLORA_TOKEN_ID',
+      `${what}[${i}] must be an integer from 0 to ${vocabSize - 1} (the vocabulary has ${vocabSize} entries), got ${id}`,
+      { hint: 'Was it made by the tokenizer of this model?', detail: { index: i, id, vocabSize } },
+    );
+  }
+}
+
+/** The hidden states of all positions after the last norm, [batch * length, hiddenSize]. */
+export function hiddenStates(
+  core: ModelCore,
+  tape: Tape | undefined,
+  rows: TokenRows,
+  pass: Omit<DecoderPass, 'computeDtype'>,
+  cache?: KeyValueCache,
+): Tensor {
+  const { batch, length } = rows;
+  using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
+  using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
+  const start = cache?.length ?? 0;
+  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
+  const table = makeRopeTable(core, positions, length);
+  try {
+    const input = { tokens, rope: table, ...(segments ? { segments } : {}), ...(cache ? { cache } : {}) };
+    return decode(tape, core.config, core.weights.decoder, input, { ...pass, computeDtype: core.computeDtype });
+  } finally {
+    table.cos.dispose();
+    table.sin.dispose();
+  }
+}
+
+/** Where the frequencies depend on the sequence's length, each sequence turns by its own. */
+function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): RopeTable {
+  const { rope } = core.config;
+  if (!dependsOnLength(rope)) {
+    const { inverseFrequencies, factor } = ropeFrequencies(rope, length);
+    using p = Tensor.from(core.stream, positions, [positions.length]);
+    return ropeTable(p, inverseFrequencies, factor);
+  }
+  const half = rope.rotaryDim / 2;
+  const cos = new Float32Array(positions.length * half);
+  const sin = new Float32Array(positions.length * half);
+  for (let begin = 0; begin < positions.length; ) {
+    // A sequence ends where positions start again, and at the end of its row.
+    let end = begin + 1;
+    while (end < positions.length && end % length !== 0 && (positions[end] as number) > (positions[end - 1] as number))
+      end++;
+    const { inverseFrequencies, factor } = ropeFrequencies(rope, (positions[end - 1] as number) + 1);
+    for (let i = begin; i < end; i++) {
+      inverseFrequencies.forEach((f, j) => {
+        const angle = Math.fround((positions[i] as number) * f);
+        cos[i * half + j] = Math.cos(angle) * factor;
+        sin[i * half + j] = Math.sin(angle) * factor;
+      });
+    }
+    begin = end;
+  }
+  const shape = [positions.length, half];
+  return { cos: Tensor.from(core.stream, cos, shape), sin: Tensor.from(core.stream, sin, shape) };
+}
+
+/** Logits of the chosen rows of `hidden` [M, C], fp32 [rows.length, V]; of all rows where none are named. */
+export function logitsOf(core: ModelCore, hidden: Tensor, rows?: Int32Array): Tensor {
+  const { head } = core.weights.decoder;
+  if (!rows) return matmul(undefined, hidden, head, undefined, 'f32');
+  using ids = Tensor.from(core.stream, rows, [rows.length]);
+  // Picking rows of a matrix by number is what an embedding does.
+  using picked = embedding(undefined, hidden, ids, { dtype: core.computeDtype });
+  return matmul(undefined, picked, head, undefined, 'f32');
+}
+
+/** The linear layers by their Hugging Face path. */
+export function linearAt(core: ModelCore, path: string): Linear | undefined {
+  return core.weights.linears.find((linear) => linear.path === path);
+}

@@ -1,0 +1,195 @@
+import { mkdir } from 'node:fs/promises';
+import { QLoRAError } from '../errors.js';
+import {
+  type AdapterConfig,
+  adapterKey,
+  adapterWeightsPath,
+  openAdapterWeights,
+  readAdapterConfig,
+  writeAdapterConfig,
+} from '../io/peft.js';
+import { adaptedModules } from '../io/peft-targets.js';
+import { type SafetensorsFile, writeSafetensors } from '../io/safetensors.js';
+import { readTrainingRecord, type TrainingRecord, writeTrainingRecord } from '../io/training-record.js';
+import type { Linear } from '../nn/linear.js';
+import { LoraLinear } from '../nn/lora.js';
+import { Tensor } from '../tensor.js';
+import type { ModelCore } from './core.js';
+
+/** What addLora() takes; a loaded PEFT folder brings its own. */
+export interface LoraOptions {
+  /** Rank; default 64. */
+  r?: number;
+  /** The change is scaled by alpha / r; default 16. */
+  alpha?: number;
+  /** Share of the adapter's input that is dropped while training; default 0. */
+  dropout?: number;
+  /** Names end a module path at a dot, as PEFT matches them; a RegExp must match a whole path. Default 'all-linear'. */
+  targetModules?: 'all-linear' | RegExp | string[];
+  /** Rank and alpha of the modules whose path a key (a name or a regular expression) ends. */
+  rankPattern?: Record<string, number>;
+  alphaPattern?: Record<string, number>;
+  /** Scale by alpha / sqrt(r). */
+  useRslora?: boolean;
+  /** Train the rows' lengths apart from their directions. */
+  useDora?: boolean;
+  /** Of A's random start; default 42. */
+  seed?: number;
+}
+
+/** An adapter over a model: a low-rank change of each layer that it targets. */
+export class LoraAdapter {
+  /** How it was trained, where that is known: which template its prompts go through. */
+  training: TrainingRecord | undefined;
+
+  constructor(
+    readonly name: string,
+    readonly layers: readonly LoraLinear[],
+    private readonly config: AdapterConfig,
+  ) {}
+
+  /** Of all its layers. */
+  get trainableParameters(): number {
+    return this.parameters.reduce((sum, t) => sum + t.size, 0);
+  }
+
+  /** What is trained, in the order of the layers. */
+  get parameters(): Tensor[] {
+    return this.layers.flatMap((layer) => layer.parameters);
+  }
+
+  /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
+  async save(directory: string): Promise<void> {
+    await mkdir(directory, { recursive: true });
+    const items = this.layers.flatMap((layer) =>
+      partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
+    );
+    await writeSafetensors(adapterWeightsPath(directory), items, { format: 'pt' });
+    if (this.training) await writeTrainingRecord(directory, this.training);
+    await writeAdapterConfig(directory, this.config);
+  }
+}
+
+/** The tensors of a layer with their names in PEFT's files. */
+function partsOf({ path, A, B, magnitude }: LoraLinear): { key: string; tensor: Tensor }[] {
+  const parts = [
+    { key: adapterKey(path, 'A'), tensor: A },
+    { key: adapterKey(path, 'B'), tensor: B },
+  ];
+  return magnitude ? [...parts, { key: adapterKey(path, 'magnitude'), tensor: magnitude }] : parts;
+}
+
+/** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did. */
+export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
+  const { targetModules = 'all-linear', seed = 42 } = options;
+  const config: AdapterConfig = {
+    baseModel: core.directory,
+    r: options.r ?? 64,
+    alpha: options.alpha ?? 16,
+    dropout: options.dropout ?? 0,
+    targetModules: targetModules instanceof RegExp ? targetModules.source : namesOf(core, targetModules),
+    layersToTransform: [],
+    layersPattern: [],
+    rankPattern: options.rankPattern ?? {},
+    alphaPattern: options.alphaPattern ?? {},
+    modulesToSave: [],
+    useRslora: options.useRslora ?? false,
+    useDora: options.useDora ?? false,
+  };
+  return attach(core, name, config, (layer, linear) => layer.initialize(linear, core.computeDtype, seed, linear.index));
+}
+
+/** PEFT knows 'all-linear', but in files it writes the names. */
+function namesOf(core: ModelCore, targets: 'all-linear' | readonly string[]): readonly string[] {
+  if (targets !== 'all-linear') return targets;
+  return [...new Set(core.weights.linears.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)))];
+}
+
+/** An adapter from a PEFT folder. */
+export async function loadAdapter(core: ModelCore, name: string, directory: string): Promise<LoraAdapter> {
+  const config = await readAdapterConfig(directory);
+  if (config.modulesToSave.length > 0) {
+    throw new QLoRAError(
+      'ERR_QLORA_ADAPTER_INVALID',
+      `${directory}: modules_to_save must be empty in this version, got ${config.modulesToSave.join(', ')}`,
+      { hint: 'Only low-rank adapters can be loaded.' },
+    );
+  }
+  using file = await openAdapterWeights(directory);
+  const parts: { key: string; tensor: Tensor }[] = [];
+  const adapter = attach(core, name, config, (layer) => parts.push(...partsOf(layer)));
+  try {
+    const unread = new Set(file.tensors.keys());
+    for (const { key, tensor } of parts) {
+      checkAdapterShape(directory, key, file.entry(key).shape, tensor.shape);
+      unread.delete(key);
+      await readAsF32(file, key, tensor);
+    }
+    const [left] = unread;
+    if (left !== undefined) {
+      throw new QLoRAError(
+        'ERR_QLORA_ADAPTER_INVALID',
+        `${directory}: the adapter holds '${left}', which belongs to no layer that it targets in this model`,
+        { hint: 'It was trained over another model, or with a method that this library does not know.' },
+      );
+    }
+    adapter.training = await readTrainingRecord(directory);
+    return adapter;
+  } catch (error) {
+    detach(core, adapter);
+    throw error;
+  }
+}
+
+/** Takes the adapter off its layers and frees it. */
+export function detach(core: ModelCore, adapter: LoraAdapter): void {
+  core.adapters.delete(adapter.name);
+  for (const linear of core.weights.linears) {
+    linear.adapters.get(adapter.name)?.dispose();
+    linear.adapters.delete(adapter.name);
+  }
+}
+
+function attach(
+  core: ModelCore,
+  name: string,
+  config: AdapterConfig,
+  fill: (layer: LoraLinear, linear: Linear) => void,
+): LoraAdapter {
+  if (core.adapters.has(name)) {
+    throw new QLoRAError('ERR_QLORA_ADAPTER_EXISTS', `an adapter named '${name}' is loaded already`, {
+      hint: 'Choose another name, or removeLora() the first.',
+    });
+  }
+  const byPath = new Map(core.weights.linears.map((linear) => [linear.path, linear]));
+  const { dropout, useRslora, useDora } = config;
+  const layers = adaptedModules(config, [...byPath.keys()]).map(({ path, r, alpha }) => {
+    const linear = byPath.get(path) as Linear;
+    const layer = new LoraLinear(core.stream, linear, { r, alpha, dropout, useRslora, useDora });
+    linear.adapters.set(name, layer);
+    fill(layer, linear);
+    return layer;
+  });
+  const adapter = new LoraAdapter(name, layers, config);
+  core.adapters.set(name, adapter);
+  return adapter;
+}
+
+function checkAdapterShape(directory: string, name: string, got: readonly number[], expected: readonly number[]): void {
+  if (got.length === expected.length && got.every((n, i) => n === expected[i])) return;
+  throw new QLoRAError(
+    'ERR_QLORA_SHAPE',
+    `${directory}: '${name}' must have shape [${expected.join(', ')}] for this model, got [${got.join(', ')}]`,
+    { hint: 'The adapter was trained over a model of another size.', detail: { name, expected, got } },
+  );
+}
+
+/** Adapters come in f32, bf16 or f16; here they are f32. */
+async function readAsF32(file: SafetensorsFile, name: string, tensor: Tensor): Promise<void> {
+  const { dtype } = file.entry(name);
+  if (dtype === 'f32' || (dtype !== 'bf16' && dtype !== 'f16')) return file.readFinite(name, tensor);
+  using narrow = new Tensor(tensor.stream, dtype, tensor.shape, 'adapters');
+  const done = file.readFinite(name, narrow);
+  tensor.stream.run('cast', narrow, tensor);
+  await done;
+}

@@ -1,0 +1,62 @@
+import type { z } from 'zod';
+import { didYouMean, QLoRAError } from './errors.js';
+
+/**
+ * Checks an options object. A key that the schema does not have is an error that names the nearest one; a wrong value
+ * one that names what was expected and what came.
+ *
+ * @param where what takes the options, for the message
+ */
+export function checkOptions<Schema extends z.ZodObject>(
+  schema: Schema,
+  options: unknown,
+  where: string,
+): z.infer<Schema> {
+  const result = schema.safeParse(options ?? {});
+  if (result.success) return result.data;
+  const [issue] = result.error.issues;
+  if (issue?.code === 'unrecognized_keys') {
+    const name = [...issue.path, issue.keys[0]].join('.');
+    const near = didYouMean(issue.keys[0] as string, knownKeys(schema, issue.path));
+    throw new QLoRAError('ERR_QLORA_OPTION_UNKNOWN', `${where}: there is no option '${name}'`, {
+      hint: near ? `Did you mean '${near}'?` : `It takes ${knownKeys(schema, issue.path).join(', ')}.`,
+      detail: { option: name },
+    });
+  }
+  const path = issue?.path.join('.') ?? '';
+  const value = issue?.path.reduce<unknown>(
+    (v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key],
+    options,
+  );
+  throw new QLoRAError(
+    'ERR_QLORA_OPTION_INVALID',
+    `${where}: option '${path}': ${issue?.message}, got ${show(value)}`,
+    {
+      hint: 'api.d.ts, the docstrings of the options, says what each takes.',
+      detail: { option: path },
+    },
+  );
+}
+
+function knownKeys(schema: z.ZodObject, path: readonly PropertyKey[]): string[] {
+  let at: unknown = schema;
+  for (const key of path) {
+    at = unwrap((at as z.ZodObject).shape?.[key as string]);
+  }
+  return Object.keys((at as z.ZodObject)?.shape ?? schema.shape);
+}
+
+/** The object schema inside of optional() and of a union. */
+function unwrap(schema: unknown): unknown {
+  const { def } = schema as { def: { innerType?: unknown; options?: unknown[] } };
+  if (def.innerType) return unwrap(def.innerType);
+  const object = def.options?.map(unwrap).find((o) => (o as z.ZodObject).shape);
+  return object ?? schema;
+}
+
+function show(value: unknown): string {
+  if (value === undefined) return 'nothing';
+  return typeof value === 'object' && value !== null
+    ? (JSON.stringify(value)?.slice(0, 100) ?? 'an object')
+    : (JSON.stringify(value) ?? String(value));
+}

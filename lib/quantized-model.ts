@@ -1,0 +1,353 @@
+import { z } from 'zod';
+import { encodePrompt } from './data/prompt.js';
+import type { Message } from './data/rows.js';
+import { QLoRAError } from './errors.js';
+import { type EventStream, eventStream } from './event-stream.js';
+import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
+import { StopStrings } from './generate/stop-strings.js';
+import { generateIds } from './generate/tokens.js';
+import { openModelFolder } from './io/model-folder.js';
+import { ConfigReader } from './models/config-reader.js';
+import { checkIds, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
+import { familyOf } from './models/families/index.js';
+import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
+import { saveModel } from './models/save.js';
+import { loadWeights, type WeightOptions } from './models/weights.js';
+import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
+import { checkOptions } from './options.js';
+import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
+import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
+import { Tokenizer } from './tokenizer/tokenizer.js';
+
+export interface LoadOptions {
+  /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
+  quantization?: (QuantizeOptions & { skipModules?: string[] }) | 'none';
+  /** What is computed in; 'f32' is IEEE fp32. Default bf16. */
+  computeDtype?: FloatDType;
+  /** Default 'auto': the best that works. */
+  device?: Device | 'auto';
+  /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
+  allowUnknownConfig?: string[];
+  signal?: AbortSignal;
+  onProgress?(p: { phase: string; done: number; total: number }): void;
+}
+
+export interface ChatMessage {
+  role: 'system' | 'user' | 'assistant' | 'tool';
+  content: string;
+}
+
+/**
+ * Which adapter a call uses. Left out: the only one, or the base where there is none; null: the base; left out with
+ * several loaded: ERR_QLORA_ADAPTER_REQUIRED; an unknown name is an error, never the base.
+ */
+export type AdapterChoice = string | null;
+
+/**
+ * Await it for the whole text, iterate it for pieces: new text only, without stop strings and special tokens. It starts
+ * at once; once iterated, a failure is thrown there only.
+ */
+export type TextStream = EventStream<string, string>;
+/** The same with ids. */
+export type TokenStream = EventStream<number, number[]>;
+
+export interface MemoryUse {
+  device: Device;
+  liveBytes: number;
+  peakBytes: number;
+  /** Live bytes of weights, adapters, optimizer, activations and scratch. */
+  byClass: Record<string, number>;
+}
+
+const loadSchema = z.strictObject({
+  quantization: z.union([z.literal('none'), z.looseObject({ skipModules: z.array(z.string()).optional() })]).optional(),
+  computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
+  device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
+  allowUnknownConfig: z.array(z.string()).optional(),
+  signal: z.instanceof(AbortSignal).optional(),
+  onProgress: z.custom<LoadOptions['onProgress']>((f) => typeof f === 'function').optional(),
+});
+
+const loraSchema = z.strictObject({
+  r: z.int().min(1).optional(),
+  alpha: z.number().optional(),
+  dropout: z.number().min(0).lt(1).optional(),
+  targetModules: z.union([z.literal('all-linear'), z.instanceof(RegExp), z.array(z.string())]).optional(),
+  rankPattern: z.record(z.string(), z.int().min(1)).optional(),
+  alphaPattern: z.record(z.string(), z.number()).optional(),
+  useRslora: z.boolean().optional(),
+  useDora: z.boolean().optional(),
+  seed: z.int().min(0).optional(),
+});
+
+/** A decoder whose linear layers are held in 4 bits, 8, or as the files have them, on a stream of its own. */
+export class QuantizedModel implements AsyncDisposable {
+  /** @internal */
+  readonly core: ModelCore;
+
+  private constructor(core: ModelCore) {
+    this.core = core;
+  }
+
+  /**
+   * Loads a Hugging Face model folder: config.json, safetensors in one file or shards, and where they are there
+   * generation_config.json, tokenizer.json and tokenizer_config.json. Each weight is quantized while it is read.
+   *
+   * @throws ERR_QLORA_MODEL_NOT_FOUND, ERR_QLORA_MODEL_UNSUPPORTED, ERR_QLORA_CONFIG_UNKNOWN_FIELD,
+   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY
+   */
+  static load(directory: string, options: LoadOptions = {}): Promise<QuantizedModel> {
+    return QuantizedModel.loadWith(directory, options, 'as-in-file');
+  }
+
+  /** @internal */
+  static async loadWith(
+    directory: string,
+    options: LoadOptions,
+    storage: WeightOptions['storage'],
+  ): Promise<QuantizedModel> {
+    const {
+      quantization = {},
+      computeDtype = 'bf16',
+      device = 'auto',
+      ...rest
+    } = checkOptions(loadSchema, options, 'load');
+    if (device !== 'auto' && device !== 'cpu') {
+      throw new QLoRAError('ERR_QLORA_DEVICE', `device '${device}' cannot be used: this version computes on the CPU`, {
+        hint: "Use device: 'cpu' or 'auto'.",
+      });
+    }
+    using folder = await openModelFolder(directory);
+    const family = familyOf(folder.config);
+    const fields = new ConfigReader(folder.config);
+    const config = family.config(fields);
+    fields.finish(rest.allowUnknownConfig);
+    const tokenizer = await loadTokenizer(directory);
+    const stream = new Stream();
+    try {
+      const weights = await loadWeights(stream, folder, family, config, {
+        quantization: resolveQuantization(quantization),
+        storage,
+        signal: rest.signal,
+        onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
+      });
+      return new QuantizedModel({
+        directory,
+        stream,
+        family,
+        config,
+        configJson: folder.config,
+        generation: folder.generationConfig,
+        weights,
+        computeDtype,
+        tokenizer,
+        adapters: new Map(),
+      });
+    } catch (error) {
+      await stream.close();
+      throw error;
+    }
+  }
+
+  get device(): Device {
+    return this.core.stream.device;
+  }
+
+  /** Bytes of the weights, without adapters. */
+  get sizeBytes(): number {
+    const { linears, dense } = this.core.weights;
+    const bytes = { f32: 4, bf16: 2, f16: 2, i32: 4, u8: 1, i8: 1 } as const;
+    const plain = [...dense.values()].reduce((sum, t) => sum + t.size * bytes[t.dtype], 0);
+    return linears.reduce((sum, { weight }) => sum + (weight.isDense ? 0 : weight.sizeBytes), plain);
+  }
+
+  /** config.json as it was read. */
+  get config(): Readonly<Record<string, unknown>> {
+    return this.core.configJson;
+  }
+
+  get adapters(): ReadonlyMap<string, LoraAdapter> {
+    return this.core.adapters;
+  }
+
+  /** Of this model: its weights, adapters, and what runs on it. */
+  memory(): MemoryUse {
+    const { liveBytes, peakBytes, byClass } = this.core.stream.memory();
+    return { device: this.device, liveBytes, peakBytes, byClass };
+  }
+
+  /** Logits [T, V] of one sequence, row-major fp32. */
+  async logits(inputIds: ArrayLike<number>, options: { adapter?: AdapterChoice } = {}): Promise<Float32Array> {
+    using hidden = this.#hidden(inputIds, options.adapter);
+    using logits = logitsOf(this.core, hidden);
+    return logits.read();
+  }
+
+  /**
+   * Mean cross-entropy over labels other than -100 (label t+1 is predicted from t), natural log. Labels left out: the ids
+   * themselves.
+   */
+  async loss(
+    inputIds: ArrayLike<number>,
+    labels: ArrayLike<number> = inputIds,
+    options: { adapter?: AdapterChoice } = {},
+  ): Promise<number> {
+    if (labels.length !== inputIds.length) {
+      throw new QLoRAError(
+        'ERR_QLORA_SHAPE',
+        `labels must be as many as inputIds, ${inputIds.length}, got ${labels.length}`,
+      );
+    }
+    const shifted = Int32Array.from({ length: labels.length }, (_, t) => labels[t + 1] ?? -100);
+    const targets = shifted.filter((label) => label !== -100);
+    if (targets.length === 0) {
+      throw new QLoRAError(
+        'ERR_QLORA_NO_TARGETS',
+        'a loss needs at least one label other than -100 behind the first, got none',
+      );
+    }
+    checkIds(targets, this.core.config.vocabSize, 'labels');
+    using hidden = this.#hidden(inputIds, options.adapter);
+    using target = Tensor.from(this.core.stream, shifted, [shifted.length]);
+    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
+      scale: 1 / targets.length,
+    });
+    return (await loss.read())[0] as number;
+  }
+
+  /**
+   * Continues a prompt. A string is continued as it is; messages go through the chat template; an instruction through
+   * the template that the adapter was trained with.
+   */
+  generate(
+    prompt: string | ChatMessage[] | { instruction: string; input?: string },
+    options: GenerateOptions = {},
+  ): TextStream {
+    const abort = new AbortController();
+    return eventStream(
+      async (emit) => {
+        const resolved = resolveGenerateOptions(this.core, options);
+        const tokenizer = this.#tokenizer();
+        const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
+        const stop = new StopStrings(resolved.stop);
+        const decoder = tokenizer.stream({ context: ids });
+        let text = '';
+        const give = (piece: string) => {
+          text += piece;
+          if (piece) emit(piece);
+        };
+        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(options.signal, abort.signal) };
+        for await (const id of generateIds(this.core, ids, sampling)) {
+          give(stop.push(decoder.push(id)));
+          if (stop.found) return text;
+        }
+        give(stop.push(decoder.finish()));
+        give(stop.finish());
+        return text;
+      },
+      () => abort.abort(),
+    );
+  }
+
+  /** Ids in, new ids out; needs no tokenizer. `ignoreEos` goes on to maxNewTokens. */
+  generateTokens(inputIds: ArrayLike<number>, options: GenerateOptions & { ignoreEos?: boolean } = {}): TokenStream {
+    const abort = new AbortController();
+    return eventStream(
+      async (emit) => {
+        const resolved = resolveGenerateOptions(this.core, options);
+        if (resolved.stop.length > 0) {
+          throw new QLoRAError('ERR_QLORA_OPTION_INVALID', "generateTokens: option 'stop' needs text; use generate()");
+        }
+        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
+        const ids: number[] = [];
+        const sampling = { ...resolved, endTokens, signal: joined(options.signal, abort.signal) };
+        for await (const id of generateIds(this.core, inputIds, sampling)) {
+          ids.push(id);
+          emit(id);
+        }
+        return ids;
+      },
+      () => abort.abort(),
+    );
+  }
+
+  /** A new adapter that changes nothing until it is trained. */
+  addLora(name: string, options: LoraOptions = {}): LoraAdapter {
+    return createAdapter(this.core, name, checkOptions(loraSchema, options, 'addLora'));
+  }
+
+  /** An adapter from a PEFT folder. */
+  loadLora(name: string, directory: string): Promise<LoraAdapter> {
+    return loadAdapter(this.core, name, directory);
+  }
+
+  removeLora(name: string): void {
+    const adapter = this.core.adapters.get(chooseAdapter(this.core, name) as string) as LoraAdapter;
+    detach(this.core, adapter);
+  }
+
+  /** The model as a Hugging Face folder: 4-bit layers as bitsandbytes stores them, the rest in its own dtype. */
+  save(outDirectory: string): Promise<void> {
+    return saveModel(this.core, outDirectory);
+  }
+
+  /** Frees everything. What was enqueued before is finished first. */
+  async dispose(): Promise<void> {
+    const { stream, weights, adapters } = this.core;
+    if (stream.closed) return;
+    for (const adapter of [...adapters.values()]) detach(this.core, adapter);
+    for (const linear of weights.linears) linear.dispose();
+    for (const tensor of weights.dense.values()) tensor.dispose();
+    await stream.close();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+
+  #hidden(inputIds: ArrayLike<number>, adapter: AdapterChoice | undefined): Tensor {
+    const { core } = this;
+    checkIds(inputIds, core.config.vocabSize);
+    const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
+    return hiddenStates(core, undefined, rows, { adapter: chooseAdapter(core, adapter), checkpointing: 'none' });
+  }
+
+  #tokenizer(): Tokenizer {
+    if (this.core.tokenizer) return this.core.tokenizer;
+    throw new QLoRAError(
+      'ERR_QLORA_TOKENIZER_MISSING',
+      `${this.core.directory} has no tokenizer.json, which text needs`,
+      {
+        hint: 'Copy tokenizer.json and tokenizer_config.json into the model folder, or use generateTokens() with ids.',
+      },
+    );
+  }
+
+  /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
+  #endTokens(): ReadonlySet<number> {
+    const { generation, configJson, tokenizer } = this.core;
+    const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
+    return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
+  }
+}
+
+function resolveQuantization(quantization: NonNullable<LoadOptions['quantization']>): WeightOptions['quantization'] {
+  if (quantization === 'none') return undefined;
+  const { skipModules = [], ...options } = quantization;
+  return { ...resolveQuantizeOptions(options), skipModules };
+}
+
+/** undefined where the folder has none: ids work without it. */
+async function loadTokenizer(directory: string): Promise<Tokenizer | undefined> {
+  try {
+    return await Tokenizer.load(directory);
+  } catch (error) {
+    if ((error as QLoRAError).code === 'ERR_QLORA_TOKENIZER_MISSING') return undefined;
+    throw error;
+  }
+}
+
+function joined(a: AbortSignal | undefined, b: AbortSignal): AbortSignal {
+  return a ? AbortSignal.any([a, b]) : b;
+}

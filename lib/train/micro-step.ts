@@ -1,0 +1,40 @@
+import type { Tape } from '../autograd.js';
+import { collate, shiftLabels } from '../data/batch.js';
+import type { EncodedRow } from '../data/encode.js';
+import { hiddenStates, type ModelCore } from '../models/core.js';
+import type { DecoderPass } from '../models/decoder.js';
+import { fill } from '../ops/elementwise.js';
+import { linearCrossEntropy } from '../ops/linear-cross-entropy.js';
+import { Tensor } from '../tensor.js';
+
+/** Labels that a row's loss counts: all but the first, which nothing predicts. */
+export function targetsOf(row: EncodedRow): number {
+  return row.labels.subarray(1).reduce((n, label) => n + (label === -100 ? 0 : 1), 0);
+}
+
+/**
+ * Enqueues the loss of some rows, times `scale`, and with a tape its gradients.
+ *
+ * @returns the loss [1], to be read and disposed of
+ */
+export function enqueueLoss(
+  core: ModelCore,
+  tape: Tape | undefined,
+  rows: readonly EncodedRow[],
+  scale: number,
+  pass: Omit<DecoderPass, 'computeDtype'>,
+): Tensor {
+  const batch = collate(rows, { padId: core.tokenizer?.padTokenId ?? 0 });
+  // One row has no padding, and its tokens are one segment.
+  const segments = batch.batch > 1 ? { segmentIds: batch.segmentIds } : {};
+  const { tokens, batch: B, length, positions } = batch;
+  using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
+  using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
+  const loss = linearCrossEntropy(tape, hidden, core.weights.decoder.head, labels, { scale });
+  if (tape) {
+    using one = new Tensor(core.stream, 'f32', [1]);
+    fill(one, 1);
+    tape.backward(loss, one);
+  }
+  return loss;
+}

@@ -1,0 +1,182 @@
+import { z } from 'zod';
+import type { DatasetSource } from '../data/read-rows.js';
+import { formatNames } from '../data/rows.js';
+import { promptTemplate } from '../data/templates.js';
+import { didYouMean, QLoRAError } from '../errors.js';
+import type { LoraOptions } from '../models/lora-adapter.js';
+import { checkOptions } from '../options.js';
+import { type LoadOptions, QuantizedModel } from '../quantized-model.js';
+import { type ScheduleName, scheduleNames } from './schedule.js';
+
+export interface MixedDataset {
+  source: DatasetSource;
+  /** Default: inferred from the fields. */
+  format?: string;
+  /** At most so many of its rows, the first ones. */
+  maxSamples?: number;
+}
+
+/** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
+export interface TrainerOptions {
+  /** A model folder, or a model. A model passed in is not disposed of with the trainer. */
+  model: string | QuantizedModel;
+  /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
+  dataset: DatasetSource | MixedDataset[];
+  /** A number below 1 is a share split off the data set, one from 1 on a count; the split is seeded. */
+  evalDataset?: DatasetSource | number;
+  datasetFormat?: string;
+  /** How instructions are written as prompts; default 'alpaca', QLoRA's. */
+  template?: string;
+  quantization?: LoadOptions['quantization'];
+  computeDtype?: LoadOptions['computeDtype'];
+  device?: LoadOptions['device'];
+  /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
+  lora?: LoraOptions | 'none';
+  /** A PEFT folder to go on from; its r, alpha and targets hold. */
+  initialAdapter?: string;
+  outputDir: string;
+  /** Rows a micro-step; default 1. */
+  batchSize?: number;
+  /** Micro-steps an optimizer step; default 16. */
+  gradientAccumulationSteps?: number;
+  /** The first of both that is reached ends the run; neither given: 3 epochs. */
+  maxSteps?: number;
+  epochs?: number;
+  /** Default 2e-4. */
+  learningRate?: number;
+  /** Default 0. */
+  weightDecay?: number;
+  /** Gradients are scaled down to this norm; default 0.3, 0 is no clipping. */
+  maxGradNorm?: number;
+  /** Default 0.9. */
+  adamBeta1?: number;
+  /** Default 0.999. */
+  adamBeta2?: number;
+  /** Default 1e-8. */
+  adamEpsilon?: number;
+  /** Of SGD; default 0. */
+  momentum?: number;
+  /** Default 'constant'. */
+  lrScheduler?: ScheduleName;
+  schedulerOptions?: { numCycles?: number; power?: number; lrEnd?: number };
+  /** Share of the steps in which the rate rises; default 0.03 (a constant rate has no warm-up). */
+  warmupRatio?: number;
+  /** Wins over warmupRatio. */
+  warmupSteps?: number;
+  /** Default 'paged_adamw_32bit', which pages only where memory demands it. */
+  optimizer?: (typeof optimizerNames)[number];
+  /** Keep only each layer's input for the backward pass, and compute the rest again; default true. */
+  gradientCheckpointing?: boolean;
+  /** Train on the prompt too; default false. */
+  trainOnSource?: boolean;
+  /** Of a conversation train the last answer only; default false. */
+  maskHistory?: boolean;
+  /** Most tokens of a row. */
+  maxLength?: number;
+  /** Most tokens of a prompt and of an answer; default 1024 and 256. */
+  sourceMaxLength?: number;
+  targetMaxLength?: number;
+  maxTrainSamples?: number;
+  maxEvalSamples?: number;
+  /** Evaluate every so many steps; default: at the end, where there is something to evaluate on. */
+  evalSteps?: number;
+  /** Of everything random; default 42. */
+  seed?: number;
+}
+
+const optimizerNames = ['paged_adamw_32bit', 'adamw_32bit', 'sgd'] as const;
+
+const count = z.int().min(1);
+const share = z.number().min(0).lt(1);
+const source = z.custom<DatasetSource>(
+  (value) =>
+    typeof value === 'string' ||
+    (typeof value === 'object' && value !== null && (Symbol.iterator in value || Symbol.asyncIterator in value)),
+  'expected a path or rows',
+);
+
+const schema = z.strictObject({
+  model: z.union([z.string(), z.custom<QuantizedModel>((value) => value instanceof QuantizedModel)]),
+  dataset: source,
+  evalDataset: z.union([z.number().gt(0), source]).optional(),
+  datasetFormat: z.string().optional(),
+  template: z.string().optional(),
+  quantization: z.unknown().optional(),
+  computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
+  device: z.string().optional(),
+  lora: z.union([z.literal('none'), z.looseObject({})]).optional(),
+  initialAdapter: z.string().optional(),
+  outputDir: z.string().min(1),
+  batchSize: count.default(1),
+  gradientAccumulationSteps: count.default(16),
+  maxSteps: count.optional(),
+  epochs: z.number().gt(0).optional(),
+  learningRate: z.number().min(0).default(2e-4),
+  weightDecay: z.number().min(0).default(0),
+  maxGradNorm: z.number().min(0).default(0.3),
+  adamBeta1: share.default(0.9),
+  adamBeta2: share.default(0.999),
+  adamEpsilon: z.number().gt(0).default(1e-8),
+  momentum: share.default(0),
+  lrScheduler: z.enum(scheduleNames).default('constant'),
+  schedulerOptions: z
+    .strictObject({ numCycles: z.number().optional(), power: z.number().optional(), lrEnd: z.number().optional() })
+    .default({}),
+  warmupRatio: share.default(0.03),
+  warmupSteps: z.int().min(0).optional(),
+  optimizer: z.enum(optimizerNames).default('paged_adamw_32bit'),
+  gradientCheckpointing: z.boolean().default(true),
+  trainOnSource: z.boolean().default(false),
+  maskHistory: z.boolean().default(false),
+  maxLength: count.optional(),
+  sourceMaxLength: count.optional(),
+  targetMaxLength: count.optional(),
+  maxTrainSamples: count.optional(),
+  maxEvalSamples: count.optional(),
+  evalSteps: count.optional(),
+  seed: z.int().min(0).default(42),
+});
+
+export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
+  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
+
+/** Defaults filled in; wrong options and wrong combinations are errors. */
+export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
+  const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
+  promptTemplate(resolved.template);
+  const { datasetFormat, lora, initialAdapter, quantization, model } = resolved;
+  if (datasetFormat !== undefined && !formatNames().includes(datasetFormat)) {
+    const near = didYouMean(datasetFormat, formatNames());
+    throw new QLoRAError('ERR_QLORA_DATASET_FORMAT', `QLoRATrainer: there is no datasetFormat '${datasetFormat}'`, {
+      hint: near ? `Did you mean '${near}'?` : `There are ${formatNames().join(', ')}.`,
+    });
+  }
+  const conflict = (message: string, hint: string) =>
+    new QLoRAError('ERR_QLORA_OPTION_CONFLICT', `QLoRATrainer: ${message}`, { hint });
+  if (lora === 'none') {
+    if (initialAdapter)
+      throw conflict("initialAdapter goes with an adapter, and lora is 'none'", 'Leave one of them out.');
+    if (quantization !== 'none') {
+      throw conflict(
+        "lora: 'none' trains the weights themselves, which needs quantization: 'none'",
+        "Set quantization: 'none'.",
+      );
+    }
+    if (typeof model !== 'string') {
+      throw conflict(
+        "lora: 'none' loads the weights as fp32 masters, so it takes a folder",
+        'Pass the path of the model.',
+      );
+    }
+  }
+  if (lora && lora !== 'none' && initialAdapter) {
+    throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
+  }
+  if (typeof model !== 'string' && (quantization !== undefined || resolved.computeDtype !== undefined)) {
+    throw conflict(
+      'a model that is loaded has its quantization and computeDtype already',
+      'Pass them to QuantizedModel.load().',
+    );
+  }
+  return resolved;
+}

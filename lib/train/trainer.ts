@@ -1,0 +1,417 @@
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { Tape } from '../autograd.js';
+import { type EncodedRow, explainRow } from '../data/encode.js';
+import { shuffledOrder } from '../data/order.js';
+import type { DatasetSource } from '../data/read-rows.js';
+import type { Row } from '../data/rows.js';
+import { DEFAULT_TEMPLATE } from '../data/templates.js';
+import { QLoRAError } from '../errors.js';
+import { type EventStream, eventStream } from '../event-stream.js';
+import type { LoraAdapter } from '../models/lora-adapter.js';
+import { QuantizedModel } from '../quantized-model.js';
+import type { Tensor } from '../tensor.js';
+import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
+import { enqueueLoss, targetsOf } from './micro-step.js';
+import { Optimizer } from './optimizer.js';
+import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
+import { learningRateAt } from './schedule.js';
+
+export type TrainEvent =
+  /** One an optimizer step. */
+  | {
+      type: 'step';
+      step: number;
+      epoch: number;
+      loss: number;
+      learningRate: number;
+      gradNorm: number;
+      tokensPerSecond: number;
+      memoryBytes: number;
+    }
+  | { type: 'eval'; step: number; loss: number; perplexity: number }
+  | { type: 'checkpoint'; step: number; path: string }
+  | { type: 'warning'; code: string; message: string };
+
+/** outputDir is a PEFT adapter or, after full fine-tuning, a model folder; adapterDir is set for the former. */
+export interface TrainResult {
+  steps: number;
+  finalLoss: number;
+  outputDir: string;
+  adapterDir?: string;
+  stopped: boolean;
+}
+
+/**
+ * Await it for the result, iterate it for events. Leaving the loop, `stop()` and an aborted signal all drop the step in
+ * progress, save the last whole one as a checkpoint and resolve with `stopped: true`.
+ */
+export interface TrainRun extends EventStream<TrainEvent, TrainResult> {
+  stop(): Promise<TrainResult>;
+}
+
+/** What a step computed, read once the stream has come to it. */
+interface StepResult {
+  loss: number;
+  gradNorm: number;
+  finite: boolean;
+  tokens: number;
+}
+
+/** A step whose work is in the queue. */
+interface EnqueuedStep {
+  step: number;
+  learningRate: number;
+  result: Promise<StepResult>;
+}
+
+const adapterName = 'default';
+/** Steps in a row whose gradient may be NaN or infinite before training gives up. */
+const mostSkipped = 5;
+
+/** Fine-tunes a model on rows: an adapter over a frozen, usually 4-bit base, or all weights. */
+export class QLoRATrainer implements AsyncDisposable {
+  readonly model: QuantizedModel;
+  /** What is being trained; undefined in full fine-tuning. */
+  readonly adapter: LoraAdapter | undefined;
+  readonly #options: ResolvedTrainerOptions;
+  readonly #datasets: Datasets;
+  readonly #optimizer: Optimizer;
+  readonly #ownsModel: boolean;
+  #step = 0;
+  #microStep = 0;
+  #running = false;
+
+  private constructor(
+    model: QuantizedModel,
+    adapter: LoraAdapter | undefined,
+    options: ResolvedTrainerOptions,
+    datasets: Datasets,
+  ) {
+    this.model = model;
+    this.adapter = adapter;
+    this.#options = options;
+    this.#datasets = datasets;
+    this.#ownsModel = typeof options.model === 'string';
+    this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
+    if (adapter) adapter.training = { template: options.template ?? DEFAULT_TEMPLATE };
+  }
+
+  /**
+   * Loads the model where a folder is given, reads and encodes the data, and makes the adapter.
+   *
+   * @throws ERR_QLORA_OPTION_UNKNOWN, ERR_QLORA_OPTION_INVALID, ERR_QLORA_DATASET_NOT_FOUND, ERR_QLORA_ROW_INVALID,
+   *   ERR_QLORA_NO_TARGETS, and what QuantizedModel.load() throws
+   */
+  static async create(options: TrainerOptions): Promise<QLoRATrainer> {
+    const resolved = resolveTrainerOptions(options);
+    const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
+    const full = lora === 'none';
+    const model =
+      typeof given === 'string'
+        ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
+        : given;
+    try {
+      const datasets = await prepareDatasets(model.core, resolved);
+      let adapter: LoraAdapter | undefined;
+      if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
+      else if (!full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
+      return new QLoRATrainer(model, adapter, resolved, datasets);
+    } catch (error) {
+      if (typeof given === 'string') await model.dispose();
+      throw error;
+    }
+  }
+
+  /** What a row becomes: tokens, which of them are trained, what was cut. */
+  async explain(row: Row): Promise<{ tokens: string[]; ids: number[]; trained: boolean[]; truncated: number }> {
+    return explainRow(row, this.model.core.tokenizer, encodeOptionsOf(this.#options));
+  }
+
+  /** Trains to the end of maxSteps or epochs, and saves into outputDir. */
+  train(options: { signal?: AbortSignal } = {}): TrainRun {
+    const abort = new AbortController();
+    const signal = options.signal ? AbortSignal.any([options.signal, abort.signal]) : abort.signal;
+    const stop = () => {
+      abort.abort();
+      return run as Promise<TrainResult>;
+    };
+    const run: EventStream<TrainEvent, TrainResult> = eventStream(
+      (emit) => this.#exclusive(() => this.#train(emit, signal)),
+      stop,
+    );
+    return Object.assign(run, { stop });
+  }
+
+  /** One optimizer step over exactly these rows, in micro-batches of batchSize; the loss is that before the step. */
+  trainStep(rows: readonly Row[]): Promise<{ loss: number; gradNorm: number }> {
+    return this.#exclusive(async () => {
+      const encoding = encodeOptionsOf(this.#options);
+      const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
+      const step = await this.#enqueueStep(encoded, this.#totalSteps);
+      if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
+      const { loss, gradNorm } = await step.result;
+      return { loss, gradNorm };
+    });
+  }
+
+  /** Mean loss over all target tokens, without dropout. Default: the eval data set. */
+  async evaluate(
+    dataset?: DatasetSource,
+    options: { signal?: AbortSignal } = {},
+  ): Promise<{ loss: number; perplexity: number }> {
+    const { core } = this.model;
+    const rows = dataset
+      ? await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat)
+      : this.#datasets.eval;
+    if (!rows) {
+      throw new QLoRAError(
+        'ERR_QLORA_NO_EVAL_DATASET',
+        'evaluate() needs rows: none were given, and the trainer has no evalDataset',
+        {
+          hint: 'Pass a data set, or create the trainer with evalDataset.',
+        },
+      );
+    }
+    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
+    const { batchSize } = this.#options;
+    const pass = { adapter: this.#adapterName, checkpointing: 'none' as const };
+    let loss = 0;
+    for (let i = 0; i < rows.length; i += batchSize) {
+      options.signal?.throwIfAborted();
+      using part = enqueueLoss(core, undefined, rows.slice(i, i + batchSize), 1 / targets, pass);
+      loss += (await part.read())[0] as number;
+    }
+    return { loss, perplexity: Math.exp(loss) };
+  }
+
+  /** Writes the adapter, or after full fine-tuning the model; default into outputDir. Returns where. */
+  async save(directory = this.#options.outputDir): Promise<string> {
+    if (this.adapter) {
+      if (this.#step > 0) await this.#checkTrained(this.adapter);
+      await this.adapter.save(directory);
+    } else {
+      await this.model.save(directory);
+    }
+    return directory;
+  }
+
+  /** Frees the optimizer, and the model where the trainer loaded it. */
+  async dispose(): Promise<void> {
+    this.#optimizer.dispose();
+    if (this.#ownsModel) await this.model.dispose();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+
+  get #adapterName(): string | undefined {
+    return this.adapter?.name;
+  }
+
+  get #stepsPerEpoch(): number {
+    const { batchSize, gradientAccumulationSteps } = this.#options;
+    return Math.ceil(this.#datasets.train.length / (batchSize * gradientAccumulationSteps));
+  }
+
+  get #totalSteps(): number {
+    const { maxSteps, epochs } = this.#options;
+    const ofEpochs = Math.ceil((epochs ?? 3) * this.#stepsPerEpoch);
+    if (maxSteps === undefined) return ofEpochs;
+    return epochs === undefined ? maxSteps : Math.min(maxSteps, ofEpochs);
+  }
+
+  async #exclusive<T>(work: () => Promise<T>): Promise<T> {
+    if (this.#running) {
+      throw new QLoRAError('ERR_QLORA_BUSY', 'this trainer is training already', { hint: 'Await the run before it.' });
+    }
+    this.#running = true;
+    try {
+      return await work();
+    } finally {
+      this.#running = false;
+    }
+  }
+
+  async #train(emit: (event: TrainEvent) => void, signal: AbortSignal): Promise<TrainResult> {
+    const total = this.#totalSteps;
+    const { evalSteps } = this.#options;
+    let finalLoss = Number.NaN;
+    let skipped = 0;
+    let since = performance.now();
+    // A step's numbers are awaited after the next step was enqueued, so that the stream never runs dry.
+    let previous: EnqueuedStep | undefined;
+    const report = async () => {
+      if (!previous) return;
+      const { step, learningRate, result } = previous;
+      previous = undefined;
+      const { loss, gradNorm, finite, tokens } = await result;
+      const now = performance.now();
+      const tokensPerSecond = (tokens * 1000) / (now - since);
+      since = now;
+      finalLoss = loss;
+      skipped = finite ? 0 : skipped + 1;
+      if (!finite) {
+        emit({
+          type: 'warning',
+          code: 'NON_FINITE_GRADIENT',
+          message: `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing`,
+        });
+        if (skipped >= mostSkipped) {
+          throw new QLoRAError(
+            'ERR_QLORA_DIVERGED',
+            `${mostSkipped} steps in a row had a loss or gradient that is not finite, the last at step ${step}`,
+            {
+              hint: 'Use a lower learningRate, or computeDtype bf16 instead of f16.',
+            },
+          );
+        }
+      }
+      const { liveBytes } = this.model.memory();
+      const epoch = step / this.#stepsPerEpoch;
+      emit({ type: 'step', step, epoch, loss, learningRate, gradNorm, tokensPerSecond, memoryBytes: liveBytes });
+    };
+    const evaluate = async () => {
+      const step = this.#step;
+      emit({ type: 'eval', step, ...(await this.evaluate(undefined, { signal })) });
+      since = performance.now();
+    };
+
+    while (this.#step < total) {
+      const enqueued = await this.#enqueueStep(this.#rowsOfStep(this.#step), total, signal, report);
+      if (!enqueued) {
+        await report();
+        return this.#stopped(emit, finalLoss);
+      }
+      await report();
+      previous = enqueued;
+      if (evalSteps && this.#datasets.eval && this.#step % evalSteps === 0 && this.#step < total) {
+        await report();
+        if (!signal.aborted) await evaluate();
+      }
+    }
+    await report();
+    if (this.#datasets.eval) await evaluate();
+    const outputDir = await this.save();
+    return {
+      steps: this.#step,
+      finalLoss,
+      outputDir,
+      ...(this.adapter ? { adapterDir: outputDir } : {}),
+      stopped: false,
+    };
+  }
+
+  /** The last whole step is kept; outputDir itself stays for finished runs. */
+  async #stopped(emit: (event: TrainEvent) => void, finalLoss: number): Promise<TrainResult> {
+    const path = join(this.#options.outputDir, `checkpoint-${this.#step}`);
+    await rm(path, { recursive: true, force: true });
+    if (this.adapter) await this.adapter.save(path);
+    else await this.model.save(path);
+    emit({ type: 'checkpoint', step: this.#step, path });
+    return {
+      steps: this.#step,
+      finalLoss,
+      outputDir: path,
+      ...(this.adapter ? { adapterDir: path } : {}),
+      stopped: true,
+    };
+  }
+
+  /** The rows of an optimizer step, counted from 0: each epoch in an order of its own, its last step may be short. */
+  #rowsOfStep(step: number): EncodedRow[] {
+    const { train } = this.#datasets;
+    const { batchSize, gradientAccumulationSteps, seed } = this.#options;
+    const size = batchSize * gradientAccumulationSteps;
+    const epoch = Math.floor(step / this.#stepsPerEpoch);
+    const begin = (step % this.#stepsPerEpoch) * size;
+    const order = this.#orderOf(epoch, seed);
+    return Array.from(order.subarray(begin, begin + size), (i) => train[i] as EncodedRow);
+  }
+
+  #order: { epoch: number; order: Uint32Array } | undefined;
+
+  #orderOf(epoch: number, seed: number): Uint32Array {
+    if (this.#order?.epoch !== epoch) {
+      this.#order = { epoch, order: shuffledOrder(this.#datasets.train.length, seed, epoch) };
+    }
+    return this.#order.order;
+  }
+
+  #learningRate(step: number, totalSteps: number): number {
+    const { lrScheduler, learningRate, warmupRatio, schedulerOptions } = this.#options;
+    const warmupSteps = this.#options.warmupSteps ?? Math.ceil(warmupRatio * totalSteps);
+    return learningRateAt(lrScheduler, learningRate, step, { ...schedulerOptions, warmupSteps, totalSteps });
+  }
+
+  /**
+   * Enqueues forward, backward and the optimizer over these rows. The loss is the sum over all of them divided by their
+   * target tokens, so that it does not depend on how they are cut into micro-steps.
+   *
+   * @returns undefined where the signal stopped it, which leaves the parameters as they were
+   */
+  async #enqueueStep(
+    rows: readonly EncodedRow[],
+    totalSteps: number,
+    signal?: AbortSignal,
+    between: () => Promise<void> = async () => {},
+  ): Promise<EnqueuedStep | undefined> {
+    const { batchSize, gradientCheckpointing, seed } = this.#options;
+    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
+    // Rows of like length side by side: the sum is the same, the padding less.
+    const sorted = [...rows].sort((a, b) => a.ids.length - b.ids.length);
+    const losses: Promise<number>[] = [];
+    this.#optimizer.zeroGradients();
+    for (let i = 0; i < sorted.length; i += batchSize) {
+      if (signal?.aborted) {
+        await Promise.allSettled(losses);
+        return undefined;
+      }
+      const pass = {
+        adapter: this.#adapterName,
+        checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
+        dropout: { seed, microStep: this.#microStep++ },
+      };
+      losses.push(
+        readScalar(enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass)),
+      );
+      if (losses.length === 1) await between();
+      // At most two micro-steps wait in the queue.
+      await losses.at(-3);
+    }
+    await losses.at(-2);
+    const learningRate = this.#learningRate(this.#step, totalSteps);
+    this.#step++;
+    using norm = this.#optimizer.step(this.#step, learningRate);
+    const norms = norm.read();
+    const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
+    const result = (async () => {
+      const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
+      const [gradNorm, finite] = (await norms) as unknown as [number, number];
+      return { loss, gradNorm, finite: finite === 1, tokens };
+    })();
+    // Whoever awaits the result is told; a run that ends before that is not an unhandled rejection.
+    result.catch(() => {});
+    return { step: this.#step, learningRate, result };
+  }
+
+  /** An adapter whose B is all zero learnt nothing: saving it would hide that. */
+  async #checkTrained(adapter: LoraAdapter): Promise<void> {
+    for (const layer of adapter.layers) {
+      if ((await layer.read('B')).some((x) => x !== 0)) return;
+    }
+    throw new QLoRAError(
+      'ERR_QLORA_ADAPTER_UNTRAINED',
+      `after ${this.#step} steps every B of the adapter is still zero: it changes nothing`,
+      {
+        hint: 'Is learningRate 0, or were all steps skipped?',
+      },
+    );
+  }
+}
+
+async function readScalar(tensor: Tensor): Promise<number> {
+  using t = tensor;
+  return (await t.read())[0] as number;
+}
