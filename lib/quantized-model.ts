@@ -94,7 +94,7 @@ export class QuantizedModel implements AsyncDisposable {
    * generation_config.json, tokenizer.json and tokenizer_config.json. Each weight is quantized while it is read.
    *
    * @throws ERR_QLORA_MODEL_NOT_FOUND, ERR_QLORA_MODEL_UNSUPPORTED, ERR_QLORA_CONFIG_UNKNOWN_FIELD,
-   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NOT_FINITE, ERR_QLORA_OUT_OF_MEMORY
+   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY
    */
   static load(directory: string, options: LoadOptions = {}): Promise<QuantizedModel> {
     return QuantizedModel.loadWith(directory, options, 'as-in-file');

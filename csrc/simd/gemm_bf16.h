@@ -302,12 +302,8 @@ struct Bf16Engine {
 
   template <int R>
   static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
-    __m512 sum[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      sum[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip);
-      sum[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip + kVector);
-    }
+    // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
+    __m512 sum[R][2]{};
     for (int64_t k = 0; k < depth; k += 2) {
       const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
       const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
@@ -322,8 +318,10 @@ struct Bf16Engine {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      _mm512_storeu_ps(c + r * kStrip, sum[r][0]);
-      _mm512_storeu_ps(c + r * kStrip + kVector, sum[r][1]);
+      for (int v = 0; v < 2; ++v) {
+        float* total = c + r * kStrip + v * kVector;
+        _mm512_storeu_ps(total, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(total), sum[r][v]));
+      }
     }
   }
 };
