@@ -31,7 +31,12 @@ export class Tape {
   }
 
   /** Records even where no input needs a gradient: for an operation with parameters inside. */
-  recordAlways(inputs: readonly Tensor[], outputs: readonly Tensor[], saved: readonly Tensor[], rule: BackwardRule): void {
+  recordAlways(
+    inputs: readonly Tensor[],
+    outputs: readonly Tensor[],
+    saved: readonly Tensor[],
+    rule: BackwardRule,
+  ): void {
     for (const output of outputs) output.requiresGrad = true;
     for (const tensor of saved) tensor.hold();
     this.#entries.push({ inputs, outputs, saved, rule });

@@ -1,12 +1,13 @@
 /** The public face of qlora-node. */
-export type { Message, Row } from './data/rows.js';
+
 export type { DatasetSource } from './data/read-rows.js';
+export type { Message, Row } from './data/rows.js';
 export { backends, memory } from './devices.js';
 export { QLoRAError } from './errors.js';
 export type { GenerateOptions } from './generate/options.js';
+export { setLogger } from './logger.js';
 export type { LoraAdapter, LoraOptions } from './models/lora-adapter.js';
 export type { LoraLinear } from './nn/lora.js';
-export { setLogger } from './logger.js';
 export { dequantize, type QuantizedData, type QuantizeOptions, quantize } from './quantization.js';
 export {
   type AdapterChoice,

@@ -7,7 +7,11 @@ import { didYouMean, QLoRAError } from './errors.js';
  *
  * @param where what takes the options, for the message
  */
-export function checkOptions<Schema extends z.ZodObject>(schema: Schema, options: unknown, where: string): z.infer<Schema> {
+export function checkOptions<Schema extends z.ZodObject>(
+  schema: Schema,
+  options: unknown,
+  where: string,
+): z.infer<Schema> {
   const result = schema.safeParse(options ?? {});
   if (result.success) return result.data;
   const [issue] = result.error.issues;
@@ -20,11 +24,18 @@ export function checkOptions<Schema extends z.ZodObject>(schema: Schema, options
     });
   }
   const path = issue?.path.join('.') ?? '';
-  const value = issue?.path.reduce<unknown>((v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key], options);
-  throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${where}: option '${path}': ${issue?.message}, got ${show(value)}`, {
-    hint: 'api.d.ts, the docstrings of the options, says what each takes.',
-    detail: { option: path },
-  });
+  const value = issue?.path.reduce<unknown>(
+    (v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key],
+    options,
+  );
+  throw new QLoRAError(
+    'ERR_QLORA_OPTION_INVALID',
+    `${where}: option '${path}': ${issue?.message}, got ${show(value)}`,
+    {
+      hint: 'api.d.ts, the docstrings of the options, says what each takes.',
+      detail: { option: path },
+    },
+  );
 }
 
 function knownKeys(schema: z.ZodObject, path: readonly PropertyKey[]): string[] {
@@ -45,5 +56,7 @@ function unwrap(schema: unknown): unknown {
 
 function show(value: unknown): string {
   if (value === undefined) return 'nothing';
-  return typeof value === 'object' && value !== null ? (JSON.stringify(value)?.slice(0, 100) ?? 'an object') : JSON.stringify(value) ?? String(value);
+  return typeof value === 'object' && value !== null
+    ? (JSON.stringify(value)?.slice(0, 100) ?? 'an object')
+    : (JSON.stringify(value) ?? String(value));
 }

@@ -20,9 +20,9 @@ void gemm(Context& context, const Gemm& g) {
 
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {
 #if QLORA_ISA_avx512bf16
-  if (compute == DType::bf16) return Engine<Bf16Engine>::pack(context, form, compute, a, M, K);
+  if (compute == DType::bf16) return Engine<Bf16Engine>::pack(context, form, compute, a, M, K, true);
 #endif
-  return Engine<Fp32Engine>::pack(context, form, compute, a, M, K);
+  return Engine<Fp32Engine>::pack(context, form, compute, a, M, K, true);
 }
 
 }  // namespace qlora::QLORA_ISA

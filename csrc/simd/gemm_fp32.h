@@ -46,11 +46,8 @@ struct Fp32Engine {
 
   template <int R>
   static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
-    Vector sum[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) sum[r][v] = first ? Vector{} : load(c + r * kStrip + v * kVector);
-    }
+    // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
+    Vector sum[R][2]{};
     for (int64_t k = 0; k < depth; ++k) {
       const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
 #pragma GCC unroll 12
@@ -62,7 +59,10 @@ struct Fp32Engine {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) store(c + r * kStrip + v * kVector, sum[r][v]);
+      for (int v = 0; v < 2; ++v) {
+        float* total = c + r * kStrip + v * kVector;
+        store(total, first ? sum[r][v] : load(total) + sum[r][v]);
+      }
     }
   }
 

@@ -3,6 +3,7 @@
 //
 // Two orders. `natural` is the order in memory. `split` deals each group of kGroup columns into its evens, then its
 // odds: that is how a byte of two 4-bit weights comes apart, and an order of K is free if both operands have it.
+// Products of dense operands alone need no groups of K, and so no padding to whole ones.
 #pragma once
 
 #include <algorithm>

@@ -154,19 +154,29 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
   const conflict = (message: string, hint: string) =>
     new QLoRAError('ERR_QLORA_OPTION_CONFLICT', `QLoRATrainer: ${message}`, { hint });
   if (lora === 'none') {
-    if (initialAdapter) throw conflict("initialAdapter goes with an adapter, and lora is 'none'", 'Leave one of them out.');
+    if (initialAdapter)
+      throw conflict("initialAdapter goes with an adapter, and lora is 'none'", 'Leave one of them out.');
     if (quantization !== 'none') {
-      throw conflict("lora: 'none' trains the weights themselves, which needs quantization: 'none'", "Set quantization: 'none'.");
+      throw conflict(
+        "lora: 'none' trains the weights themselves, which needs quantization: 'none'",
+        "Set quantization: 'none'.",
+      );
     }
     if (typeof model !== 'string') {
-      throw conflict("lora: 'none' loads the weights as fp32 masters, so it takes a folder", 'Pass the path of the model.');
+      throw conflict(
+        "lora: 'none' loads the weights as fp32 masters, so it takes a folder",
+        'Pass the path of the model.',
+      );
     }
   }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
   }
   if (typeof model !== 'string' && (quantization !== undefined || resolved.computeDtype !== undefined)) {
-    throw conflict('a model that is loaded has its quantization and computeDtype already', 'Pass them to QuantizedModel.load().');
+    throw conflict(
+      'a model that is loaded has its quantization and computeDtype already',
+      'Pass them to QuantizedModel.load().',
+    );
   }
   return resolved;
 }
