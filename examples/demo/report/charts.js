@@ -6,10 +6,12 @@
   const fixed = (digits) => (u, v) => (v == null ? '–' : v.toFixed(digits));
   const whole = (u, v) => (v == null ? '–' : Math.round(v).toLocaleString('en-US'));
 
-  /** A moving average that starts at the first value. */
-  function smooth(values, keep) {
-    let mean = values[0];
-    return values.map((v) => (mean = keep * mean + (1 - keep) * v));
+  /** Each value as the mean of itself and its neighbours. */
+  function smooth(values, neighbours) {
+    return values.map((_, i) => {
+      const near = values.slice(Math.max(0, i - neighbours), i + neighbours + 1);
+      return near.reduce((a, b) => a + b, 0) / near.length;
+    });
   }
 
   const line = (label, stroke, value, more) => ({ label, stroke: color(stroke), width: 2, value, ...more });
@@ -26,7 +28,7 @@
       wide: true,
     }),
     'chart-loss': () => ({
-      data: [of(steps, 'step'), loss, smooth(loss, 0.93)],
+      data: [of(steps, 'step'), loss, smooth(loss, Math.round(loss.length / 60))],
       series: [
         line('Each step', 'past', fixed(3), { width: 1, alpha: 0.55 }),
         line('Smoothed', 'new', fixed(3), { width: 3 }),
@@ -66,19 +68,27 @@
         ...sizeOf(place, wide),
         series: [{ label: 'Step', value: whole }, ...series.map((s) => ({ points: { show: false }, ...s }))],
         axes: [
-          { ...axis, grid: { show: false }, space: 60 },
+          { ...axis, grid: { show: false }, space: 60, gap: 8 },
           { ...axis, size: 48, space: 36, values: (u, ticks) => ticks.map(tick) },
         ],
         scales: { x: { time: false }, y: { range } },
         cursor: { drag: { x: false, y: false } },
+        legend: { markers: { fill: (u, i) => u.series[i].stroke() } },
+        // Where nobody points, the legend shows the last step.
+        hooks: { setCursor: [showLast] },
       };
       const plot = new uPlot(options, data, place);
       plot.wide = wide;
+      showLast(plot);
       drawn.push(plot);
     }
   }
 
-  const sizeOf = (place, wide) => ({ width: Math.floor(place.clientWidth), height: wide ? 270 : 190 });
+  function showLast(plot) {
+    if (plot.cursor.idx == null) plot.setLegend({ idx: plot.data[0].length - 1 }, false);
+  }
+
+  const sizeOf = (place, wide) => ({ width: Math.floor(place.clientWidth), height: wide ? 280 : 190 });
 
   draw();
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);

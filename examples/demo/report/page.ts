@@ -81,13 +81,30 @@ ${next(data)}
 `.html;
 }
 
-function hero({ subtraction, oldSkills, seconds, parameters }: ReportData): Html {
+function hero({ subtraction, oldSkills, seconds, parameters, samples }: ReportData): Html {
   return html`<header>
 <p class="brand">qlora-node · demo report</p>
-<h1><span class="from">${percent(subtraction.before)}</span> <span class="arrow" aria-label="to">→</span> <span class="to">${percent(subtraction.after)}</span></h1>
+<div class="hero">
+<div>
+<h1><span class="from">${percent(subtraction.before)}</span> <span class="arrow" role="img" aria-label="to">→</span> <span class="to">${percent(subtraction.after)}</span></h1>
 <p class="lead">A small language model could add but had never seen a minus. In ${duration(seconds.training)} on this computer it learnt to subtract two-digit numbers.</p>
-<p class="sub">Its ${millions(parameters.total)} weights stayed frozen, squeezed to about 4 bits each. All it learnt sits in ${thousands(parameters.trained)} extra numbers beside them: that is QLoRA. Of what it could do before, it still answers ${percent(oldSkills.after)} right (before: ${percent(oldSkills.before)}).</p>
+<p class="sub">Its ${millions(parameters.total)} weights stayed frozen, squeezed to about 4 bits each. All it learnt sits in ${thousands(parameters.trained)} extra numbers beside them: that is QLoRA. Of its old skills’ questions it still answers ${percent(oldSkills.after)} right (before: ${percent(oldSkills.before)}).</p>
+</div>
+${spotlight(samples)}
+</div>
 </header>`;
+}
+
+/** One question that it could not answer and now can. */
+function spotlight(samples: readonly Sample[]): Html {
+  const sample = samples.find((s) => s.before !== s.expected && s.after === s.expected);
+  if (!sample) return html``;
+  const said = (name: string, when: string, text: string, mark: Html) =>
+    html`<div class="said ${name}"><dt>${when}</dt><dd>${text || '(nothing)'} ${mark}</dd></div>`;
+  return html`<div class="spotlight card">
+<p>${sample.question}</p>
+<dl>${said('was', 'before', sample.before, wrongMark)}${said('is', 'after', sample.after, rightMark)}</dl>
+</div>`;
 }
 
 function tiles({ subtraction, oldSkills, seconds, tokensPerSecond, memory }: ReportData): Html {
@@ -96,7 +113,7 @@ function tiles({ subtraction, oldSkills, seconds, tokensPerSecond, memory }: Rep
   return html`<dl class="tiles">
 ${tile('Subtraction', percent(subtraction.after), `was ${percent(subtraction.before)}; ${subtraction.questions} questions never trained on`)}
 ${tile('Old skills', percent(oldSkills.after), `was ${percent(oldSkills.before)}; ${oldSkills.questions} questions`)}
-${tile('Time', duration(seconds.total), `${duration(seconds.training)} of it training`)}
+${tile('Time', `${Math.round(seconds.total)} s`, `${Math.round(seconds.training)} s of it training`)}
 ${tile('Speed', thousands(tokensPerSecond), 'tokens a second, training')}
 ${tile('Memory', bytes(memory.process), 'most the whole process took')}
 ${tile('Adapter', bytes(memory.adapter), 'all that has to be shared')}
@@ -123,7 +140,7 @@ function charts(): Html {
   return html`<section>
 <h2>How it learnt</h2>
 <div class="charts">
-${figure('chart-accuracy', 'Right answers', 'Subtraction rises; the old skills hold. Measured on a few held-out questions while training went on, on all of them at the start and the end.', 'wide')}
+${figure('chart-accuracy', 'Right answers', 'Of all held-out questions at the start and the end, and of a few of them while it was learning.', 'wide')}
 ${figure('chart-loss', 'Loss', 'How surprised the model is by the right answer; lower is better. Thin: every step. Thick: smoothed.', 'wide')}
 ${figure('chart-rate', 'Learning rate', 'How large a step the optimizer takes: it warms up, then slows down to settle.')}
 ${figure('chart-speed', 'Tokens a second', 'How fast the rows went through. Dips are pauses in which it was asked questions.')}
@@ -148,9 +165,12 @@ ${samples.map(
 
 function answer(given: string, expected: string): Html {
   return given === expected
-    ? html`<td><span class="mark yes" role="img" aria-label="right">✓</span> ${given}</td>`
-    : html`<td><span class="mark no" role="img" aria-label="wrong">✗</span> ${given || '(nothing)'}</td>`;
+    ? html`<td>${rightMark} ${given}</td>`
+    : html`<td>${wrongMark} ${given || '(nothing)'}</td>`;
 }
+
+const rightMark = html`<span class="mark yes" role="img" aria-label="right">✓</span>`;
+const wrongMark = html`<span class="mark no" role="img" aria-label="wrong">✗</span>`;
 
 function skills({ oldSkills }: ReportData): Html {
   const bar = (share: number, name: string) =>
