@@ -134,7 +134,7 @@ export class QuantizedModel implements AsyncDisposable {
         family,
         config,
         configJson: folder.config,
-        generation: folder.generation,
+        generation: folder.generationConfig,
         weights,
         computeDtype,
         tokenizer,

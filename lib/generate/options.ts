@@ -41,14 +41,14 @@ const schema = z.strictObject({
 export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens'> & { stop: readonly string[]; ignoreEos: boolean };
 
 /** What generation_config.json may ask for that this version does not do; each with the value that changes nothing. */
-const unsupported: Readonly<Record<string, unknown>> = {
-  repetition_penalty: 1,
-  typical_p: 1,
-  no_repeat_ngram_size: 0,
-  num_beams: 1,
-  min_new_tokens: 0,
-  min_p: 0,
-};
+const unsupported = {
+  repetitionPenalty: 1,
+  typicalP: 1,
+  noRepeatNgramSize: 0,
+  numBeams: 1,
+  minLength: 0,
+  minNewTokens: 0,
+} as const;
 
 export function resolveGenerateOptions(
   core: ModelCore,
@@ -57,12 +57,12 @@ export function resolveGenerateOptions(
   const given = checkOptions(schema, options, 'generate');
   const { generation } = core;
   for (const [field, neutral] of Object.entries(unsupported)) {
-    const value = generation.raw[field];
-    if (value === undefined || value === null || value === neutral) continue;
+    const value = generation[field as keyof typeof unsupported];
+    if (value === undefined || value === neutral) continue;
     throw new QLoRAError(
       'ERR_QLORA_GENERATION_CONFIG',
       `generation_config.json: ${field} = ${JSON.stringify(value)} is not supported yet, only ${JSON.stringify(neutral)}`,
-      { hint: `Take ${field} out of generation_config.json.`, detail: { field, value } },
+      { hint: `Take it out of generation_config.json.`, detail: { field, value } },
     );
   }
   const doSample = given.doSample ?? generation.doSample ?? false;

@@ -1,6 +1,6 @@
 /** What QuantizedModel, generation and training share: the weights, and passes through them. */
 import { QLoRAError } from '../errors.js';
-import type { GenerationConfig } from '../io/model-folder.js';
+import type { GenerationConfig } from '../io/generation-config.js';
 import type { Linear } from '../nn/linear.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';

@@ -1,6 +1,15 @@
+import { mkdir } from 'node:fs/promises';
 import { QLoRAError } from '../errors.js';
-import { type AdapterConfig, adapterKeys, readAdapterConfig, writeAdapterFiles } from '../io/peft.js';
-import { openSafetensors } from '../io/safetensors.js';
+import {
+  type AdapterConfig,
+  adapterKey,
+  adapterWeightsPath,
+  openAdapterWeights,
+  readAdapterConfig,
+  writeAdapterConfig,
+} from '../io/peft.js';
+import { adaptedModules } from '../io/peft-targets.js';
+import { type SafetensorsFile, writeSafetensors } from '../io/safetensors.js';
 import { readTrainingRecord, type TrainingRecord, writeTrainingRecord } from '../io/training-record.js';
 import type { Linear } from '../nn/linear.js';
 import { LoraLinear } from '../nn/lora.js';
@@ -49,71 +58,72 @@ export class LoraAdapter {
     return this.layers.flatMap((layer) => layer.parameters);
   }
 
-  /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. */
+  /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
   async save(directory: string): Promise<void> {
-    const items = this.layers.flatMap((layer) => {
-      const keys = adapterKeys(layer.path);
-      const item = (name: string, tensor: Tensor) => ({ name, data: tensor });
-      return [
-        item(keys.A, layer.A),
-        item(keys.B, layer.B),
-        ...(layer.magnitude ? [item(keys.magnitude, layer.magnitude)] : []),
-      ];
-    });
-    await writeAdapterFiles(directory, this.config, items);
+    await mkdir(directory, { recursive: true });
+    const items = this.layers.flatMap((layer) => partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })));
+    await writeSafetensors(adapterWeightsPath(directory), items, { format: 'pt' });
     if (this.training) await writeTrainingRecord(directory, this.training);
+    await writeAdapterConfig(directory, this.config);
   }
+}
+
+/** The tensors of a layer with their names in PEFT's files. */
+function partsOf({ path, A, B, magnitude }: LoraLinear): { key: string; tensor: Tensor }[] {
+  const parts = [
+    { key: adapterKey(path, 'A'), tensor: A },
+    { key: adapterKey(path, 'B'), tensor: B },
+  ];
+  return magnitude ? [...parts, { key: adapterKey(path, 'magnitude'), tensor: magnitude }] : parts;
 }
 
 /** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did. */
 export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
   const { targetModules = 'all-linear', seed = 42 } = options;
-  const targets = core.weights.linears.filter((linear) => matchesTarget(linear.path, targetModules));
-  if (targets.length === 0) throw noTargets(core, targetModules);
   const config: AdapterConfig = {
     baseModel: core.directory,
     r: options.r ?? 64,
     alpha: options.alpha ?? 16,
     dropout: options.dropout ?? 0,
-    targetModules:
-      targetModules instanceof RegExp
-        ? targetModules.source
-        : [...new Set(targets.map((t) => (targetModules === 'all-linear' ? lastName(t.path) : matchedName(t.path, targetModules))))].sort(),
+    targetModules: targetModules instanceof RegExp ? targetModules.source : namesOf(core, targetModules),
+    layersToTransform: [],
+    layersPattern: [],
     rankPattern: options.rankPattern ?? {},
     alphaPattern: options.alphaPattern ?? {},
+    modulesToSave: [],
     useRslora: options.useRslora ?? false,
     useDora: options.useDora ?? false,
   };
-  return attach(core, name, config, targets, (layer, linear) =>
+  return attach(core, name, config, (layer, linear) =>
     layer.initialize(linear, core.computeDtype, seed, linear.index),
   );
+}
+
+/** PEFT knows 'all-linear', but in files it writes the names. */
+function namesOf(core: ModelCore, targets: 'all-linear' | readonly string[]): readonly string[] {
+  if (targets !== 'all-linear') return targets;
+  return [...new Set(core.weights.linears.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)))];
 }
 
 /** An adapter from a PEFT folder. */
 export async function loadAdapter(core: ModelCore, name: string, directory: string): Promise<LoraAdapter> {
   const config = await readAdapterConfig(directory);
-  const { targetModules, layersToTransform } = config;
-  const pattern = typeof targetModules === 'string' && targetModules !== 'all-linear' ? new RegExp(targetModules) : targetModules;
-  const targets = core.weights.linears.filter(
-    (linear) =>
-      matchesTarget(linear.path, pattern as Exclude<LoraOptions['targetModules'], undefined>) &&
-      (!layersToTransform || layersToTransform.includes(layerNumber(linear.path))),
-  );
-  if (targets.length === 0) throw noTargets(core, pattern);
-  using file = await openSafetensors(`${directory}/adapter_model.safetensors`);
-  const unread = new Set(file.tensors.keys());
-  const reads: { name: string; tensor: Tensor }[] = [];
-  const adapter = attach(core, name, config, targets, (layer) => {
-    const keys = adapterKeys(layer.path);
-    reads.push({ name: keys.A, tensor: layer.A }, { name: keys.B, tensor: layer.B });
-    if (layer.magnitude) reads.push({ name: keys.magnitude, tensor: layer.magnitude });
-  });
+  if (config.modulesToSave.length > 0) {
+    throw new QLoRAError(
+      'ERR_QLORA_ADAPTER_INVALID',
+      `${directory}: modules_to_save must be empty in this version, got ${config.modulesToSave.join(', ')}`,
+      { hint: 'Only low-rank adapters can be loaded.' },
+    );
+  }
+  using file = await openAdapterWeights(directory);
+  const parts: { key: string; tensor: Tensor }[] = [];
+  const adapter = attach(core, name, config, (layer) => parts.push(...partsOf(layer)));
   try {
-    for (const read of reads) {
-      const entry = file.entry(read.name);
-      checkAdapterShape(directory, read.name, entry.shape, read.tensor.shape);
-      unread.delete(read.name);
-      await readAsF32(file, read.name, read.tensor);
+    const unread = new Set(file.tensors.keys());
+    for (const { key, tensor } of parts) {
+      checkAdapterShape(directory, key, file.entry(key).shape, tensor.shape);
+      unread.delete(key);
+      await readAsF32(file, key, tensor);
     }
     const [left] = unread;
     if (left !== undefined) {
@@ -144,7 +154,6 @@ function attach(
   core: ModelCore,
   name: string,
   config: AdapterConfig,
-  targets: readonly Linear[],
   fill: (layer: LoraLinear, linear: Linear) => void,
 ): LoraAdapter {
   if (core.adapters.has(name)) {
@@ -152,14 +161,11 @@ function attach(
       hint: 'Choose another name, or removeLora() the first.',
     });
   }
-  const layers = targets.map((linear) => {
-    const layer = new LoraLinear(core.stream, linear, {
-      r: patternValue(config.rankPattern, linear.path) ?? config.r,
-      alpha: patternValue(config.alphaPattern, linear.path) ?? config.alpha,
-      dropout: config.dropout,
-      useRslora: config.useRslora,
-      useDora: config.useDora,
-    });
+  const byPath = new Map(core.weights.linears.map((linear) => [linear.path, linear]));
+  const { dropout, useRslora, useDora } = config;
+  const layers = adaptedModules(config, [...byPath.keys()]).map(({ path, r, alpha }) => {
+    const linear = byPath.get(path) as Linear;
+    const layer = new LoraLinear(core.stream, linear, { r, alpha, dropout, useRslora, useDora });
     linear.adapters.set(name, layer);
     fill(layer, linear);
     return layer;
@@ -167,27 +173,6 @@ function attach(
   const adapter = new LoraAdapter(name, layers, config);
   core.adapters.set(name, adapter);
   return adapter;
-}
-
-const lastName = (path: string) => path.slice(path.lastIndexOf('.') + 1);
-const endsAtDot = (path: string, name: string) => path === name || path.endsWith(`.${name}`);
-const matchedName = (path: string, names: readonly string[]) => names.find((name) => endsAtDot(path, name)) as string;
-
-function matchesTarget(path: string, targets: 'all-linear' | RegExp | readonly string[]): boolean {
-  if (targets === 'all-linear') return true;
-  if (targets instanceof RegExp) return new RegExp(`^(?:${targets.source})$`, targets.flags.replace(/[gy]/g, '')).test(path);
-  return targets.some((name) => endsAtDot(path, name));
-}
-
-/** The value of the first key that ends the path at a dot, keys being regular expressions. */
-function patternValue(pattern: Readonly<Record<string, number>>, path: string): number | undefined {
-  const key = Object.keys(pattern).find((k) => new RegExp(`^(?:.*\\.)?(?:${k})$`).test(path));
-  return key === undefined ? undefined : pattern[key];
-}
-
-/** The number in a path such as model.layers.3.mlp.up_proj; -1 where there is none. */
-function layerNumber(path: string): number {
-  return Number(path.match(/\.(\d+)\./)?.[1] ?? -1);
 }
 
 function checkAdapterShape(directory: string, name: string, got: readonly number[], expected: readonly number[]): void {
@@ -201,7 +186,7 @@ function checkAdapterShape(directory: string, name: string, got: readonly number
 
 /** Adapters come in f32, bf16 or f16; here they are f32. */
 async function readAsF32(
-  file: Awaited<ReturnType<typeof openSafetensors>>,
+  file: SafetensorsFile,
   name: string,
   tensor: Tensor,
 ): Promise<void> {
@@ -211,12 +196,4 @@ async function readAsF32(
   const done = file.readFinite(name, narrow);
   tensor.stream.run('cast', narrow, tensor);
   await done;
-}
-
-function noTargets(core: ModelCore, targets: unknown): QLoRAError {
-  const names = [...new Set(core.weights.linears.map((l) => lastName(l.path)))];
-  return new QLoRAError('ERR_QLORA_TARGET_MODULES', `targetModules matches no linear layer of this model: ${String(targets)}`, {
-    hint: `Its layers are named ${names.join(', ')}.`,
-    detail: { targets: String(targets), known: names },
-  });
 }

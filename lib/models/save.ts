@@ -1,10 +1,15 @@
 /** A model as a Hugging Face folder that transformers, with bitsandbytes, loads. */
 import { copyFile, mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
+import { QLoRAError } from '../errors.js';
 import { writeFileAtomic } from '../io/atomic-file.js';
-import { quantizationConfig, quantizedItems } from '../io/bnb-checkpoint.js';
+import { bnbConfigJson } from '../io/bnb-checkpoint.js';
+import { pythonJson } from '../io/python-json.js';
 import { type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
+import type { FourBitType } from '../ops/quantize.js';
+import type { FloatDType } from '../tensor.js';
 import type { ModelCore } from './core.js';
+import { quantizedItems } from './quantized-weight.js';
 
 /** Files that go with the weights as they are. */
 const companions = [
@@ -16,19 +21,40 @@ const companions = [
 ];
 
 export async function saveModel(core: ModelCore, directory: string): Promise<void> {
-  await mkdir(directory, { recursive: true });
   const { linears, dense } = core.weights;
+  const eightBit = linears.find((linear) => linear.weight.tensors.data.dtype === 'i8');
+  if (eightBit) {
+    throw new QLoRAError('ERR_QLORA_SAVE_UNSUPPORTED', `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`, {
+      hint: "Load the model with quantization 'none' or a 4-bit type.",
+    });
+  }
+  await mkdir(directory, { recursive: true });
+  const dtype = checkpointDtype(core);
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
-  for (const linear of quantized) items.push(...(await quantizedItems(linear.path, linear.weight, core.computeDtype)));
+  for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight, dtype));
   await writeSafetensors(join(directory, 'model.safetensors'), items, { format: 'pt' });
   const config: Record<string, unknown> = { ...core.configJson };
   const [first] = quantized;
-  if (first) config.quantization_config = quantizationConfig(first.weight, core.computeDtype);
-  await writeFileAtomic(join(directory, 'config.json'), `${JSON.stringify(config, undefined, 2)}\n`);
+  if (first) {
+    const { type, nestedAbsmax } = first.weight.tensors;
+    const skipModules = linears.filter((linear) => linear.weight.isDense).map((linear) => linear.path);
+    config.quantization_config = bnbConfigJson({
+      type: type as FourBitType,
+      doubleQuant: nestedAbsmax !== undefined,
+      computeDtype: core.computeDtype,
+      skipModules: skipModules.length ? [...skipModules, 'lm_head'] : [],
+    });
+  }
+  await writeFileAtomic(join(directory, 'config.json'), `${pythonJson(config, 2)}\n`);
   for (const name of companions) {
     await copyFile(join(core.directory, name), join(directory, name)).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== 'ENOENT') throw error;
     });
   }
+}
+
+/** What the 4-bit weights were before: the dtype of the rest of the model. */
+function checkpointDtype(core: ModelCore): FloatDType {
+  return core.weights.decoder.norm.dtype as FloatDType;
 }

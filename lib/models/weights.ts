@@ -1,6 +1,5 @@
 /** From a model folder to a decoder's weights: each tensor is read, and quantized at once, before the next is read. */
 import { QLoRAError } from '../errors.js';
-import { readQuantizedWeight } from '../io/bnb-checkpoint.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import { Linear } from '../nn/linear.js';
 import { cast } from '../ops/elementwise.js';
@@ -10,6 +9,7 @@ import type { ResolvedQuantizeOptions } from '../quantization.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { DecoderConfig, Family, ModuleRule } from './config.js';
 import type { Block, DecoderWeights } from './decoder.js';
+import { readQuantizedWeight } from './quantized-weight.js';
 
 export interface WeightOptions {
   /** undefined: as the files have them. */
@@ -127,7 +127,7 @@ async function loadDense(
 }
 
 async function readFloat(stream: Stream, folder: ModelFolder, name: string): Promise<Tensor> {
-  const { dtype, fileDType, shape } = folder.tensors.get(name) as NonNullable<ReturnType<ModelFolder['tensors']['get']>>;
+  const { dtype, fileDType, shape } = folder.entry(name);
   if (dtype !== 'f32' && dtype !== 'bf16' && dtype !== 'f16') {
     throw new QLoRAError('ERR_QLORA_DTYPE', `${folder.directory}: '${name}' must be F32, BF16 or F16, got ${fileDType}`, {
       hint: 'Quantized checkpoints of other kinds than bitsandbytes 4-bit cannot be loaded; take the original model.',
@@ -135,7 +135,7 @@ async function readFloat(stream: Stream, folder: ModelFolder, name: string): Pro
   }
   const tensor = new Tensor(stream, dtype satisfies FloatDType, shape, 'weights');
   try {
-    await folder.readFinite(name, tensor);
+    await folder.read(name, tensor);
     return tensor;
   } catch (error) {
     tensor.dispose();

@@ -112,11 +112,11 @@ export async function quantizeWeight(x: Tensor, options: ResolvedQuantizeOptions
   }
   const code = fourBitCode(x.stream, type);
   const { packed, absmax } = quantize4bit(x, type, blockSize, doubleQuant ? 'scratch' : 'weights');
-  if (!doubleQuant) return whole(new Weight(N, K, { data: packed, absmax, code, blockSize }), absmax);
+  if (!doubleQuant) return whole(new Weight(N, K, { data: packed, absmax, code, type, blockSize }), absmax);
   const nestedCode = dynamicMap(x.stream, 'signed');
   const { index, nestedAbsmax, offset } = doubleQuantize(absmax);
   absmax.dispose();
-  const tensors = { data: packed, absmax: index, code, nestedAbsmax, nestedCode, blockSize };
+  const tensors = { data: packed, absmax: index, code, type, nestedAbsmax, nestedCode, blockSize };
   try {
     const [mean] = await offset.read();
     return new Weight(N, K, { ...tensors, offset: mean });

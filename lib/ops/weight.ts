@@ -7,6 +7,7 @@ export interface WeightTensors {
   absmax?: Tensor;
   /** 4-bit: the 16 values of the type. */
   code?: Tensor;
+  type?: 'nf4' | 'fp4';
   /** Double quantization: maxima of blocks of 256 block maxima, the 256 values, and the mean that was taken off. */
   nestedAbsmax?: Tensor;
   nestedCode?: Tensor;

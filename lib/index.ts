@@ -1,0 +1,22 @@
+/** The public face of qlora-node. */
+export type { Message, Row } from './data/rows.js';
+export type { DatasetSource } from './data/read-rows.js';
+export { backends, memory } from './devices.js';
+export { QLoRAError } from './errors.js';
+export type { GenerateOptions } from './generate/options.js';
+export type { LoraAdapter, LoraOptions } from './models/lora-adapter.js';
+export type { LoraLinear } from './nn/lora.js';
+export { setLogger } from './logger.js';
+export { dequantize, type QuantizedData, type QuantizeOptions, quantize } from './quantization.js';
+export {
+  type AdapterChoice,
+  type ChatMessage,
+  type LoadOptions,
+  type MemoryUse,
+  QuantizedModel,
+  type TextStream,
+  type TokenStream,
+} from './quantized-model.js';
+export type { Device } from './tensor.js';
+export type { MixedDataset, TrainerOptions } from './train/options.js';
+export { QLoRATrainer, type TrainEvent, type TrainResult, type TrainRun } from './train/trainer.js';
