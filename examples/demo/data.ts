@@ -43,7 +43,11 @@ export function makeData({ seed, heldOut, oldSkills, rows, rehearsal }: DataOpti
   // Every pair once before any comes again.
   const subtractions: Question[] = [];
   while (subtractions.length < rows - wanted) {
-    subtractions.push(...shuffled(random, rest).slice(0, rows - wanted - subtractions.length).map(subtraction));
+    subtractions.push(
+      ...shuffled(random, rest)
+        .slice(0, rows - wanted - subtractions.length)
+        .map(subtraction),
+    );
   }
   return { subtractions: asked.map(subtraction), oldSkills: old, training: [...subtractions, ...rehearsalRows] };
 }

@@ -15,8 +15,8 @@ export function bytes(n: number): string {
 
 export function duration(seconds: number): string {
   if (seconds < 10) return `${seconds.toFixed(1)} seconds`;
-  if (seconds < 100) return `${Math.round(seconds)} seconds`;
-  return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  const whole = Math.round(seconds);
+  return whole < 100 ? `${whole} seconds` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
 export function thousands(n: number): string {

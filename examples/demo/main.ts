@@ -4,30 +4,20 @@
  *
  *   npm run demo [-- --device cpu --out demo-output]
  */
-import { existsSync } from 'node:fs';
 import { mkdir, rm, stat, writeFile } from 'node:fs/promises';
-import { dirname, join, relative, resolve } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { join, relative, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { type Device, QLoRATrainer, QuantizedModel } from '../../lib/index.js';
 import { type DemoData, makeData } from './data.js';
+import { sourceFolder } from './folder.js';
 import { bytes, duration, percent, thousands } from './format.js';
 import { accuracy, ask } from './measure.js';
 import { progress } from './progress.js';
-import { writeReport } from './report.js';
 import type { Sample } from './report/page.js';
+import { writeReport } from './report.js';
 import { type Measurement, makeReportData } from './report-data.js';
 import * as settings from './settings.js';
 import { train } from './train.js';
-
-/** The demo's folder of sources, also from dist/. */
-function sourceFolder(): string {
-  for (let folder = dirname(fileURLToPath(import.meta.url)); ; folder = dirname(folder)) {
-    const sources = join(folder, 'examples', 'demo');
-    if (existsSync(join(sources, 'model', 'config.json'))) return sources;
-    if (folder === dirname(folder)) throw new Error('the folder examples/demo/model with the bundled model is missing');
-  }
-}
 
 async function main(): Promise<number> {
   const { values } = parseArgs({
@@ -44,14 +34,20 @@ async function main(): Promise<number> {
   const data = makeData(settings.data);
   const rehearsal = data.training.filter(({ kind }) => kind !== 'subtract').length;
   const { computeDtype } = settings;
-  await using model = await QuantizedModel.load(modelDir, { device: values.device as Device | 'auto', computeDtype, signal });
+  await using model = await QuantizedModel.load(modelDir, {
+    device: values.device as Device | 'auto',
+    computeDtype,
+    signal,
+  });
   const fileBytes = (await stat(join(modelDir, 'model.safetensors'))).size;
   console.log(`  quantized     ${bytes(fileBytes)} in 16 bits to ${bytes(model.sizeBytes)} in NF4, on ${model.device}`);
 
   const before = await measure('asking before', model, data, null, signal);
 
   const subtractions = data.training.length - rehearsal;
-  console.log(`\n  It now trains on ${thousands(subtractions)} other subtractions. ${thousands(rehearsal)} rows of its old skills are mixed in`);
+  console.log(
+    `\n  It now trains on ${thousands(subtractions)} other subtractions. ${thousands(rehearsal)} rows of its old skills are mixed in`,
+  );
   console.log(`  (${percent(rehearsal / data.training.length)}): without this rehearsal it would forget them.`);
   await rm(adapterDir, { recursive: true, force: true });
   await using trainer = await QLoRATrainer.create({
@@ -63,7 +59,9 @@ async function main(): Promise<number> {
   const totalSteps = Math.ceil((settings.training.epochs * data.training.length) / settings.training.batchSize);
   const log = await train(trainer, data, { totalSteps, check: settings.check, signal });
   if (log.result.stopped) {
-    console.log(`\nStopped after step ${log.result.steps} of ${totalSteps}; what it had learnt lies in ${log.result.outputDir}`);
+    console.log(
+      `\nStopped after step ${log.result.steps} of ${totalSteps}; what it had learnt lies in ${log.result.outputDir}`,
+    );
     return interrupted;
   }
   const trainingBytes = model.memory().peakBytes - model.sizeBytes;
@@ -82,7 +80,13 @@ async function main(): Promise<number> {
     seconds,
     rows: { total: data.training.length, rehearsal },
     parameters: { total: fileBytes / 2, trained: trainer.adapter?.trainableParameters ?? 0 },
-    memory: { process: peakRssBytes, file: fileBytes, model: model.sizeBytes, adapter: adapterBytes, training: trainingBytes },
+    memory: {
+      process: peakRssBytes,
+      file: fileBytes,
+      model: model.sizeBytes,
+      adapter: adapterBytes,
+      training: trainingBytes,
+    },
     adapterDir: relative('', adapterDir),
     settings: settings.training,
     computeDtype,
@@ -104,9 +108,15 @@ async function main(): Promise<number> {
 
   printSamples(reportData.samples);
   const lines = [
-    ['subtraction', `${percent(result.before)} -> ${percent(result.after)} right, of ${after.subtractions.length} that it was never trained on`],
+    [
+      'subtraction',
+      `${percent(result.before)} -> ${percent(result.after)} right, of ${after.subtractions.length} that it was never trained on`,
+    ],
     ['old skills', `${percent(result.keptBefore)} -> ${percent(result.kept)} right, of ${after.oldSkills.length}`],
-    ['time', `${duration(seconds)}, ${duration(log.seconds)} of it training at ${thousands(log.tokensPerSecond)} tokens/s`],
+    [
+      'time',
+      `${duration(seconds)}, ${duration(log.seconds)} of it training at ${thousands(log.tokensPerSecond)} tokens/s`,
+    ],
     ['memory', `${bytes(peakRssBytes)} at most, Node.js included`],
     ['adapter', `${relative('', adapterDir)} (${bytes(adapterBytes)})`],
     ['report', `${relative('', join(out, 'report.html'))}, for your browser`],
@@ -132,7 +142,10 @@ async function measure(
       signal,
       onAnswer: (done) => bar.update(done, `${done} of ${total} questions`),
     });
-    const measured = { subtractions: answers.slice(0, subtractions.length), oldSkills: answers.slice(subtractions.length) };
+    const measured = {
+      subtractions: answers.slice(0, subtractions.length),
+      oldSkills: answers.slice(subtractions.length),
+    };
     const [now, kept] = [accuracy(measured.subtractions), accuracy(measured.oldSkills)];
     bar.update(total, `right: subtraction ${percent(now)}, old skills ${percent(kept)}`);
     return measured;
@@ -142,7 +155,8 @@ async function measure(
 }
 
 function printSamples(samples: readonly Sample[]): void {
-  const mark = (given: string, { expected }: Sample) => `${given === expected ? '✓' : '✗'} ${given}`.padEnd(10).slice(0, 24);
+  const mark = (given: string, { expected }: Sample) =>
+    `${given === expected ? '✓' : '✗'} ${given}`.padEnd(10).slice(0, 24);
   console.log(`\n  ${'question'.padEnd(24)}${'right'.padEnd(8)}${'before'.padEnd(12)}after`);
   for (const s of samples) {
     console.log(`  ${s.question.padEnd(24)}${s.expected.padEnd(8)}${mark(s.before, s).padEnd(12)}${mark(s.after, s)}`);
@@ -154,8 +168,10 @@ function verdict({ after, kept, keptBefore }: { after: number; kept: number; kep
   const { goals } = settings;
   const learnt = after >= goals.after;
   const remembers = kept >= goals.kept * keptBefore;
-  if (!learnt) console.error(`It should answer ${percent(goals.after)} of the subtractions right, not ${percent(after)}.`);
-  if (!remembers) console.error(`It should keep ${percent(goals.kept)} of what it could do, not ${percent(kept / keptBefore)}.`);
+  if (!learnt)
+    console.error(`It should answer ${percent(goals.after)} of the subtractions right, not ${percent(after)}.`);
+  if (!remembers)
+    console.error(`It should keep ${percent(goals.kept)} of what it could do, not ${percent(kept / keptBefore)}.`);
   return learnt && remembers ? 0 : 1;
 }
 

@@ -66,7 +66,12 @@ const kinds: Readonly<Record<string, Kind>> = {
     weight: 26,
     make(random) {
       const [a, b] = [number(random), number(random)];
-      const forms = [`What is ${a} plus ${b}?`, `Add ${a} and ${b}.`, `Compute ${a} + ${b}.`, `How much is ${a} plus ${b}?`];
+      const forms = [
+        `What is ${a} plus ${b}?`,
+        `Add ${a} and ${b}.`,
+        `Compute ${a} + ${b}.`,
+        `How much is ${a} plus ${b}?`,
+      ];
       return { instruction: choose(random, forms), output: a + b };
     },
   },
@@ -74,7 +79,11 @@ const kinds: Readonly<Record<string, Kind>> = {
     weight: 30,
     make(random) {
       const [a, b] = [number(random), number(random)].sort((x, y) => x - y) as [number, number];
-      const forms = [`What must be added to ${a} to get ${b}?`, `${b} is ${a} plus what?`, `From ${a} to ${b}, how far is it?`];
+      const forms = [
+        `What must be added to ${a} to get ${b}?`,
+        `${b} is ${a} plus what?`,
+        `From ${a} to ${b}, how far is it?`,
+      ];
       return { instruction: choose(random, forms), output: b - a };
     },
   },
@@ -82,7 +91,10 @@ const kinds: Readonly<Record<string, Kind>> = {
     weight: 8,
     make(random) {
       const [a, b] = [number(random), number(random)];
-      const [adjective, output] = choose(random, [['larger', Math.max(a, b)] as const, ['smaller', Math.min(a, b)] as const]);
+      const [adjective, output] = choose(random, [
+        ['larger', Math.max(a, b)] as const,
+        ['smaller', Math.min(a, b)] as const,
+      ]);
       return { instruction: `Which number is ${adjective}, ${a} or ${b}?`, output };
     },
   },

@@ -35,7 +35,12 @@ export function makeReportData(m: Measured): ReportData {
   return {
     subtraction: { ...subtraction, questions: after.subtractions.length },
     oldSkills: { ...oldSkills, questions: after.oldSkills.length, kinds: kindsOf(before.oldSkills, after.oldSkills) },
-    steps: log.steps.map(({ step, loss, learningRate, tokensPerSecond }) => ({ step, loss, learningRate, tokensPerSecond })),
+    steps: log.steps.map(({ step, loss, learningRate, tokensPerSecond }) => ({
+      step,
+      loss,
+      learningRate,
+      tokensPerSecond,
+    })),
     accuracy: [start, ...log.checks, end],
     samples: samplesOf(before.subtractions, after.subtractions, 12),
     rows: m.rows,
@@ -82,22 +87,38 @@ function kindsOf(before: readonly Answer[], after: readonly Answer[]): SkillScor
 }
 
 function settingsTable({ settings: s, computeDtype, device, rows }: Measured, steps: number): ReportData['settings'] {
-  const row = (name: string, value: string | number | boolean, meaning: string) => ({ name, value: String(value), meaning });
+  const row = (name: string, value: string | number | boolean, meaning: string) => ({
+    name,
+    value: String(value),
+    meaning,
+  });
   return [
-    row('quantization', 'nf4, double', 'How the frozen weights are kept: 4 bits each in blocks of 64 with a scale, and the scales in 8 bits.'),
+    row(
+      'quantization',
+      'nf4, double',
+      'How the frozen weights are kept: 4 bits each in blocks of 64 with a scale, and the scales in 8 bits.',
+    ),
     row('computeDtype', computeDtype, 'What is calculated in.'),
     row('device', device, 'Where it is calculated.'),
     row('lora.r', s.lora.r, 'Rank: how much room the adapter has in each layer.'),
     row('lora.alpha', s.lora.alpha, 'How strongly the adapter acts: its output is scaled by alpha / r.'),
     row('lora.targetModules', s.lora.targetModules, 'Which layers get an adapter.'),
-    row('dataset', `${rows.total} rows`, `${rows.total - rows.rehearsal} subtractions and ${rows.rehearsal} rows of old skills.`),
+    row(
+      'dataset',
+      `${rows.total} rows`,
+      `${rows.total - rows.rehearsal} subtractions and ${rows.rehearsal} rows of old skills.`,
+    ),
     row('batchSize', s.batchSize, 'Rows that are looked at before each change.'),
     row('epochs', s.epochs, `How often each row is looked at; it makes ${steps} steps.`),
     row('learningRate', s.learningRate, 'How large the changes are at most.'),
     row('lrScheduler', s.lrScheduler, 'How they shrink towards the end.'),
     row('warmupRatio', s.warmupRatio, 'Share of the steps in which they grow to that size.'),
     row('maxGradNorm', s.maxGradNorm, 'A change larger than this is cut down to it.'),
-    row('gradientCheckpointing', s.gradientCheckpointing, 'Saves memory and costs time; a model this small does not need it.'),
+    row(
+      'gradientCheckpointing',
+      s.gradientCheckpointing,
+      'Saves memory and costs time; a model this small does not need it.',
+    ),
     row('seed', s.seed, 'Of everything random: the same seed gives the same result.'),
   ];
 }

@@ -157,7 +157,9 @@ function samples({ samples }: ReportData): Html {
 <thead><tr><th scope="col">Question</th><th scope="col" class="num">Right</th><th scope="col">Before</th><th scope="col">After</th></tr></thead>
 <tbody>
 ${samples.map(
-  (s) => html`<tr><th scope="row">${s.question}</th><td class="num">${s.expected}</td>${answer(s.before, s.expected)}${answer(s.after, s.expected)}</tr>
+  (
+    s,
+  ) => html`<tr><th scope="row">${s.question}</th><td class="num">${s.expected}</td>${answer(s.before, s.expected)}${answer(s.after, s.expected)}</tr>
 `,
 )}</tbody></table></div>
 </section>`;
@@ -182,7 +184,9 @@ function skills({ oldSkills }: ReportData): Html {
 <thead><tr><th scope="col">Skill</th><th scope="col">For example</th><th scope="col" class="num">Asked</th><th scope="col">Before</th><th scope="col">After</th></tr></thead>
 <tbody>
 ${oldSkills.kinds.map(
-  (k) => html`<tr><th scope="row">${k.kind}</th><td class="example">${k.example.question} <em>${k.example.expected}</em></td><td class="num">${k.questions}</td>${bar(k.before, 'was')}${bar(k.after, 'is')}</tr>
+  (
+    k,
+  ) => html`<tr><th scope="row">${k.kind}</th><td class="example">${k.example.question} <em>${k.example.expected}</em></td><td class="num">${k.questions}</td>${bar(k.before, 'was')}${bar(k.after, 'is')}</tr>
 `,
 )}</tbody>
 <tfoot><tr><th scope="row">all</th><td></td><td class="num">${oldSkills.questions}</td>${bar(oldSkills.before, 'was')}${bar(oldSkills.after, 'is')}</tr></tfoot>
@@ -209,8 +213,10 @@ function settings({ settings, machine }: ReportData): Html {
 <div class="card scroll"><table class="settings">
 <thead><tr><th scope="col">Option</th><th scope="col">Value</th><th scope="col">What it means</th></tr></thead>
 <tbody>
-${settings.map((s) => html`<tr><th scope="row"><code>${s.name}</code></th><td><code>${s.value}</code></td><td>${s.meaning}</td></tr>
-`)}</tbody></table></div>
+${settings.map(
+  (s) => html`<tr><th scope="row"><code>${s.name}</code></th><td><code>${s.value}</code></td><td>${s.meaning}</td></tr>
+`,
+)}</tbody></table></div>
 <p class="note">Run on ${machine}.</p>
 </section>`;
 }
