@@ -42,6 +42,10 @@ class OutputFile {
  public:
   OutputFile(const std::string& path, const std::string& temporary, uint64_t wanted)
       : path_(path), temporary_(temporary), wanted_(wanted) {
+    if (temporary.find('\0') != std::string::npos) {
+      errno = EINVAL;
+      fail("create a file beside it");
+    }
     descriptor_ = retry([&] { return open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666); });
     if (descriptor_ < 0) fail("create a file beside it");
   }
@@ -134,7 +138,7 @@ void forChunks(size_t bytes, ThreadPool& pool, Chunk&& chunk) {
 }  // namespace
 
 InputFile::InputFile(std::string path) : path_(std::move(path)) {
-  if (path_.find('\0') != std::string::npos) readFailed(path_, "a path cannot hold a zero byte");
+  if (path_.find('\0') != std::string::npos) readFailed(path_.c_str(), "a path cannot hold a zero byte");
   // Without O_NONBLOCK, opening a named pipe would wait for its writer.
   descriptor_ = retry([&] { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
   if (descriptor_ < 0 && (errno == ENOENT || errno == ENOTDIR)) {
@@ -161,8 +165,10 @@ void InputFile::read(void* target, size_t bytes, uint64_t offset) const {
     });
     if (n < 0) readFailed(path_, "cannot read it: " + describe(errno));
     if (n == 0) {
-      readFailed(path_, "it ends at byte " + std::to_string(offset + done) + ", but bytes up to " +
-                            std::to_string(offset + bytes) + " were wanted: it was cut short after it was opened");
+      struct stat status;
+      const uint64_t now = fstat(descriptor_, &status) == 0 ? static_cast<uint64_t>(status.st_size) : offset + done;
+      readFailed(path_, "it was cut short after it was opened: bytes up to " + std::to_string(offset + bytes) +
+                            " were wanted, it has " + std::to_string(now) + " now");
     }
     done += static_cast<size_t>(n);
   }

@@ -80,6 +80,9 @@ class SafetensorsParser {
         skipSpace();
         if (at_ == end_ || *at_ != '"') invalid("metadata " + quoted(header_.view(name)) + " must be a string");
         header_.metadata_.push_back({name, string()});
+        if (header_.metadata_.size() > kMaxSafetensorsMetadata) {
+          invalid("its header holds more than " + std::to_string(kMaxSafetensorsMetadata) + " metadata entries");
+        }
       });
     });
     skipSpace();

@@ -33,6 +33,8 @@ constexpr SafetensorsDType kSafetensorsDTypes[] = {
 };
 
 constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;
+/// Files have a handful; a header full of them would take JavaScript a multiple of its size.
+constexpr size_t kMaxSafetensorsMetadata = 100'000;
 
 /// The length that the file's first 8 bytes claim; throws ERR_QLORA_SAFETENSORS where the file cannot hold it.
 uint32_t safetensorsHeaderLength(const unsigned char* prefix, uint64_t fileBytes);

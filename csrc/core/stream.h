@@ -36,6 +36,8 @@ class Scratch {
   T* take(int64_t count) {
     return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
   }
+  /// One that hands back earlier, for an operation that works in several steps.
+  Scratch nested() const { return Scratch(memory_); }
 
  private:
   Memory& memory_;

@@ -26,6 +26,7 @@ void readShape(const Napi::Value& value, Tensor& t) {
   if (!value.IsArray()) fail("ERR_QLORA_ARGUMENT", "a shape must be an array");
   const Napi::Array array = value.As<Napi::Array>();
   if (array.Length() > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
+  t.shape = {};
   t.rank = static_cast<int>(array.Length());
   double size = 1;
   for (int i = 0; i < t.rank; ++i) {

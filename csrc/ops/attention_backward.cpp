@@ -154,7 +154,7 @@ void backwardBlock(const AttentionBackward& a, const Layout<Math>& layout, const
                    my.queries + panel * kPanel * layout.depth, layout.depth, my.scores, kPanel, Sum::overwrite);
     multiply<Math>(n, kPanel, AlongRow<Element>{block.values + offset * kChunk, kKeys * kChunk},
                    my.douts + panel * kPanel * layout.depth, layout.depth, my.dweights, kPanel, Sum::overwrite);
-    if (a.softCap > 0) capScores(a.scale, a.softCap, n, my.scores);
+    if (a.softCap > 0) capScores(a.scale, a.softCap, n * kPanel, my.scores);
     if (range.partial) maskScores(rule, range, p0, my.scores);
     differentiate<Math>(panel, offset, n, multiplier, a.softCap, my);
     for (int64_t d = 0; d < layout.D; d += kPanel) {

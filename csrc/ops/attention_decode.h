@@ -1,5 +1,4 @@
-// Attention of few queries, as when generating: the keys and values are read once, where they lie, and nothing is
-// packed.
+// Attention of few queries, as when generating: keys and values are read once, for all query heads of their group.
 #pragma once
 
 #include "core/stream.h"

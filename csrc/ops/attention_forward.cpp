@@ -112,7 +112,7 @@ void forward(Context& context, const AttentionForward& a) {
         const int64_t offset = range.begin - j0, n = range.end - range.begin;
         multiply<Math>(n, kPanel, AlongRow<Element>{blockKeys + offset * kChunk, kKeys * kChunk},
                        my.queries + (p0 - q0) * depth, depth, my.scores, kPanel, Sum::overwrite);
-        if (a.softCap > 0) capScores(a.scale, a.softCap, n, my.scores);
+        if (a.softCap > 0) capScores(a.scale, a.softCap, n * kPanel, my.scores);
         if (range.partial) maskScores(rule, range, p0, my.scores);
         float correction[kPanel];
         onlineSoftmax<Math>(n, multiplier, my.scores, my.weights, my.maximum + (p0 - q0), my.sum + (p0 - q0),

@@ -87,10 +87,10 @@ inline void maskScores(const Visibility& rule, const KeyRange& range, int64_t q0
   }
 }
 
-/// Of raw scores x: softCap * tanh(x * scale / softCap), in units of log2.
-inline void capScores(float scale, float softCap, int64_t keys, float* scores) {
+/// Of `count` raw scores x: softCap * tanh(x * scale / softCap), in units of log2.
+inline void capScores(float scale, float softCap, int64_t count, float* scores) {
   const float inner = scale / softCap, outer = softCap * kLog2E;
-  for (int64_t i = 0; i < keys * kPanel; i += kWidth) store(scores + i, outer * tanhOf(load(scores + i) * inner));
+  for (int64_t i = 0; i < count; i += kWidth) store(scores + i, outer * tanhOf(load(scores + i) * inner));
 }
 
 }  // namespace qlora::QLORA_ISA::attention

@@ -56,6 +56,13 @@ void gradientRow(float* z, int64_t V, float logSum, int32_t label, float cap) {
   }
 }
 
+/// gemm whose packed operands are handed back before the next one's are taken.
+void gemmAlone(Context& context, const Gemm& g) {
+  Scratch scratch = context.scratch.nested();
+  Context own{context.pool, scratch};
+  gemm(own, g);
+}
+
 }  // namespace
 
 void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
@@ -90,17 +97,17 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
     const int64_t m = std::min(perChunk, count - first);
     for (int64_t i = 0; i < m; ++i) std::memcpy(hChunk + i * rowBytes, h + rows[first + i] * rowBytes, rowBytes);
     const GemmOperand hRows{hChunk, T, C}, dlogits{logits, DType::f32, V};
-    gemm(context, {.form = GemmForm::nt,
-                   .compute = T,
-                   .M = m,
-                   .N = V,
-                   .K = C,
-                   .a = hRows,
-                   .b = weight,
-                   .c = logits,
-                   .cDtype = DType::f32,
-                   .cStride = V,
-                   .bias = bias});
+    gemmAlone(context, {.form = GemmForm::nt,
+                        .compute = T,
+                        .M = m,
+                        .N = V,
+                        .K = C,
+                        .a = hRows,
+                        .b = weight,
+                        .c = logits,
+                        .cDtype = DType::f32,
+                        .cStride = V,
+                        .bias = bias});
     context.pool.parallelFor(m, [&](int64_t i, int) {
       float* z = logits + i * V;
       const int32_t label = labels[rows[first + i]];
@@ -110,32 +117,32 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
       if (wantsGradient) gradientRow(z, V, static_cast<float>(logSum), label, a.softCap);
     });
     if (dh) {
-      gemm(context, {.form = GemmForm::nn,
-                     .compute = T,
-                     .M = m,
-                     .N = C,
-                     .K = V,
-                     .a = dlogits,
-                     .b = weight,
-                     .c = dhChunk,
-                     .cDtype = T,
-                     .cStride = C,
-                     .alpha = a.scale});
+      gemmAlone(context, {.form = GemmForm::nn,
+                          .compute = T,
+                          .M = m,
+                          .N = C,
+                          .K = V,
+                          .a = dlogits,
+                          .b = weight,
+                          .c = dhChunk,
+                          .cDtype = T,
+                          .cStride = C,
+                          .alpha = a.scale});
       for (int64_t i = 0; i < m; ++i) std::memcpy(dh + rows[first + i] * rowBytes, dhChunk + i * rowBytes, rowBytes);
     }
     if (a.dweight.defined()) {
-      gemm(context, {.form = GemmForm::tn,
-                     .compute = T,
-                     .M = V,
-                     .N = C,
-                     .K = m,
-                     .a = dlogits,
-                     .b = hRows,
-                     .c = a.dweight.data<void>(),
-                     .cDtype = DType::f32,
-                     .cStride = C,
-                     .alpha = a.scale,
-                     .store = GemmStore::add});
+      gemmAlone(context, {.form = GemmForm::tn,
+                          .compute = T,
+                          .M = V,
+                          .N = C,
+                          .K = m,
+                          .a = dlogits,
+                          .b = hRows,
+                          .c = a.dweight.data<void>(),
+                          .cDtype = DType::f32,
+                          .cStride = C,
+                          .alpha = a.scale,
+                          .store = GemmStore::add});
     }
   }
 

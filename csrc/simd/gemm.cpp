@@ -2,7 +2,7 @@
 
 #include "simd/gemm_fp32.h"
 #if QLORA_ISA_avx512bf16
-#include "simd/gemm_bf16.h"
+#include "simd/gemm_few_bf16.h"
 #endif
 
 namespace qlora::QLORA_ISA {
@@ -10,7 +10,10 @@ namespace qlora::QLORA_ISA {
 void gemm(Context& context, const Gemm& g) {
   if (g.M == 0 || g.N == 0) return;
 #if QLORA_ISA_avx512bf16
-  if (g.compute == DType::bf16) return Engine<Bf16Engine>::run(context, g);
+  if (g.compute == DType::bf16) {
+    if (FewTokens::takes(g)) return FewTokens::run(context, g);
+    return Engine<Bf16Engine>::run(context, g);
+  }
 #endif
   Engine<Fp32Engine>::run(context, g);
 }

@@ -9,7 +9,9 @@
 
 namespace qlora::QLORA_ISA {
 
-QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
 
 /// The scaled table of the block, twice over.
 QLORA_INLINE __m512i scaledTable(__m512 code, float absmax) {
@@ -29,7 +31,8 @@ QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i table) {
 QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i first, __m512i second) {
   const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
   // Bit 5 of an index chooses the table.
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(32), 1), four = _mm512_set1_epi16(15);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(32), 1),
+                four = _mm512_set1_epi16(15);
   const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), four, half, 0xea);  // (a & b) | c
   const __m512i odd = _mm512_ternarylogic_epi32(w, four, half, 0xea);
   return {_mm512_permutex2var_epi16(first, even, second), _mm512_permutex2var_epi16(first, odd, second)};
@@ -66,7 +69,9 @@ QLORA_INLINE __m512i loadRow(const T* p, int64_t n, float scale) {
     const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
     if (scale == 1) return x;
     const __m512 s = _mm512_set1_ps(scale);
-    const auto wide = [](__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); };
+    const auto wide = [](__m256i half) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    };
     return bf16Pair(_mm512_mul_ps(wide(_mm512_castsi512_si256(x)), s),
                     _mm512_mul_ps(wide(_mm512_extracti64x4_epi64(x, 1)), s));
   } else {
@@ -91,10 +96,14 @@ QLORA_INLINE void withDense(const GemmOperand& o, F&& f) {
   const int64_t stride = w ? w->K : o.stride;
   const float scale = w ? 1.0f : o.scale;
   switch (dtype) {
-    case DType::f32: return f(static_cast<const float*>(data), stride, [=](int64_t) { return scale; });
-    case DType::bf16: return f(static_cast<const bf16*>(data), stride, [=](int64_t) { return scale; });
-    case DType::f16: return f(static_cast<const f16*>(data), stride, [=](int64_t) { return scale; });
-    default: return f(static_cast<const int8_t*>(data), stride, [=](int64_t) { return scale; });
+    case DType::f32:
+      return f(static_cast<const float*>(data), stride, [=](int64_t) { return scale; });
+    case DType::bf16:
+      return f(static_cast<const bf16*>(data), stride, [=](int64_t) { return scale; });
+    case DType::f16:
+      return f(static_cast<const f16*>(data), stride, [=](int64_t) { return scale; });
+    default:
+      return f(static_cast<const int8_t*>(data), stride, [=](int64_t) { return scale; });
   }
 }
 
@@ -150,7 +159,8 @@ struct Bf16Engine {
     withDense(o, [&](const auto* data, int64_t from, auto scale) {
       for (int64_t r = 0; r < rows; ++r) {
         const auto* line = data + (i + r) * from + j;
-        for (int64_t c = 0; c < n; c += 32) _mm512_storeu_si512(out + r * stride + c, loadRow(line + c, n - c, scale(r)));
+        for (int64_t c = 0; c < n; c += 32)
+          _mm512_storeu_si512(out + r * stride + c, loadRow(line + c, n - c, scale(r)));
       }
     });
   }
@@ -167,7 +177,8 @@ struct Bf16Engine {
   }
 
   /// Strips, kChunk * kStrip apart, of columns [j, j + columns) of rows [i, i + n).
-  static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
+  static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,
+                    bf16* strips) {
     if (isNibbles(o) && GroupReader::reads(*o.weight)) return lanesOfNibbles(*o.weight, i, n, j, columns, strips);
     if (isNibbles(o) || isIntegerRows(o)) {
       alignas(64) bf16 pair[2][kGroup];
@@ -187,7 +198,8 @@ struct Bf16Engine {
         const auto* line = data + (i + r) * from + j;
         for (int64_t c = 0; c < columns; c += kStrip) {
           const __m512i first = loadRow(line + c, columns - c, scale(r));
-          const __m512i second = r + 1 < n ? loadRow(line + from + c, columns - c, scale(r + 1)) : _mm512_setzero_si512();
+          const __m512i second =
+              r + 1 < n ? loadRow(line + from + c, columns - c, scale(r + 1)) : _mm512_setzero_si512();
           storePair(first, second, strips + c * kChunk + r * kStrip);
         }
       }
@@ -196,18 +208,30 @@ struct Bf16Engine {
 
   static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
     switch (count) {
-      case 1: return tileOf<1>(depth, rows, strip, c, first);
-      case 2: return tileOf<2>(depth, rows, strip, c, first);
-      case 3: return tileOf<3>(depth, rows, strip, c, first);
-      case 4: return tileOf<4>(depth, rows, strip, c, first);
-      case 5: return tileOf<5>(depth, rows, strip, c, first);
-      case 6: return tileOf<6>(depth, rows, strip, c, first);
-      case 7: return tileOf<7>(depth, rows, strip, c, first);
-      case 8: return tileOf<8>(depth, rows, strip, c, first);
-      case 9: return tileOf<9>(depth, rows, strip, c, first);
-      case 10: return tileOf<10>(depth, rows, strip, c, first);
-      case 11: return tileOf<11>(depth, rows, strip, c, first);
-      default: return tileOf<12>(depth, rows, strip, c, first);
+      case 1:
+        return tileOf<1>(depth, rows, strip, c, first);
+      case 2:
+        return tileOf<2>(depth, rows, strip, c, first);
+      case 3:
+        return tileOf<3>(depth, rows, strip, c, first);
+      case 4:
+        return tileOf<4>(depth, rows, strip, c, first);
+      case 5:
+        return tileOf<5>(depth, rows, strip, c, first);
+      case 6:
+        return tileOf<6>(depth, rows, strip, c, first);
+      case 7:
+        return tileOf<7>(depth, rows, strip, c, first);
+      case 8:
+        return tileOf<8>(depth, rows, strip, c, first);
+      case 9:
+        return tileOf<9>(depth, rows, strip, c, first);
+      case 10:
+        return tileOf<10>(depth, rows, strip, c, first);
+      case 11:
+        return tileOf<11>(depth, rows, strip, c, first);
+      default:
+        return tileOf<12>(depth, rows, strip, c, first);
     }
   }
 

@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "simd/dropout.h"
+#include "simd/gemm_store.h"
 #include "simd/rows.h"
 #include "simd/vector.h"
 
@@ -228,14 +229,14 @@ class Engine {
           line[2 * l] = sums[l];
           line[2 * l + 1] = sums[kVector + l];
         }
-        storeRow(m + row, first, count, line);
+        storeRow(g_, m + row, first, count, line);
       });
     }
   }
 
   /// The block's lanes are rows of C from m, its rows are columns of C from n.
   void storeTransposed(const Block& block, int64_t m, int64_t n) const {
-    constexpr int64_t kPiece = 4 * kStrip;
+    constexpr int64_t kPiece = kStoreMost;
     alignas(64) float lines[kStrip][kPiece + kVector];
     alignas(64) float square[kVector * kStrip];
     for (int64_t strip = 0; strip < block.strips(); ++strip) {
@@ -255,31 +256,10 @@ class Engine {
           // Lanes that were decoded are in split order, lanes that were packed from rows are not.
           const int64_t l = lanesShared_ ? lane : (lane < kVector ? 2 * lane : 2 * (lane - kVector) + 1);
           const int64_t offset = strip * kStrip + l;
-          if (offset < block.lanes) storeRow(m + offset, n + begin, end - begin, lines[lane]);
+          if (offset < block.lanes) storeRow(g_, m + offset, n + begin, end - begin, lines[lane]);
         }
       }
     }
-  }
-
-  /// C[m, n .. n + count) from sums.
-  void storeRow(int64_t m, int64_t n, int64_t count, const float* sums) const {
-    const float scale = g_.rowScale ? g_.alpha * g_.rowScale[m] : g_.alpha;
-    float line[4 * kStrip];
-    for (int64_t i = 0; i < count; ++i) line[i] = sums[i] * scale;
-    if (g_.columnScale) {
-      for (int64_t i = 0; i < count; ++i) line[i] *= g_.columnScale[n + i];
-    }
-    if (g_.bias) {
-      for (int64_t i = 0; i < count; ++i) line[i] += g_.bias[n + i];
-    }
-    dispatchFloat(g_.cDtype, [&](auto zero) {
-      using T = decltype(zero);
-      T* c = static_cast<T*>(g_.c) + m * g_.cStride + n;
-      if (g_.store == GemmStore::add) {
-        for (int64_t i = 0; i < count; ++i) line[i] += toFloat(c[i]);
-      }
-      for (int64_t i = 0; i < count; ++i) c[i] = fromFloat<T>(line[i]);
-    });
   }
 
   const Gemm g_;

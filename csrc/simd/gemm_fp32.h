@@ -19,8 +19,8 @@ struct Fp32Engine {
   }
 
   /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
-  static void rowsNatural(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, float* out,
-                          int64_t stride) {
+  static void rowsNatural(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n,
+                          float* out, int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) readNatural(o, compute, i + r, j, n, out + r * stride);
   }
 
@@ -47,17 +47,20 @@ struct Fp32Engine {
   template <int R>
   static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
     Vector sum[R][2];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) sum[r][v] = first ? Vector{} : load(c + r * kStrip + v * kVector);
     }
     for (int64_t k = 0; k < depth; ++k) {
       const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Vector x = broadcast(rows[r * kStride + k]);
         sum[r][0] = multiplyAdd(x, low, sum[r][0]);
         sum[r][1] = multiplyAdd(x, high, sum[r][1]);
       }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) store(c + r * kStrip + v * kVector, sum[r][v]);
     }

@@ -11,7 +11,7 @@ namespace qlora::QLORA_ISA {
 struct Nibbles {
   const uint8_t* data;
   const float* code;
-  const float* absmax;        // null with double quantization, which has the next three
+  const float* absmax;  // null with double quantization, which has the next three
   const uint8_t* absmaxCode;
   const float* nestedAbsmax;
   const float* nestedCode;

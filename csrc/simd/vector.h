@@ -28,7 +28,15 @@ typedef float UnalignedVector __attribute__((vector_size(kVector * 4), aligned(4
 
 QLORA_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
 QLORA_INLINE void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
-QLORA_INLINE Vector broadcast(float x) { return Vector{} + x; }
+QLORA_INLINE Vector broadcast(float x) {
+#if QLORA_ISA_avx512 || QLORA_ISA_avx512bf16
+  return _mm512_set1_ps(x);
+#elif QLORA_ISA_avx2
+  return _mm256_set1_ps(x);
+#else
+  return Vector{x, x, x, x};
+#endif
+}
 
 /// a * b + c, fused where the instruction set fuses.
 QLORA_INLINE Vector multiplyAdd(Vector a, Vector b, Vector c) {

@@ -12,7 +12,7 @@ export interface AdaptedModule {
 }
 
 /** Milliseconds that all matching of one adapter may take: a pattern from a stranger can need forever. */
-const patternTimeout = 1000;
+const patternTimeout = 250;
 
 /**
  * The modules among `paths` (every linear layer but the output head) that the adapter has. Targets are names that end a

@@ -24,8 +24,12 @@ t.test('a text replaces the one before', async (t) => {
 
 t.test('a folder that is not there, and a path that is a folder', async (t) => {
   const folder = t.testdir({ sub: {} });
-  await t.rejects(writeFileAtomic(join(folder, 'no', 'a'), 'x'), { code: 'ERR_QLORA_WRITE_FAILED', message: /no\/a: cannot create.*No such file/ });
+  await t.rejects(writeFileAtomic(join(folder, 'no', 'a'), 'x'), {
+    code: 'ERR_QLORA_WRITE_FAILED',
+    message: /no\/a: cannot create.*No such file/,
+  });
   await t.rejects(writeFileAtomic(join(folder, 'sub'), 'x'), { code: 'ERR_QLORA_WRITE_FAILED', message: /rename/ });
+  await t.rejects(writeFileAtomic(`${join(folder, 'a')}\0b`, 'x'), { code: 'ERR_QLORA_WRITE_FAILED' });
   t.same(readdirSync(folder), ['sub']);
 });
 
@@ -57,12 +61,23 @@ t.test('a tensor that failed is not written', async (t) => {
 
 t.test('a file size limit', async (t) => {
   const folder = t.testdir({});
-  const run = spawnSync('sh', ['-c', `ulimit -f 16; exec "${process.execPath}" -e '
+  const run = spawnSync(
+    'sh',
+    [
+      '-c',
+      `ulimit -f 16; exec "${process.execPath}" -e '
     import("${new URL('../../lib/io/atomic-file.js', import.meta.url)}").then(async ({ writeFileAtomic }) => {
       await writeFileAtomic("a", "old");
       await writeFileAtomic("a", new Uint8Array(100000)).catch((e) => console.log(e.code, e.message));
-    })'`], { cwd: folder, encoding: 'utf8' });
-  t.match(run.stdout, /^ERR_QLORA_WRITE_FAILED .*a: cannot write it: File too large \(the file takes 100000 bytes\)/, run.stderr);
+    })'`,
+    ],
+    { cwd: folder, encoding: 'utf8' },
+  );
+  t.match(
+    run.stdout,
+    /^ERR_QLORA_WRITE_FAILED .*a: cannot write it: File too large \(the file takes 100000 bytes\)/,
+    run.stderr,
+  );
   t.equal(readFileSync(join(folder, 'a'), 'utf8'), 'old');
   t.same(readdirSync(folder), ['a']);
 });
@@ -85,7 +100,11 @@ t.test('every system call of a save fails once', { skip: cannotInject }, async (
     if (result.status !== 0) throw new Error(result.stderr);
     return JSON.parse(result.stdout) as SaveOutcome[];
   };
-  for (const [name, code] of [['ENOSPC', 'ERR_QLORA_DISK_FULL'], ['EIO', 'ERR_QLORA_WRITE_FAILED'], ['EDQUOT', 'ERR_QLORA_DISK_FULL']] as const) {
+  for (const [name, code] of [
+    ['ENOSPC', 'ERR_QLORA_DISK_FULL'],
+    ['EIO', 'ERR_QLORA_WRITE_FAILED'],
+    ['EDQUOT', 'ERR_QLORA_DISK_FULL'],
+  ] as const) {
     for (const onto of ['stream', 'background']) {
       const outcomes = run(onto, String(constants.errno[name]), calls + 1);
       for (const { call, ...outcome } of outcomes) {

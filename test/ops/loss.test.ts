@@ -147,7 +147,7 @@ if (process.env.QLORA_TEST_DIGEST) {
       const stream = new Stream();
       for (const [M, V, C, softCap] of [
         [7, 50, 5, 1.5],
-        [40, 419431, 2, 0],
+        [1400, 20011, 2, 0],
       ] as const) {
         const [loss, tokenLoss, dh, dweight] = (await checkAll(stream, M, V, C, softCap)) as [number, number, number, number];
         t.ok(loss < 1e-6, `loss ${loss}`);
@@ -155,7 +155,8 @@ if (process.env.QLORA_TEST_DIGEST) {
         t.ok(dh < 3e-6, `dh ${dh}`);
         t.ok(dweight < 2e-5, `dweight ${dweight}, beside the 0.5 that was there`);
       }
-      t.ok(stream.memory().peakByClass.scratch as number < 40 * 2 ** 20, 'logits are never whole');
+      // 933 rows count; a matrix product packs a copy of its chunk.
+      t.ok((stream.memory().peakByClass.scratch as number) < 0.8 * 933 * 20011 * 4, 'logits are never whole');
       await stream.close();
     });
 

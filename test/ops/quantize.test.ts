@@ -203,6 +203,41 @@ async function checkLong(t: Test, stream: Stream): Promise<void> {
   await checkEqual(t, nestedAbsmax, expected.absmax, 'double quantization: nestedAbsmax');
 }
 
+/** Maxima, which the code 1 gives back, that lie just beside, on and between the values of 16-bit types. */
+async function checkRounding(t: Test, stream: Stream): Promise<void> {
+  const bits = [0x3f800000, 0x3f810000, 0x00010000, 0x00020000, 0x38800000, 0x38802000, 0x33800000, 0x34000000].flatMap(
+    (base) => [0, 0x0fff, 0x1000, 0x1001, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff].map((low) => base + low),
+  );
+  const maxima = new Float32Array(Uint32Array.from(bits).buffer);
+  for (const sign of [1, -1]) {
+    // One code a block for 1 or -1, at a place of its own; the others are 7, for 0.
+    const v = new Float32Array(32 * maxima.length);
+    const packed = new Uint8Array(v.length / 2).fill(0x77);
+    for (const [i, top] of maxima.entries()) {
+      const at = 32 * i + (i % 32);
+      v[at] = sign * top;
+      const code = sign > 0 ? 15 : 0;
+      packed[at >> 1] = at % 2 ? 0x70 | code : (code << 4) | 7;
+    }
+    const weight = new Weight(1, v.length, {
+      data: Tensor.from(stream, packed, [packed.length]),
+      absmax: Tensor.from(stream, maxima, [maxima.length]),
+      code: fourBitCode(stream, 'nf4'),
+      blockSize: 32,
+    });
+    for (const dtype of floatDTypes) {
+      const expected = Float64Array.from(v, (value) => roundTo(dtype, value));
+      await checkEqual(t, dequantizeWeight(weight, dtype), expected, `to ${dtype}, sign ${sign}`);
+    }
+  }
+  const large = await quantizeWeight(Tensor.from(stream, Float32Array.of(65519, 0, 65520, -65520), [2, 2]), {
+    type: 'nf4',
+    blockSize: 32,
+    doubleQuant: false,
+  });
+  await checkEqual(t, dequantizeWeight(large, 'f16'), [Infinity, 0, Infinity, -Infinity], 'beyond fp16');
+}
+
 async function checkTables(t: Test, stream: Stream): Promise<void> {
   for (const type of ['nf4', 'fp4'] as const) {
     await checkEqual(t, fourBitCode(stream, type), valuesOf(stored('maps.safetensors', type)), type);
@@ -318,6 +353,7 @@ if (process.env.QLORA_CPU) {
     });
   }
   await t.test('long arrays', (t) => checkLong(t, stream));
+  await t.test('rounding to 16 bits', (t) => checkRounding(t, stream));
   await t.test('values that are not finite', (t) => checkNonFinite(t, stream));
   await t.test('misuse', (t) => checkMisuse(t, misuse));
   await stream.close();

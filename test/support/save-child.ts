@@ -30,7 +30,9 @@ for (let call = 0; call < Number(calls); call++) {
   await writeFile(path, 'old');
   const outcome: SaveOutcome = { call, content: 'broken', files: [] };
   process.env.FAIL_AT = String(call);
-  await writeSafetensors(path, items).catch(({ code, message, hint }: QLoRAError) => Object.assign(outcome, { code, message, hint }));
+  await writeSafetensors(path, items).catch(({ code, message, hint }: QLoRAError) =>
+    Object.assign(outcome, { code, message, hint }),
+  );
   delete process.env.FAIL_AT;
   const content = await readFile(path);
   outcome.content = content.equals(whole) ? 'new' : content.toString() === 'old' ? 'old' : 'broken';
