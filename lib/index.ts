@@ -19,4 +19,5 @@ export {
 } from './quantized-model.js';
 export type { Device } from './tensor.js';
 export type { MixedDataset, TrainerOptions } from './train/options.js';
-export { QLoRATrainer, type TrainEvent, type TrainResult, type TrainRun } from './train/trainer.js';
+export type { TrainEvent, TrainResult, TrainRun } from './train/events.js';
+export { QLoRATrainer } from './train/trainer.js';
