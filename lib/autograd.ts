@@ -52,16 +52,12 @@ export class Tape {
       for (let entry = this.#entries.pop(); entry; entry = this.#entries.pop()) {
         const arrived = entry.outputs.map((output) => gradients.get(output));
         for (const output of entry.outputs) gradients.delete(output);
-        if (arrived.some((g) => g !== undefined)) {
-          const results = entry.rule(arrived);
-          entry.inputs.forEach((input, i) => {
-            const result = results[i];
-            if (result) accumulate(gradients, input, result);
-          });
-          for (const result of new Set(results)) if (result && !arrived.includes(result)) result.dispose();
+        try {
+          if (arrived.some((g) => g !== undefined)) propagate(entry, arrived, gradients);
+        } finally {
+          for (const g of arrived) g?.release();
+          for (const tensor of entry.saved) tensor.release();
         }
-        for (const g of arrived) g?.release();
-        for (const tensor of entry.saved) tensor.release();
       }
       const result = wrt && gradients.get(wrt);
       return result?.view(result.shape);
@@ -76,6 +72,20 @@ export class Tape {
     for (const { saved } of this.#entries) for (const tensor of saved) tensor.release();
     this.#entries = [];
   }
+}
+
+/** Runs the entry's rule, and adds what it returns to the gradients of its inputs. */
+function propagate(
+  { inputs, rule }: Entry,
+  arrived: readonly (Tensor | undefined)[],
+  gradients: Map<Tensor, Tensor>,
+): void {
+  const results = rule(arrived);
+  inputs.forEach((input, i) => {
+    const result = results[i];
+    if (result) accumulate(gradients, input, result);
+  });
+  for (const result of new Set(results)) if (result && !arrived.includes(result)) result.dispose();
 }
 
 /** A gradient in the map is held once; one that arrives for the second time is added to the first. */
@@ -110,9 +120,13 @@ export function checkpoint(
   const y = fn(undefined, x);
   tape?.recordAlways([x], [y], [x, ...needs], ([dy]) => {
     const inner = new Tape();
-    using input = x.view(x.shape);
-    using again = fn(inner, input);
-    return [inner.backward(again, dy as Tensor, input)];
+    try {
+      using input = x.view(x.shape);
+      using again = fn(inner, input);
+      return [inner.backward(again, dy as Tensor, input)];
+    } finally {
+      inner.clear();
+    }
   });
   return y;
 }

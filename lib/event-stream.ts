@@ -21,9 +21,7 @@ export function eventStream<Item, Result>(
     wake?.();
   });
 
-  async function* iterate(): AsyncGenerator<Item, void, undefined> {
-    // The reader is told of a failure below; without this the promise nobody awaits would count as unhandled.
-    result.catch(() => {});
+  async function* read(): AsyncGenerator<Item, void, undefined> {
     let left = true;
     try {
       for (;;) {
@@ -41,5 +39,10 @@ export function eventStream<Item, Result>(
     }
   }
 
+  const iterate = () => {
+    // The reader is told of a failure; without this the promise nobody awaits would count as unhandled.
+    result.catch(() => {});
+    return read();
+  };
   return Object.assign(result, { [Symbol.asyncIterator]: iterate });
 }

@@ -19,5 +19,6 @@ export {
   type TokenStream,
 } from './quantized-model.js';
 export type { Device } from './tensor.js';
+export type { TrainEvent, TrainResult, TrainRun } from './train/events.js';
 export type { MixedDataset, TrainerOptions } from './train/options.js';
-export { QLoRATrainer, type TrainEvent, type TrainResult, type TrainRun } from './train/trainer.js';
+export { QLoRATrainer } from './train/trainer.js';

@@ -14,8 +14,8 @@ export function checkOptions<Schema extends z.ZodObject>(
 ): z.infer<Schema> {
   const result = schema.safeParse(options ?? {});
   if (result.success) return result.data;
-  const [issue] = result.error.issues;
-  if (issue?.code === 'unrecognized_keys') {
+  const issue = worst(result.error.issues);
+  if (issue.code === 'unrecognized_keys') {
     const name = [...issue.path, issue.keys[0]].join('.');
     const near = didYouMean(issue.keys[0] as string, knownKeys(schema, issue.path));
     throw new QLoRAError('ERR_QLORA_OPTION_UNKNOWN', `${where}: there is no option '${name}'`, {
@@ -23,19 +23,32 @@ export function checkOptions<Schema extends z.ZodObject>(
       detail: { option: name },
     });
   }
-  const path = issue?.path.join('.') ?? '';
-  const value = issue?.path.reduce<unknown>(
-    (v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key],
-    options,
-  );
-  throw new QLoRAError(
-    'ERR_QLORA_OPTION_INVALID',
-    `${where}: option '${path}': ${issue?.message}, got ${show(value)}`,
-    {
-      hint: 'api.d.ts, the docstrings of the options, says what each takes.',
-      detail: { option: path },
-    },
-  );
+  const path = issue.path.join('.');
+  const value = issue.path.reduce<unknown>((v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key], options);
+  const what = path === '' ? 'its options' : `option '${path}'`;
+  throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${where}: ${what}: ${expected(issue)}, got ${show(value)}`, {
+    hint: 'The docstrings of the options say what each takes.',
+    detail: { option: path },
+  });
+}
+
+type Issue = z.core.$ZodIssue;
+
+/** The issue that says most: of a union those of the branch that went furthest, an unknown key before all others. */
+function worst(issues: readonly Issue[]): Issue {
+  const all = issues.map((issue) => {
+    if (issue.code !== 'invalid_union') return issue;
+    const inner = issue.errors.flat().filter((i) => i.path.length > 0 || i.code === 'unrecognized_keys');
+    const furthest = inner.length > 0 ? worst(inner) : undefined;
+    return furthest ? { ...furthest, path: [...issue.path, ...furthest.path] } : issue;
+  });
+  return (all.find((issue) => issue.code === 'unrecognized_keys') ?? all[0]) as Issue;
+}
+
+/** zod's sentence without what came, which is shown as it is. */
+function expected(issue: Issue): string {
+  if (issue.code === 'invalid_union') return [...new Set(issue.errors.flat().map(expected))].join(' or ');
+  return issue.message.replace(/^Invalid (input|string|option): /, '').replace(/, received .*$/, '');
 }
 
 function knownKeys(schema: z.ZodObject, path: readonly PropertyKey[]): string[] {

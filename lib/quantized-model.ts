@@ -65,10 +65,34 @@ const loadSchema = z.strictObject({
   device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
   allowUnknownConfig: z.array(z.string()).optional(),
   signal: z.instanceof(AbortSignal).optional(),
-  onProgress: z.custom<LoadOptions['onProgress']>((f) => typeof f === 'function').optional(),
+  onProgress: z.custom<LoadOptions['onProgress']>((f) => typeof f === 'function', 'expected a function').optional(),
 });
 
-const loraSchema = z.strictObject({
+/** @internal Defaults filled in, wrong options refused. */
+export function resolveLoadOptions(options: LoadOptions, where: string) {
+  const {
+    quantization = {},
+    computeDtype = 'bf16',
+    device = 'auto',
+    ...rest
+  } = checkOptions(loadSchema, options, where);
+  if (device !== 'auto' && device !== 'cpu') {
+    throw new QLoRAError('ERR_QLORA_DEVICE', `device '${device}' cannot be used: this version computes on the CPU`, {
+      hint: "Use device: 'cpu' or 'auto'.",
+    });
+  }
+  return { quantization: resolveQuantization(quantization), computeDtype, ...rest };
+}
+
+const passSchema = z.strictObject({ adapter: z.string().nullable().optional() });
+const promptSchema = z.union([
+  z.string(),
+  z.array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() })).min(1),
+  z.strictObject({ instruction: z.string(), input: z.string().optional() }),
+]);
+
+/** @internal */
+export const loraSchema = z.strictObject({
   r: z.int().min(1).optional(),
   alpha: z.number().optional(),
   dropout: z.number().min(0).lt(1).optional(),
@@ -106,17 +130,7 @@ export class QuantizedModel implements AsyncDisposable {
     options: LoadOptions,
     storage: WeightOptions['storage'],
   ): Promise<QuantizedModel> {
-    const {
-      quantization = {},
-      computeDtype = 'bf16',
-      device = 'auto',
-      ...rest
-    } = checkOptions(loadSchema, options, 'load');
-    if (device !== 'auto' && device !== 'cpu') {
-      throw new QLoRAError('ERR_QLORA_DEVICE', `device '${device}' cannot be used: this version computes on the CPU`, {
-        hint: "Use device: 'cpu' or 'auto'.",
-      });
-    }
+    const { quantization, computeDtype, ...rest } = resolveLoadOptions(options, 'load');
     using folder = await openModelFolder(directory);
     const family = familyOf(folder.config);
     const fields = new ConfigReader(folder.config);
@@ -126,7 +140,7 @@ export class QuantizedModel implements AsyncDisposable {
     const stream = new Stream();
     try {
       const weights = await loadWeights(stream, folder, family, config, {
-        quantization: resolveQuantization(quantization),
+        quantization,
         storage,
         signal: rest.signal,
         onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
@@ -178,7 +192,7 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** Logits [T, V] of one sequence, row-major fp32. */
   async logits(inputIds: ArrayLike<number>, options: { adapter?: AdapterChoice } = {}): Promise<Float32Array> {
-    using hidden = this.#hidden(inputIds, options.adapter);
+    using hidden = this.#hidden(inputIds, checkOptions(passSchema, options, 'logits').adapter);
     using logits = logitsOf(this.core, hidden);
     return logits.read();
   }
@@ -192,23 +206,30 @@ export class QuantizedModel implements AsyncDisposable {
     labels: ArrayLike<number> = inputIds,
     options: { adapter?: AdapterChoice } = {},
   ): Promise<number> {
+    const { adapter } = checkOptions(passSchema, options, 'loss');
     if (labels.length !== inputIds.length) {
       throw new QLoRAError(
         'ERR_QLORA_SHAPE',
         `labels must be as many as inputIds, ${inputIds.length}, got ${labels.length}`,
+        {
+          hint: 'Give -100 where a token does not count.',
+        },
       );
     }
-    const shifted = Int32Array.from({ length: labels.length }, (_, t) => labels[t + 1] ?? -100);
+    const shifted = Array.from({ length: labels.length }, (_, t) => labels[t + 1] ?? -100);
     const targets = shifted.filter((label) => label !== -100);
     if (targets.length === 0) {
       throw new QLoRAError(
         'ERR_QLORA_NO_TARGETS',
         'a loss needs at least one label other than -100 behind the first, got none',
+        {
+          hint: 'Leave labels out to count every token.',
+        },
       );
     }
     checkIds(targets, this.core.config.vocabSize, 'labels');
-    using hidden = this.#hidden(inputIds, options.adapter);
-    using target = Tensor.from(this.core.stream, shifted, [shifted.length]);
+    using hidden = this.#hidden(inputIds, adapter);
+    using target = Tensor.from(this.core.stream, Int32Array.from(shifted), [shifted.length]);
     using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
       scale: 1 / targets.length,
     });
@@ -227,6 +248,7 @@ export class QuantizedModel implements AsyncDisposable {
     return eventStream(
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options);
+        checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
         const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
         const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
@@ -237,7 +259,7 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(options.signal, abort.signal) };
+        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;
@@ -257,11 +279,17 @@ export class QuantizedModel implements AsyncDisposable {
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options);
         if (resolved.stop.length > 0) {
-          throw new QLoRAError('ERR_QLORA_OPTION_INVALID', "generateTokens: option 'stop' needs text; use generate()");
+          throw new QLoRAError(
+            'ERR_QLORA_OPTION_INVALID',
+            "generateTokens: option 'stop' needs text, and there are only ids",
+            {
+              hint: 'Use generate(), or stop reading at your own ids.',
+            },
+          );
         }
         const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
         const ids: number[] = [];
-        const sampling = { ...resolved, endTokens, signal: joined(options.signal, abort.signal) };
+        const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, inputIds, sampling)) {
           ids.push(id);
           emit(id);
@@ -309,6 +337,11 @@ export class QuantizedModel implements AsyncDisposable {
   #hidden(inputIds: ArrayLike<number>, adapter: AdapterChoice | undefined): Tensor {
     const { core } = this;
     checkIds(inputIds, core.config.vocabSize);
+    if (inputIds.length === 0) {
+      throw new QLoRAError('ERR_QLORA_ARGUMENT', 'inputIds must have at least one id, got none', {
+        hint: 'Encode a text that is not empty.',
+      });
+    }
     const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
     return hiddenStates(core, undefined, rows, { adapter: chooseAdapter(core, adapter), checkpointing: 'none' });
   }

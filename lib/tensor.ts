@@ -15,6 +15,7 @@ export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 
 export class Stream {
   readonly device: Device = 'cpu';
   readonly #native: NativeStream;
+  readonly #shared = new Map<string, Tensor>();
   #closed = false;
 
   constructor() {
@@ -59,10 +60,18 @@ export class Stream {
     return this.#closed;
   }
 
-  /** Runs what was enqueued, then ends the thread. */
+  /** The tensor of that name, which all that computes here shares: made when first asked for, kept as long as the stream. */
+  shared(name: string, make: () => Tensor): Tensor {
+    const tensor = this.#shared.get(name) ?? make();
+    this.#shared.set(name, tensor);
+    return tensor;
+  }
+
+  /** Runs what was enqueued, then ends the thread. What is enqueued meanwhile is dropped: ERR_QLORA_DISPOSED. */
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    for (const tensor of this.#shared.values()) tensor.dispose();
     await this.sync();
     this.#native.close();
   }

@@ -53,9 +53,12 @@ struct AllocateOutputs {
   void in(const Tensor&) {}
   void in(const std::vector<Tensor>&) {}
   void optionalIn(const Tensor&) {}
-  void out(const Tensor& t) { t.storage->allocate(); }
+  void out(const Tensor& t) {
+    t.storage->allocate();
+    t.storage->error = nullptr;  // of what is overwritten now
+  }
   void optionalOut(const Tensor& t) {
-    if (t.defined()) t.storage->allocate();
+    if (t.defined()) out(t);
   }
   void accumulate(const Tensor&) {}
   void optionalAccumulate(const Tensor&) {}

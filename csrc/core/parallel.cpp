@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -34,7 +35,11 @@ int threadsFromEnvironment() {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {
+    // The system has no more threads: fewer compute the same bits.
+  }
 }
 
 ThreadPool::~ThreadPool() {
@@ -75,7 +80,8 @@ void ThreadPool::run(int64_t count, Invoke invoke, void* body) {
 
 void ThreadPool::drain(int thread) {
   try {
-    for (int64_t i; !failed_ && (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) invoke_(body_, i, thread);
+    for (int64_t i; !failed_ && (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
+      invoke_(body_, i, thread);
   } catch (...) {
     std::lock_guard lock(mutex_);
     if (!failed_.exchange(true)) exception_ = std::current_exception();

@@ -9,11 +9,23 @@ Napi::Error toJavaScript(Napi::Env env, const Error& error) {
   return e;
 }
 
-// Delivered on the environment's thread. napi calls it with no env when the environment is already going.
-static void deliverPending(napi_env env, napi_value, void*, void* data) {
-  auto* deliver = static_cast<std::function<void(napi_env)>*>(data);
-  (*deliver)(env);
-  delete deliver;
+// Called on the environment's thread; with no env when the environment is already going.
+void Completions::deliverPending(napi_env rawEnv, napi_value, void*, void* data) {
+  const std::unique_ptr<Delivery> delivery(static_cast<Delivery*>(data));
+  if (!rawEnv) return;
+  const Napi::Env env(rawEnv);
+  Napi::HandleScope scope(env);
+  auto& [owner, done] = *delivery;
+  if (--owner->waiting_ == 0) napi_unref_threadsafe_function(env, owner->function_);
+  try {
+    if (done->error) {
+      done->deferred.Reject(toJavaScript(env, *done->error).Value());
+    } else {
+      done->deferred.Resolve(done->value(env));
+    }
+  } catch (const Napi::Error&) {
+    // The worker is being terminated: nobody waits for it any more.
+  }
 }
 
 Completions::Completions(Napi::Env env) {
@@ -23,30 +35,32 @@ Completions::Completions(Napi::Env env) {
   napi_unref_threadsafe_function(env, function_);
 }
 
-Napi::Promise Completions::add(Napi::Env env, std::function<Napi::Value(Napi::Env)> value, Settle& settle) {
-  auto deferred = std::make_shared<Napi::Promise::Deferred>(Napi::Promise::Deferred::New(env));
-  auto result = std::make_shared<std::function<Napi::Value(Napi::Env)>>(std::move(value));
+Napi::Promise Completions::add(Napi::Env env, std::shared_ptr<Stream> stream, Value value,
+                               std::shared_ptr<Settle>& settle) {
+  const auto deferred = Napi::Promise::Deferred::New(env);
+  settle = std::make_shared<Settle>(shared_from_this(), std::make_unique<Completion>(Completion{
+                                                            deferred, std::move(value), std::move(stream), nullptr}));
   // A pending promise keeps the event loop alive; an idle addon does not.
   if (waiting_++ == 0) napi_ref_threadsafe_function(env, function_);
-  settle = [this, deferred, result](std::shared_ptr<const Error> error) {
-    auto* deliver = new std::function<void(napi_env)>([this, deferred, result, error](napi_env rawEnv) {
-      if (!rawEnv) return;
-      Napi::Env env(rawEnv);
-      Napi::HandleScope scope(env);
-      if (--waiting_ == 0) napi_unref_threadsafe_function(env, function_);
-      if (error) {
-        deferred->Reject(toJavaScript(env, *error).Value());
-      } else {
-        deferred->Resolve((*result)(env));
-      }
-      *result = nullptr;  // what it kept alive belongs to this thread
-    });
-    std::lock_guard lock(mutex_);
-    if (!function_ || napi_call_threadsafe_function(function_, deliver, napi_tsfn_nonblocking) != napi_ok) {
-      delete deliver;
-    }
-  };
-  return deferred->Promise();
+  return deferred.Promise();
+}
+
+Completions::Settle::~Settle() {
+  if (!completion_) return;
+  (*this)(std::make_shared<Error>("ERR_QLORA_DISPOSED", "this model or stream was disposed of before it came to this"));
+}
+
+void Completions::Settle::operator()(std::shared_ptr<const Error> error) {
+  completion_->error = std::move(error);
+  completions_->deliver(std::move(completion_));
+}
+
+void Completions::deliver(std::unique_ptr<Completion> completion) {
+  auto delivery = std::make_unique<Delivery>(Delivery{shared_from_this(), std::move(completion)});
+  std::lock_guard lock(mutex_);
+  if (function_ && napi_call_threadsafe_function(function_, delivery.get(), napi_tsfn_nonblocking) == napi_ok) {
+    delivery.release();
+  }
 }
 
 void Completions::shutDown() {
@@ -55,8 +69,30 @@ void Completions::shutDown() {
   function_ = nullptr;
 }
 
+Napi::Promise onStream(Napi::Env env, const std::shared_ptr<Stream>& stream, std::function<void(Context&)> task,
+                       Completions::Value value) {
+  std::shared_ptr<Completions::Settle> settle;
+  const auto& completions = env.GetInstanceData<AddonData>()->completions;
+  Napi::Promise promise = completions->add(env, stream, std::move(value), settle);
+  try {
+    stream->post([task = std::move(task), settle](Context& context) {
+      std::shared_ptr<const Error> error;
+      try {
+        task(context);
+      } catch (...) {
+        error = currentError();
+      }
+      (*settle)(std::move(error));
+    });
+  } catch (...) {
+    (*settle)(currentError());
+  }
+  return promise;
+}
+
 Napi::Value ArgumentReader::next() {
-  if (at_ >= info_.Length()) fail("ERR_QLORA_ARGUMENT", "an operation was given too few arguments (%zu)", info_.Length());
+  if (at_ >= info_.Length())
+    fail("ERR_QLORA_ARGUMENT", "an operation was given too few arguments (%zu)", info_.Length());
   return info_[at_++];
 }
 

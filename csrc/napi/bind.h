@@ -1,6 +1,8 @@
 // The border to JavaScript: errors, arguments, promises. Nothing here knows an operation.
 #pragma once
 
+// A worker that is being terminated takes neither results nor exceptions; without this, offering it one aborts.
+#define NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS
 #include <napi.h>
 
 #include <functional>
@@ -31,23 +33,56 @@ Napi::Value guarded(Napi::Env env, Body&& body) {
 }
 
 /// What one JavaScript thread (environment) has of the addon: the promises that streams will settle.
-class Completions {
+class Completions : public std::enable_shared_from_this<Completions> {
  public:
   explicit Completions(Napi::Env env);
 
-  /// A promise settled on env's thread by `settle(error or null)`, from any thread, once. `value` makes the result there
-  /// and holds whatever JavaScript values must stay alive until then.
-  using Settle = std::function<void(std::shared_ptr<const Error>)>;
-  Napi::Promise add(Napi::Env env, std::function<Napi::Value(Napi::Env)> value, Settle& settle);
+  /// Makes the value of a promise, on env's thread, and holds whatever JavaScript values must stay alive until then.
+  using Value = std::function<Napi::Value(Napi::Env)>;
+  /// A promise that is settled, and its stream, which lives until then.
+  struct Completion {
+    Napi::Promise::Deferred deferred;
+    Value value;
+    std::shared_ptr<Stream> stream;
+    std::shared_ptr<const Error> error;
+  };
+  /// Settles a promise, from any thread, once. One that goes unsettled rejects it: a closed stream dropped its task.
+  class Settle {
+   public:
+    Settle(std::shared_ptr<Completions> completions, std::unique_ptr<Completion> completion)
+        : completions_(std::move(completions)), completion_(std::move(completion)) {}
+    Settle(const Settle&) = delete;
+    Settle& operator=(const Settle&) = delete;
+    ~Settle();
+    void operator()(std::shared_ptr<const Error> error);
+
+   private:
+    std::shared_ptr<Completions> completions_;
+    std::unique_ptr<Completion> completion_;
+  };
+  Napi::Promise add(Napi::Env env, std::shared_ptr<Stream> stream, Value value, std::shared_ptr<Settle>& settle);
 
   /// Called when the environment goes: nothing is settled any more.
   void shutDown();
 
  private:
+  /// A completion on its way to env's thread, to which what it keeps alive belongs.
+  struct Delivery {
+    std::shared_ptr<Completions> owner;
+    std::unique_ptr<Completion> completion;
+  };
+  static void deliverPending(napi_env env, napi_value, void*, void* data);
+  void deliver(std::unique_ptr<Completion> completion);
+
   std::mutex mutex_;
   napi_threadsafe_function function_ = nullptr;
   int64_t waiting_ = 0;  // on env's thread only
 };
+
+/// A promise of what `value` makes once the stream has run `task`; rejected with what that throws, and with
+/// ERR_QLORA_DISPOSED where the stream is closed before it comes to it. `task` may hold nothing of JavaScript's.
+Napi::Promise onStream(Napi::Env env, const std::shared_ptr<Stream>& stream, std::function<void(Context&)> task,
+                       Completions::Value value);
 
 /// Per-environment state of the addon.
 struct AddonData {

@@ -56,27 +56,11 @@ class BackgroundTask : public Napi::AsyncWorker {
   std::shared_ptr<const Error> error_;
 };
 
-/// A promise settled by `task` on the stream; rejected where the stream takes no more work. Holds `keep` until then.
-Napi::Promise onStream(Napi::Env env, Stream& stream, std::function<void(Context&)> task, Napi::Object keep) {
-  auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(keep));
-  Completions::Settle settle;
-  auto& completions = *env.GetInstanceData<AddonData>()->completions;
-  Napi::Promise promise = completions.add(
-      env, [kept](Napi::Env env) { return env.Undefined(); }, settle);
-  try {
-    stream.post([task = std::move(task), settle](Context& context) {
-      std::shared_ptr<const Error> error;
-      try {
-        task(context);
-      } catch (...) {
-        error = currentError();
-      }
-      settle(error);
-    });
-  } catch (...) {
-    settle(currentError());
-  }
-  return promise;
+/// A value that holds `object` until it is made.
+Completions::Value keeping(Napi::Object object) {
+  return [kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(object))](Napi::Env env) {
+    return env.Undefined();
+  };
 }
 
 /// An open safetensors file: its bytes and what its header says.
@@ -211,7 +195,7 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
       const Tensor target = handle.tensor();
       const uint64_t offset = checkedOffset(*file, info[1].ToNumber().DoubleValue(), target.storage->bytes);
       return onStream(
-          info.Env(), *handle.stream,
+          info.Env(), handle.stream,
           [file, target, offset, reader, name = info[2].ToString().Utf8Value()](Context& context) {
             try {
               target.storage->allocate();
@@ -222,8 +206,9 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
                   std::make_shared<Error>(error->code, "tensor " + quoted(name) + ": " + error->what(), error->hint);
               throw Error(*target.storage->error);
             }
+            target.storage->error = nullptr;
           },
-          info.This().As<Napi::Object>());
+          keeping(info.This().As<Napi::Object>()));
     });
   }
 
@@ -309,12 +294,14 @@ Napi::Value writeFileFrom(const Napi::CallbackInfo& info) {
     if (!info[2].IsArray()) fail("ERR_QLORA_ARGUMENT", "writeFile takes an array of tensors and typed arrays");
     const Napi::Array array = info[2].As<Napi::Array>();
     auto content = std::make_shared<Content>(array);
-    if (!content->stream) {
+    // Not left to the task: the last to let go of a stream must not be its own thread.
+    const std::shared_ptr<Stream> stream = std::move(content->stream);
+    if (!stream) {
       return BackgroundTask::start(
           info.Env(), [=] { content->write(path, temporary); }, array);
     }
     return onStream(
-        info.Env(), *content->stream, [=](Context&) { content->write(path, temporary); }, array);
+        info.Env(), stream, [=](Context&) { content->write(path, temporary); }, keeping(array));
   });
 }
 

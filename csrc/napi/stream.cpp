@@ -37,18 +37,21 @@ Napi::Value callOperation(const Napi::CallbackInfo& info, void (*const OpTable::
 }  // namespace
 
 Napi::Function StreamHandle::define(Napi::Env env) {
-  return DefineClass(env, "Stream",
-                     {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
-                      InstanceMethod<&StreamHandle::memory>("memory"),
-                      InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
-                      InstanceMethod<&StreamHandle::trim>("trim")});
+  return DefineClass(
+      env, "Stream",
+      {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
+       InstanceMethod<&StreamHandle::memory>("memory"), InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
+       InstanceMethod<&StreamHandle::trim>("trim")});
 }
 
 StreamHandle::StreamHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<StreamHandle>(info) {
   guarded(info.Env(), [&]() -> Napi::Value {
     info.This().As<Napi::Object>().TypeTag(&kStreamTag);
+    threadPool();  // where its threads cannot be started, that is thrown here and not on the stream's thread
     stream = std::make_shared<Stream>(std::make_shared<Memory>(), cpuTable());
-    info.Env().GetInstanceData<AddonData>()->streams.push_back(stream);
+    auto& streams = info.Env().GetInstanceData<AddonData>()->streams;
+    std::erase_if(streams, [](const std::weak_ptr<Stream>& s) { return s.expired(); });
+    streams.push_back(stream);
     return info.Env().Undefined();
   });
 }
@@ -63,11 +66,8 @@ StreamHandle& StreamHandle::of(const Napi::Value& value) {
 /// Resolves when everything enqueued before it has run.
 Napi::Value StreamHandle::sync(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    Completions::Settle settle;
-    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
-    Napi::Promise promise = completions.add(info.Env(), [](Napi::Env env) { return env.Undefined(); }, settle);
-    stream->post([settle](Context&) { settle(nullptr); });
-    return promise;
+    return onStream(
+        info.Env(), stream, [](Context&) {}, [](Napi::Env env) { return env.Undefined(); });
   });
 }
 
@@ -79,7 +79,9 @@ Napi::Value StreamHandle::close(const Napi::CallbackInfo& info) {
   });
 }
 
-Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) { return counts(info.Env(), stream->memory().counter()); }
+Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) {
+  return counts(info.Env(), stream->memory().counter());
+}
 
 Napi::Value StreamHandle::setMemoryLimit(const Napi::CallbackInfo& info) {
   stream->memory().setLimit(info[0].ToNumber().Int64Value());
@@ -120,9 +122,9 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("cpu", Napi::Function::New(env, cpuInformation));
 
   Napi::Object ops = Napi::Object::New(env);
-#define QLORA_DEFINE_OP(function, Args)                                               \
-  ops.Set(#function, Napi::Function::New(env, [](const Napi::CallbackInfo& info) {    \
-            return callOperation<Args>(info, &OpTable::function);                     \
+#define QLORA_DEFINE_OP(function, Args)                                            \
+  ops.Set(#function, Napi::Function::New(env, [](const Napi::CallbackInfo& info) { \
+            return callOperation<Args>(info, &OpTable::function);                  \
           }));
   QLORA_OPS(QLORA_DEFINE_OP)
 #undef QLORA_DEFINE_OP

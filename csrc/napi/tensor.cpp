@@ -39,13 +39,30 @@ void readShape(const Napi::Value& value, Tensor& t) {
   }
 }
 
+/// By JavaScript's constructor, which throws where there is no memory; Node-API's own function would end the process.
+Napi::ArrayBuffer arrayBuffer(Napi::Env env, size_t bytes) {
+  try {
+    const auto constructor = env.Global().Get("ArrayBuffer").As<Napi::Function>();
+    return constructor.New({Napi::Number::New(env, static_cast<double>(bytes))}).As<Napi::ArrayBuffer>();
+  } catch (const Napi::Error&) {
+    throw Error("ERR_QLORA_OUT_OF_MEMORY",
+                "out of memory: an array of " + std::to_string(bytes) + " bytes cannot be made in JavaScript",
+                "Read a smaller tensor.");
+  }
+}
+
 Napi::Value typedArray(Napi::Env env, DType dtype, size_t count, Napi::ArrayBuffer buffer) {
   switch (dtype) {
-    case DType::f32: return Napi::Float32Array::New(env, count, buffer, 0);
-    case DType::i32: return Napi::Int32Array::New(env, count, buffer, 0);
-    case DType::u8: return Napi::Uint8Array::New(env, count, buffer, 0);
-    case DType::i8: return Napi::Int8Array::New(env, count, buffer, 0);
-    default: return Napi::Uint16Array::New(env, count, buffer, 0);
+    case DType::f32:
+      return Napi::Float32Array::New(env, count, buffer, 0);
+    case DType::i32:
+      return Napi::Int32Array::New(env, count, buffer, 0);
+    case DType::u8:
+      return Napi::Uint8Array::New(env, count, buffer, 0);
+    case DType::i8:
+      return Napi::Int8Array::New(env, count, buffer, 0);
+    default:
+      return Napi::Uint16Array::New(env, count, buffer, 0);
   }
 }
 
@@ -107,20 +124,19 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
     } else {
       keep = std::make_shared<Napi::ObjectReference>(Napi::Persistent(info[0].As<Napi::Object>()));
     }
-    Completions::Settle settle;
-    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
-    Napi::Promise promise = completions.add(info.Env(), [keep](Napi::Env env) { return env.Undefined(); }, settle);
-    stream->post([target, data, bytes, copy, settle](Context&) {
-      std::shared_ptr<const Error> error;
-      try {
-        target.storage->allocate();
-        if (bytes) std::memcpy(target.storage->data, data, bytes);
-      } catch (...) {
-        error = target.storage->error = currentError();
-      }
-      settle(error);
-    });
-    return promise;
+    return onStream(
+        info.Env(), stream,
+        [target, data, bytes, copy](Context&) {
+          try {
+            target.storage->allocate();
+            target.storage->error = nullptr;
+            if (bytes) std::memcpy(target.storage->data, data, bytes);
+          } catch (...) {
+            target.storage->error = currentError();
+            throw;
+          }
+        },
+        [keep](Napi::Env env) { return env.Undefined(); });
   });
 }
 
@@ -129,25 +145,18 @@ Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const Tensor source = tensor();
     const size_t bytes = source.storage->bytes;
-    Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(info.Env(), bytes);
+    Napi::ArrayBuffer buffer = arrayBuffer(info.Env(), bytes);
     void* target = buffer.Data();
     auto keep = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
-    Completions::Settle settle;
-    auto& completions = *info.Env().GetInstanceData<AddonData>()->completions;
     const size_t count = static_cast<size_t>(source.size());
-    Napi::Promise promise = completions.add(
-        info.Env(),
-        [keep, dtype = source.dtype, count](Napi::Env env) { return typedArray(env, dtype, count, keep->Value()); },
-        settle);
-    stream->post([source, target, bytes, settle](Context&) {
-      std::shared_ptr<const Error> error = source.storage->error;
-      if (!error && !source.storage->data && bytes) {
-        error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
-      }
-      if (!error && bytes) std::memcpy(target, source.storage->data, bytes);
-      settle(error);
-    });
-    return promise;
+    return onStream(
+        info.Env(), stream,
+        [source, target, bytes](Context&) {
+          if (source.storage->error) throw Error(*source.storage->error);
+          if (!source.storage->data && bytes) fail("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
+          if (bytes) std::memcpy(target, source.storage->data, bytes);
+        },
+        [keep, dtype = source.dtype, count](Napi::Env env) { return typedArray(env, dtype, count, keep->Value()); });
   });
 }
 
@@ -157,7 +166,8 @@ Napi::Value TensorHandle::view(const Napi::CallbackInfo& info) {
     Tensor viewed = tensor();
     readShape(info[0], viewed);
     if (viewed.size() != tensor().size()) {
-      fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(), shapeText(tensor()).c_str());
+      fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(),
+           shapeText(tensor()).c_str());
     }
     Napi::Object object = info.Env().GetInstanceData<AddonData>()->tensorClass.New({});
     TensorHandle& handle = of(object);

@@ -93,7 +93,8 @@ export function chooseAdapter(core: ModelCore, choice: string | null | undefined
     if (names.length <= 1) return names[0];
     throw new QLoRAError(
       'ERR_QLORA_ADAPTER_REQUIRED',
-      `several adapters are loaded (${names.join(', ')}): say which with { adapter: name }, or null for the base`,
+      `several adapters are loaded (${names.join(', ')}), and none was named`,
+      { hint: 'Pass { adapter: name }, or null for the base.', detail: { known: names } },
     );
   }
   if (core.adapters.has(choice)) return choice;

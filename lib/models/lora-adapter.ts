@@ -1,5 +1,5 @@
-import { mkdir } from 'node:fs/promises';
 import { QLoRAError } from '../errors.js';
+import { makeFolder } from '../io/folder.js';
 import {
   type AdapterConfig,
   adapterKey,
@@ -60,7 +60,7 @@ export class LoraAdapter {
 
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
   async save(directory: string): Promise<void> {
-    await mkdir(directory, { recursive: true });
+    await makeFolder(directory);
     const items = this.layers.flatMap((layer) =>
       partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
     );

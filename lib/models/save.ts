@@ -1,9 +1,10 @@
 /** A model as a Hugging Face folder that transformers, with bitsandbytes, loads. */
-import { copyFile, mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { QLoRAError } from '../errors.js';
 import { writeFileAtomic } from '../io/atomic-file.js';
 import { bnbConfigJson } from '../io/bnb-checkpoint.js';
+import { makeFolder } from '../io/folder.js';
+import { readText } from '../io/json.js';
 import { pythonJson } from '../io/python-json.js';
 import { type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
 import type { FourBitType } from '../ops/quantize.js';
@@ -32,7 +33,7 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
       },
     );
   }
-  await mkdir(directory, { recursive: true });
+  await makeFolder(directory);
   const dtype = checkpointDtype(core);
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
@@ -52,9 +53,11 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
   }
   await writeFileAtomic(join(directory, 'config.json'), `${pythonJson(config, 2)}\n`);
   for (const name of companions) {
-    await copyFile(join(core.directory, name), join(directory, name)).catch((error: NodeJS.ErrnoException) => {
-      if (error.code !== 'ENOENT') throw error;
+    const text = await readText(join(core.directory, name)).catch((error: QLoRAError) => {
+      if (error.code === 'ERR_QLORA_FILE_NOT_FOUND') return undefined;
+      throw error;
     });
+    if (text !== undefined) await writeFileAtomic(join(directory, name), text);
   }
 }
 

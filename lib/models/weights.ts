@@ -157,8 +157,9 @@ async function loadLinear(
 ): Promise<Linear> {
   const name = `${module.from}.weight`;
   const { quantization } = options;
-  const stored = await readQuantizedWeight(stream, folder, module.from);
+  // The bias first: what it fails with leaves nothing behind, since whoever calls frees `dense`.
   const bias = module.rule.bias ? await loadDense(stream, folder, `${module.from}.bias`, dense, options) : undefined;
+  const stored = await readQuantizedWeight(stream, folder, module.from);
   if (stored) return new Linear(module.from, index, stored, bias);
   const skipped = quantization?.skipModules.some((m: string) => module.from === m || module.from.endsWith(`.${m}`));
   if (!quantization || skipped) {

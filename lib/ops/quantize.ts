@@ -12,20 +12,9 @@ const dynamicMapIndex: Readonly<Record<DynamicMapKind, number>> = { signed: 0, u
 /** Of an 8-bit block: of double quantization and of optimizer state. */
 export const dynamicBlockSize = 256;
 
-/** The tables of a stream, shared by all its weights and kept as long as it. */
-const tablesOf = new WeakMap<Stream, Map<string, Tensor>>();
-
-function sharedTable(stream: Stream, name: string, make: () => Tensor): Tensor {
-  const tables = tablesOf.get(stream) ?? new Map<string, Tensor>();
-  tablesOf.set(stream, tables);
-  const table = tables.get(name) ?? make();
-  tables.set(name, table);
-  return table;
-}
-
 /** The 16 values of a 4-bit type, f32 [16], by code. Shared: not to be disposed of. */
 export function fourBitCode(stream: Stream, type: FourBitType): Tensor {
-  return sharedTable(stream, type, () => {
+  return stream.shared(type, () => {
     const code = new Tensor(stream, 'f32', [16], 'weights');
     stream.run('fourBitCode', code, fourBitTypeIndex[type]);
     return code;
@@ -34,7 +23,7 @@ export function fourBitCode(stream: Stream, type: FourBitType): Tensor {
 
 /** The 256 values of a dynamic 8-bit map, f32 [256], rising. Shared: not to be disposed of. */
 export function dynamicMap(stream: Stream, map: DynamicMapKind): Tensor {
-  return sharedTable(stream, map, () => {
+  return stream.shared(map, () => {
     const code = new Tensor(stream, 'f32', [256], 'weights');
     stream.run('dynamicMapCode', code, dynamicMapIndex[map]);
     return code;

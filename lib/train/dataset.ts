@@ -5,7 +5,7 @@ import { splitRows } from '../data/order.js';
 import { type DatasetSource, readRows } from '../data/read-rows.js';
 import { QLoRAError } from '../errors.js';
 import { checkIds, type ModelCore } from '../models/core.js';
-import type { MixedDataset, ResolvedTrainerOptions } from './options.js';
+import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
 
 /** Work between two turns of the event loop, in milliseconds. */
 const slice = 5;
@@ -46,13 +46,11 @@ export async function encodeDataset(
     }
   }
   if (rows.length === 0) {
-    throw new QLoRAError('ERR_QLORA_DATASET_EMPTY', 'the data set has no rows, at least one is needed');
+    throw new QLoRAError('ERR_QLORA_DATASET_EMPTY', 'the data set has no rows, at least one is needed', {
+      hint: 'Check its path and content.',
+    });
   }
   return rows;
-}
-
-function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {
-  return Array.isArray(dataset) && dataset.length > 0 && dataset.every((d) => typeof d === 'object' && 'source' in d);
 }
 
 export interface Datasets {

@@ -5,7 +5,7 @@ import { promptTemplate } from '../data/templates.js';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { LoraOptions } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
-import { type LoadOptions, QuantizedModel } from '../quantized-model.js';
+import { type LoadOptions, loraSchema, QuantizedModel, resolveLoadOptions } from '../quantized-model.js';
 import { type ScheduleName, scheduleNames } from './schedule.js';
 
 export interface MixedDataset {
@@ -94,9 +94,13 @@ const source = z.custom<DatasetSource>(
     (typeof value === 'object' && value !== null && (Symbol.iterator in value || Symbol.asyncIterator in value)),
   'expected a path or rows',
 );
+const mixed = z.array(z.strictObject({ source, format: z.string().optional(), maxSamples: count.optional() }));
 
 const schema = z.strictObject({
-  model: z.union([z.string(), z.custom<QuantizedModel>((value) => value instanceof QuantizedModel)]),
+  model: z.union([
+    z.string(),
+    z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
+  ]),
   dataset: source,
   evalDataset: z.union([z.number().gt(0), source]).optional(),
   datasetFormat: z.string().optional(),
@@ -104,7 +108,7 @@ const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
-  lora: z.union([z.literal('none'), z.looseObject({})]).optional(),
+  lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),
   outputDir: z.string().min(1),
   batchSize: count.default(1),
@@ -140,11 +144,20 @@ const schema = z.strictObject({
 export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
   Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
 
+/** Several sources, rather than rows. */
+export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {
+  return (
+    Array.isArray(dataset) && dataset.length > 0 && dataset.every((d) => typeof d === 'object' && d && 'source' in d)
+  );
+}
+
 /** Defaults filled in; wrong options and wrong combinations are errors. */
 export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
   const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
   promptTemplate(resolved.template);
-  const { datasetFormat, lora, initialAdapter, quantization, model } = resolved;
+  const { dataset, datasetFormat, lora, initialAdapter, quantization, computeDtype, device, model } = resolved;
+  resolveLoadOptions({ quantization, computeDtype, device }, 'QLoRATrainer');
+  if (isMixed(dataset)) checkOptions(z.strictObject({ dataset: mixed }), { dataset }, 'QLoRATrainer');
   if (datasetFormat !== undefined && !formatNames().includes(datasetFormat)) {
     const near = didYouMean(datasetFormat, formatNames());
     throw new QLoRAError('ERR_QLORA_DATASET_FORMAT', `QLoRATrainer: there is no datasetFormat '${datasetFormat}'`, {
@@ -172,7 +185,7 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
   }
-  if (typeof model !== 'string' && (quantization !== undefined || resolved.computeDtype !== undefined)) {
+  if (typeof model !== 'string' && (quantization !== undefined || computeDtype !== undefined)) {
     throw conflict(
       'a model that is loaded has its quantization and computeDtype already',
       'Pass them to QuantizedModel.load().',

@@ -1,54 +1,25 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import { z } from 'zod';
 import { Tape } from '../autograd.js';
 import { type EncodedRow, explainRow } from '../data/encode.js';
 import { shuffledOrder } from '../data/order.js';
 import type { DatasetSource } from '../data/read-rows.js';
-import type { Row } from '../data/rows.js';
+import { type Row, toRow } from '../data/rows.js';
 import { DEFAULT_TEMPLATE } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { type EventStream, eventStream } from '../event-stream.js';
+import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
+import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
 import type { Tensor } from '../tensor.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
+import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { enqueueLoss, targetsOf } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
 import { learningRateAt } from './schedule.js';
-
-export type TrainEvent =
-  /** One an optimizer step. */
-  | {
-      type: 'step';
-      step: number;
-      epoch: number;
-      loss: number;
-      learningRate: number;
-      gradNorm: number;
-      tokensPerSecond: number;
-      memoryBytes: number;
-    }
-  | { type: 'eval'; step: number; loss: number; perplexity: number }
-  | { type: 'checkpoint'; step: number; path: string }
-  | { type: 'warning'; code: string; message: string };
-
-/** outputDir is a PEFT adapter or, after full fine-tuning, a model folder; adapterDir is set for the former. */
-export interface TrainResult {
-  steps: number;
-  finalLoss: number;
-  outputDir: string;
-  adapterDir?: string;
-  stopped: boolean;
-}
-
-/**
- * Await it for the result, iterate it for events. Leaving the loop, `stop()` and an aborted signal all drop the step in
- * progress, save the last whole one as a checkpoint and resolve with `stopped: true`.
- */
-export interface TrainRun extends EventStream<TrainEvent, TrainResult> {
-  stop(): Promise<TrainResult>;
-}
 
 /** What a step computed, read once the stream has come to it. */
 interface StepResult {
@@ -65,6 +36,7 @@ interface EnqueuedStep {
   result: Promise<StepResult>;
 }
 
+const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
 const adapterName = 'default';
 /** Steps in a row whose gradient may be NaN or infinite before training gives up. */
 const mostSkipped = 5;
@@ -80,7 +52,8 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly #ownsModel: boolean;
   #step = 0;
   #microStep = 0;
-  #running = false;
+  #running: Promise<unknown> | undefined;
+  #abort: AbortController | undefined;
 
   private constructor(
     model: QuantizedModel,
@@ -125,21 +98,24 @@ export class QLoRATrainer implements AsyncDisposable {
 
   /** What a row becomes: tokens, which of them are trained, what was cut. */
   async explain(row: Row): Promise<{ tokens: string[]; ids: number[]; trained: boolean[]; truncated: number }> {
-    return explainRow(row, this.model.core.tokenizer, encodeOptionsOf(this.#options));
+    return explainRow(toRow(row, { row: 1 }), this.model.core.tokenizer, encodeOptionsOf(this.#options));
   }
 
   /** Trains to the end of maxSteps or epochs, and saves into outputDir. */
   train(options: { signal?: AbortSignal } = {}): TrainRun {
     const abort = new AbortController();
-    const signal = options.signal ? AbortSignal.any([options.signal, abort.signal]) : abort.signal;
     const stop = () => {
       abort.abort();
       return run as Promise<TrainResult>;
     };
-    const run: EventStream<TrainEvent, TrainResult> = eventStream(
-      (emit) => this.#exclusive(() => this.#train(emit, signal)),
-      stop,
-    );
+    const run: EventStream<TrainEvent, TrainResult> = eventStream(async (emit) => {
+      const { signal } = checkOptions(signalSchema, options, 'train');
+      const either = signal ? AbortSignal.any([signal, abort.signal]) : abort.signal;
+      return this.#exclusive(() => {
+        this.#abort = abort;
+        return this.#train(emit, either);
+      });
+    }, stop);
     return Object.assign(run, { stop });
   }
 
@@ -160,6 +136,7 @@ export class QLoRATrainer implements AsyncDisposable {
     dataset?: DatasetSource,
     options: { signal?: AbortSignal } = {},
   ): Promise<{ loss: number; perplexity: number }> {
+    const { signal } = checkOptions(signalSchema, options, 'evaluate');
     const { core } = this.model;
     const rows = dataset
       ? await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat)
@@ -178,7 +155,7 @@ export class QLoRATrainer implements AsyncDisposable {
     const pass = { adapter: this.#adapterName, checkpointing: 'none' as const };
     let loss = 0;
     for (let i = 0; i < rows.length; i += batchSize) {
-      options.signal?.throwIfAborted();
+      signal?.throwIfAborted();
       using part = enqueueLoss(core, undefined, rows.slice(i, i + batchSize), 1 / targets, pass);
       loss += (await part.read())[0] as number;
     }
@@ -196,8 +173,10 @@ export class QLoRATrainer implements AsyncDisposable {
     return directory;
   }
 
-  /** Frees the optimizer, and the model where the trainer loaded it. */
+  /** Frees the optimizer, and the model where the trainer loaded it. A run under way is stopped first, as stop() does. */
   async dispose(): Promise<void> {
+    this.#abort?.abort();
+    await this.#running?.catch(() => {});
     this.#optimizer.dispose();
     if (this.#ownsModel) await this.model.dispose();
   }
@@ -226,11 +205,13 @@ export class QLoRATrainer implements AsyncDisposable {
     if (this.#running) {
       throw new QLoRAError('ERR_QLORA_BUSY', 'this trainer is training already', { hint: 'Await the run before it.' });
     }
-    this.#running = true;
+    const running = work();
+    this.#running = running;
     try {
-      return await work();
+      return await running;
     } finally {
-      this.#running = false;
+      this.#running = undefined;
+      this.#abort = undefined;
     }
   }
 
@@ -274,9 +255,15 @@ export class QLoRATrainer implements AsyncDisposable {
     };
     const evaluate = async () => {
       const step = this.#step;
-      emit({ type: 'eval', step, ...(await this.evaluate(undefined, { signal })) });
+      try {
+        emit({ type: 'eval', step, ...(await this.evaluate(undefined, { signal })) });
+      } catch (error) {
+        if (!signal.aborted) throw error;
+      }
       since = performance.now();
     };
+    // Where nothing can be saved, that is known before the first step.
+    await makeFolder(this.#options.outputDir);
 
     while (this.#step < total) {
       const enqueued = await this.#enqueueStep(this.#rowsOfStep(this.#step), total, signal, report);
@@ -288,11 +275,12 @@ export class QLoRATrainer implements AsyncDisposable {
       previous = enqueued;
       if (evalSteps && this.#datasets.eval && this.#step % evalSteps === 0 && this.#step < total) {
         await report();
-        if (!signal.aborted) await evaluate();
+        await evaluate();
       }
     }
     await report();
     if (this.#datasets.eval) await evaluate();
+    if (signal.aborted) return this.#stopped(emit, finalLoss);
     const outputDir = await this.save();
     return {
       steps: this.#step,
@@ -373,9 +361,8 @@ export class QLoRATrainer implements AsyncDisposable {
         checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
         dropout: { seed, microStep: this.#microStep++ },
       };
-      losses.push(
-        readScalar(enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass)),
-      );
+      const loss = enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass);
+      losses.push(handled(readScalar(loss)));
       if (losses.length === 1) await between();
       // At most two micro-steps wait in the queue.
       await losses.at(-3);
@@ -384,16 +371,19 @@ export class QLoRATrainer implements AsyncDisposable {
     const learningRate = this.#learningRate(this.#step, totalSteps);
     this.#step++;
     using norm = this.#optimizer.step(this.#step, learningRate);
-    const norms = norm.read();
+    const norms = handled(norm.read());
     const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
     const result = (async () => {
       const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
       const [gradNorm, finite] = (await norms) as unknown as [number, number];
       return { loss, gradNorm, finite: finite === 1, tokens };
     })();
-    // Whoever awaits the result is told; a run that ends before that is not an unhandled rejection.
-    result.catch(() => {});
-    return { step: this.#step, learningRate, result };
+    const step = this.#step;
+    // A step that failed, for want of memory, changed nothing and does not count.
+    result.catch(() => {
+      this.#step = step - 1;
+    });
+    return { step, learningRate, result };
   }
 
   /** An adapter whose B is all zero learnt nothing: saving it would hide that. */
@@ -409,6 +399,12 @@ export class QLoRATrainer implements AsyncDisposable {
       },
     );
   }
+}
+
+/** Whoever awaits it is told of a failure; one that nobody comes to await any more is no unhandled rejection. */
+function handled<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => {});
+  return promise;
 }
 
 async function readScalar(tensor: Tensor): Promise<number> {

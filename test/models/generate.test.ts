@@ -1,0 +1,244 @@
+/** Text and tokens: greedy, sampled, streamed, stopped; which adapter and which template. */
+import { cpSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import t from 'tap';
+import { promptTemplate } from '../../lib/data/templates.js';
+import { QuantizedModel } from '../../lib/index.js';
+import { packageRoot, referencesDir } from '../support/references.js';
+
+const demo = join(packageRoot(), 'examples', 'demo', 'model');
+const llama3 = join(referencesDir('models'), 'llama3');
+const question = { instruction: 'What is 12 plus 30?' };
+const { source, tail } = promptTemplate('alpaca');
+const prompt = source(question) + tail;
+
+const unhandled: unknown[] = [];
+process.on('unhandledRejection', (reason) => unhandled.push(reason));
+
+async function pieces<T>(stream: AsyncIterable<T>): Promise<T[]> {
+  const all: T[] = [];
+  for await (const piece of stream) all.push(piece);
+  return all;
+}
+
+t.test('text', async (t) => {
+  await using model = await QuantizedModel.load(demo);
+  const answer = await model.generate(question);
+  t.equal(answer, '42', 'ends at EOS, which is not part of the text');
+  t.equal(await model.generate(prompt), answer, 'an instruction goes through the template');
+  t.equal(
+    await model.generate([{ role: 'user', content: question.instruction }]),
+    answer,
+    'and messages through theirs',
+  );
+
+  await t.test('greedy', async (t) => {
+    for (const options of [
+      { temperature: 0, doSample: true },
+      { topK: 1, doSample: true, seed: 9 },
+      { doSample: false, temperature: 5 },
+    ]) {
+      t.equal(await model.generate(question, options), answer, JSON.stringify(options));
+    }
+    const start = [5, 17, 33, 60];
+    const ids = await model.generateTokens(start, { maxNewTokens: 12, ignoreEos: true });
+    const repeated: number[] = [];
+    for (let i = 0; i < 12; i++) {
+      const logits = await model.logits([...start, ...repeated]);
+      const last = logits.subarray(-512);
+      repeated.push(last.indexOf(Math.max(...last)));
+    }
+    // bf16 and a cache: what is equal is the choice, but where two logits are as good as equal.
+    t.same(ids, repeated, 'the likeliest token again and again');
+    t.equal(ids.length, 12);
+  });
+
+  await t.test('streaming', async (t) => {
+    const options = { doSample: true, temperature: 1.5, maxNewTokens: 40, seed: 4 };
+    const whole = await model.generate('The numbers are', options);
+    const streamed = await pieces(model.generate('The numbers are', options));
+    t.equal(streamed.join(''), whole);
+    t.ok(streamed.length > 3 && streamed.every((piece) => piece !== ''), 'in pieces');
+    const both = model.generate('The numbers are', options);
+    t.equal((await pieces(both)).join(''), await both, 'iterated and awaited');
+    const ids = model.generateTokens([5, 17], { ...options, ignoreEos: true });
+    t.same(await pieces(ids), await model.generateTokens([5, 17], { ...options, ignoreEos: true }));
+    t.same(await model.generate('The numbers are', options), whole, 'the same seed, the same text');
+    const others = await Promise.all([5, 6, 7].map((seed) => model.generate('The numbers are', { ...options, seed })));
+    t.ok(
+      others.some((text) => text !== whole),
+      'another seed, another text',
+    );
+  });
+
+  await t.test('leaving the loop and aborting', async (t) => {
+    let count = 0;
+    for await (const _ of model.generateTokens([5, 17], { maxNewTokens: 200, ignoreEos: true }))
+      if (++count === 3) break;
+    t.equal(count, 3);
+    await model.core.stream.sync();
+    await sleep(20);
+    await model.core.stream.sync();
+    t.equal(model.memory().byClass.activations, 0, 'its cache is freed');
+    const reason = new Error('enough');
+    t.equal(await model.generate(question, { signal: AbortSignal.abort(reason) }).catch((e: unknown) => e), reason);
+    const abort = new AbortController();
+    const seen: number[] = [];
+    const failed = await (async () => {
+      for await (const id of model.generateTokens([5], { maxNewTokens: 200, ignoreEos: true, signal: abort.signal })) {
+        seen.push(id);
+        if (seen.length === 4) abort.abort(reason);
+      }
+    })().catch((e: unknown) => e);
+    t.equal(failed, reason);
+    t.ok(seen.length >= 4 && seen.length < 10, 'stops at once');
+  });
+
+  await t.test('stop strings', async (t) => {
+    const options = { maxNewTokens: 60, doSample: true, temperature: 1.2, seed: 11, topK: 0 };
+    const whole = await model.generate('The numbers are', options);
+    t.ok(whole.length > 20, whole);
+    const middle = Math.floor(whole.length / 2);
+    for (const length of [1, 3, 8]) {
+      const stop = whole.slice(middle, middle + length);
+      const cut = await model.generate('The numbers are', { ...options, stop: ['never there', stop] });
+      t.equal(cut, whole.slice(0, whole.indexOf(stop)), `${JSON.stringify(stop)} is not given out`);
+      t.equal(
+        (await pieces(model.generate('The numbers are', { ...options, stop: [stop] }))).join(''),
+        cut,
+        'nor in pieces',
+      );
+    }
+    // What looked like the start of a stop string is given out after all.
+    t.equal(await model.generate('The numbers are', { ...options, stop: [`${whole.slice(-3)}X`] }), whole);
+  });
+
+  await t.test('which adapter', async (t) => {
+    const base = await model.generate(question);
+    model.addLora('one', { r: 2 });
+    t.equal(await model.generate(question), base, 'the only one, which changes nothing yet');
+    model.addLora('two', { r: 2 });
+    for (const layer of model.adapters.get('two')?.layers ?? []) {
+      await layer.write('B', new Float32Array(layer.outFeatures * layer.r).fill(0.3));
+    }
+    const required = { code: 'ERR_QLORA_ADAPTER_REQUIRED', message: /one, two/, hint: String };
+    await t.rejects(async () => model.generate(question), required);
+    await t.rejects(model.logits([1]), required);
+    await t.rejects(model.loss([1, 2]), required);
+    t.equal(await model.generate(question, { adapter: null }), base, 'null is the base');
+    t.equal(await model.generate(question, { adapter: 'one' }), base);
+    t.notSame(await model.logits([5, 6], { adapter: 'two' }), await model.logits([5, 6], { adapter: null }));
+    const unknown = { code: 'ERR_QLORA_ADAPTER_UNKNOWN', message: /'tow'/, hint: /one, two/ };
+    await t.rejects(async () => model.generate(question, { adapter: 'tow' }), unknown);
+    t.throws(() => model.removeLora('tow'), unknown);
+    model.removeLora('two');
+    // What it was trained with decides how an instruction is written.
+    const one = model.adapters.get('one');
+    if (!one) return t.fail('gone');
+    one.training = { template: 'alpaca-llama-factory' };
+    const other = promptTemplate('alpaca-llama-factory');
+    const options = { maxNewTokens: 10, doSample: true, temperature: 2, seed: 5 };
+    t.equal(
+      await model.generate(question, options),
+      await model.generate(other.source(question) + other.tail, options),
+    );
+    t.not(await model.generate(question, options), await model.generate(question, { ...options, adapter: null }));
+    model.removeLora('one');
+  });
+
+  await t.test('errors, of which none goes unhandled', async (t) => {
+    const unknownOption = {
+      code: 'ERR_QLORA_OPTION_UNKNOWN',
+      message: /generate.*maxNewTokes/,
+      hint: /Did you mean 'maxNewTokens'/,
+    };
+    await t.rejects(async () => model.generate('a', { maxNewTokes: 3 } as object), unknownOption);
+    await t.rejects(pieces(model.generate('a', { maxNewTokes: 3 } as object)), unknownOption);
+    await t.rejects(pieces(model.generateTokens([1], { maxNewTokes: 3 } as object)), unknownOption);
+    await t.rejects(async () => model.generateTokens([1], { stop: ['a'] }), {
+      code: 'ERR_QLORA_OPTION_INVALID',
+      hint: String,
+    });
+    await t.rejects(async () => model.generateTokens([]), { code: 'ERR_QLORA_ARGUMENT', hint: String });
+    for (const wrong of [
+      5,
+      null,
+      [],
+      [{ role: 'robot', content: 'x' }],
+      [{ role: 'user' }],
+      { instrction: 'x' },
+      { instruction: 3 },
+    ]) {
+      const code = /^ERR_QLORA_OPTION_/;
+      const error = await (model.generate(wrong as unknown as string) as Promise<unknown>).catch((e: unknown) => e);
+      t.match(error, { name: 'QLoRAError', code, message: /^generate: .*prompt/, hint: String }, JSON.stringify(wrong));
+    }
+    await sleep(5);
+    t.same(unhandled, []);
+  });
+});
+
+t.test('generation_config.json', async (t) => {
+  const directory = t.testdir();
+  cpSync(llama3, directory, { recursive: true });
+  const configure = (change: object) =>
+    writeFileSync(join(directory, 'generation_config.json'), JSON.stringify({ eos_token_id: [4, 5, 6], ...change }));
+  configure({});
+  await using plain = await QuantizedModel.load(directory);
+  const all = await plain.generateTokens([9, 8, 7], { maxNewTokens: 30, ignoreEos: true });
+  for (const at of [2, 9]) {
+    const end = all[at] as number;
+    configure({ eos_token_id: [205, end] });
+    await using model = await QuantizedModel.load(directory);
+    t.same(
+      await model.generateTokens([9, 8, 7], { maxNewTokens: 30 }),
+      all.slice(0, all.indexOf(end)),
+      'each of the end tokens ends it',
+    );
+  }
+  configure({ do_sample: true, temperature: 0.9, max_new_tokens: 7 });
+  await using sampling = await QuantizedModel.load(directory);
+  const sampled = await sampling.generateTokens([9, 8, 7], { ignoreEos: true, topK: 0 });
+  t.equal(sampled.length, 7, 'its length holds');
+  t.same(
+    await plain.generateTokens([9, 8, 7], {
+      ignoreEos: true,
+      topK: 0,
+      doSample: true,
+      temperature: 0.9,
+      maxNewTokens: 7,
+    }),
+    sampled,
+  );
+  t.same(
+    await sampling.generateTokens([9, 8, 7], { ignoreEos: true, doSample: false }),
+    all.slice(0, 7),
+    'an option wins',
+  );
+  configure({ num_beams: 4 });
+  await using beams = await QuantizedModel.load(directory);
+  await t.rejects(async () => beams.generateTokens([9]), {
+    code: 'ERR_QLORA_GENERATION_CONFIG',
+    message: /numBeams = 4/,
+    hint: String,
+  });
+});
+
+t.test('without a tokenizer, and without a chat template', async (t) => {
+  await using bare = await QuantizedModel.load(llama3);
+  await t.rejects(async () => bare.generate('Hello'), {
+    code: 'ERR_QLORA_TOKENIZER_MISSING',
+    message: /llama3 has no tokenizer\.json/,
+    hint: /generateTokens/,
+  });
+  const directory = t.testdir();
+  cpSync(demo, directory, { recursive: true });
+  const path = join(directory, 'tokenizer_config.json');
+  const { chat_template: _, ...config } = JSON.parse(readFileSync(path, 'utf8')) as Record<string, unknown>;
+  writeFileSync(path, JSON.stringify(config));
+  await using model = await QuantizedModel.load(directory);
+  const error = await model.generate([{ role: 'user', content: 'Hello' }]).catch((e: unknown) => e);
+  t.match(error, { name: 'QLoRAError', code: /^ERR_QLORA_CHAT_TEMPLATE/, message: /chat template/, hint: String });
+  t.equal(await model.generate(question), '42', 'what needs none works');
+});
