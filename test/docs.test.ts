@@ -9,6 +9,7 @@ import { templateNames } from '../lib/data/templates.js';
 import { packageRoot } from './support/references.js';
 
 const root = packageRoot();
+t.setTimeout(600_000); // a busy machine trains slowly
 const read = (file: string) => readFileSync(join(root, file), 'utf8');
 
 function filesBelow(folder: string, end: string): string[] {

@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { packageRoot } from './support/references.js';
 
+t.setTimeout(600_000); // a busy machine trains slowly
 const output = mkdtempSync(join(tmpdir(), 'qlora-examples-'));
 t.teardown(() => rmSync(output, { recursive: true }));
 
