@@ -6,9 +6,6 @@
  * work then counts.
  */
 import { parseArgs } from 'node:util';
-import { Tape } from '../lib/autograd.js';
-import { loraLinear } from '../lib/ops/lora-linear.js';
-import { matmul } from '../lib/ops/matmul.js';
 import { quantizeWeight } from '../lib/ops/quantize.js';
 import type { Weight } from '../lib/ops/weight.js';
 import { Stream, Tensor } from '../lib/tensor.js';
@@ -68,32 +65,34 @@ for (const shape of values.shape.split(',')) {
     using dense = filled([N, K]);
     layers.push(await quantizeWeight(dense, { type: 'nf4', blockSize: 64, doubleQuant: true }));
   }
-  const [A, B] = [new Tensor(stream, 'f32', [rank || 1, K]), new Tensor(stream, 'f32', [N, rank || 1])];
-  for (const parameter of [A, B]) {
-    parameter.write(new Float32Array(parameter.size).fill(0.01)).catch(() => {});
-    parameter.requiresGrad = true;
-    parameter.gradient = new Tensor(stream, 'f32', parameter.shape, 'adapters');
-    stream.run('fill', parameter.gradient, 0);
-  }
+  const [A, B, dA, dB] = [0, 1, 2, 3].map((i) => {
+    const matrix = new Tensor(stream, 'f32', i % 2 ? [N, rank || 1] : [rank || 1, K]);
+    matrix.write(new Float32Array(matrix.size).fill(0.01)).catch(() => {});
+    return matrix;
+  });
   for (const m of values.m.split(',').map(Number)) {
     using x = filled([m, K]);
     using dy = filled([m, N]);
+    using y = new Tensor(stream, 'bf16', [m, N]);
+    using dx = new Tensor(stream, 'bf16', [m, K]);
+    using t = new Tensor(stream, 'bf16', [m, rank || 1]);
     const layer = (i: number) => layers[i % layers.length] as Weight;
-    const forward = (i: number, tape?: Tape) =>
-      rank ? loraLinear(tape, x, layer(i), undefined, { A, B, scale: 2 }) : matmul(tape, x, layer(i));
-    x.requiresGrad = true;
-    const both = (i: number) => {
-      const tape = new Tape();
-      const seed = dy.view(dy.shape);
-      tape.backward(forward(i, tape), seed, x)?.dispose();
-    };
-    const msForward = await leastMs((i) => forward(i).dispose());
-    const msBoth = await leastMs(both);
+    // Scale, dropout, and the seed and stream of its mask.
+    const adapter = [2, 0, 0, 0];
+    const forward = (i: number) =>
+      rank
+        ? stream.run('loraLinearForward', x, ...layer(i).args, null, A, B, y, t, ...adapter)
+        : stream.run('matmulForward', x, ...layer(i).args, null, y);
+    const backward = (i: number) =>
+      rank
+        ? stream.run('loraLinearBackward', dy, x, ...layer(i).args, A, B, t, dx, dA, dB, ...adapter)
+        : stream.run('matmulBackward', dy, ...layer(i).args, dx);
     const extra = 2 * m * rank * (N + K);
-    for (const [direction, ms, flop] of [
-      ['forward', msForward, 2 * m * N * K + extra],
-      ['backward', msBoth - msForward, 2 * m * N * K + 2 * extra],
+    for (const [direction, enqueue, flop] of [
+      ['forward', forward, 2 * m * N * K + extra],
+      ['backward', backward, 2 * m * N * K + 2 * extra],
     ] as const) {
+      const ms = await leastMs(enqueue);
       const floorMs = Math.max(flop / rates.gflops / 1e6, (layer(0).sizeBytes / rates.gigabytesPerSecond) * 1e-6);
       const result = {
         bench: 'matmul',

@@ -10,7 +10,7 @@ export interface RooflineRates {
   gigabytesPerSecond: number;
 }
 
-/** Best of ten tries each; takes about a second. */
+/** The best of many short tries, so that other work on the machine counts little; takes about a second. */
 export async function measureRoofline(dtype: FloatDType = 'bf16'): Promise<RooflineRates> {
   const stream = new Stream();
   const rates = new Tensor(stream, 'f32', [2], 'scratch');

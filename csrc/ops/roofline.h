@@ -4,7 +4,7 @@
 //             (0 f32, 1 bf16, 2 f16)
 //   rates[1]  GB/s read from memory on all threads, over 256 MiB
 //
-// Each the best of several tries. rates [2] f32, overwritten.
+// Each the best of many short tries. rates [2] f32, overwritten.
 #pragma once
 
 #include "core/check.h"
