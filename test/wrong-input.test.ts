@@ -17,14 +17,21 @@ interface Wrong {
   hint?: RegExp;
 }
 
+/** A model that the calls go to: what was enqueued before runs before its memory is looked at. */
+let inUse: QuantizedModel | undefined;
+async function liveBytes(): Promise<number | undefined> {
+  await inUse?.core.stream.sync();
+  return memory()[0]?.liveBytes;
+}
+
 /** The error is whole, and what was counted before is counted after. */
 async function refuses(t: Test, what: string, call: () => unknown, { code, message, hint = /\w/ }: Wrong): Promise<void> {
-  const before = memory()[0]?.liveBytes;
+  const before = await liveBytes();
   const error = await Promise.resolve()
     .then(call)
     .catch((e: unknown) => e);
   t.match(error, { name: 'QLoRAError', code, message, hint }, what);
-  t.equal(memory()[0]?.liveBytes, before, `${what}: nothing is left in memory`);
+  t.equal(await liveBytes(), before, `${what}: nothing is left in memory`);
 }
 
 type Change = (directory: string) => void;
@@ -90,11 +97,13 @@ t.test('model folders', async (t) => {
   config((c) => Object.assign(c, { a: null, b: false, c: 1, d: { e: 2 } }))(directory);
   const model = await QuantizedModel.load(directory, { allowUnknownConfig: ['c', 'd'] });
   t.ok(model, 'null, false and what is allowed pass');
+  inUse = undefined;
   await model.dispose();
 });
 
 t.test('option names and values, at every door', async (t) => {
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const rows = [{ inputIds: [1, 2, 3] }];
   const base = { model, dataset: rows, outputDir: join(t.testdirName, 'out') };
   const trainer = await QLoRATrainer.create(base);
@@ -146,17 +155,19 @@ t.test('option names and values, at every door', async (t) => {
     ['a name twice', () => model.addLora('default'), { code: 'ERR_QLORA_ADAPTER_EXISTS', message: /'default'/ }],
     ['modules that are not there', () => model.addLora('x', { targetModules: ['query'] }), { code: 'ERR_QLORA_ADAPTER_TARGETS', message: /query/, hint: /q_proj/ }],
     ['an adapter that is not there', () => model.loadLora('x', '/no/such/adapter'), { code: 'ERR_QLORA_ADAPTER_NOT_FOUND', message: /\/no\/such\/adapter/ }],
-    ['quantize, shape', () => quantize(new Float32Array(63), [64]), { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/, hint: /|/ }],
-    ['dequantize', () => dequantize({} as never), { code: 'ERR_QLORA_OPTION_INVALID', message: /./, hint: /|/ }],
+    ['quantize, shape', () => quantize(new Float32Array(63), [64]), { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/ }],
+    ['dequantize', () => dequantize({} as never), { code: 'ERR_QLORA_OPTION_INVALID', message: /./ }],
   ];
   for (const [what, call, wrong] of others) await refuses(t, what, call, wrong);
   t.same([...model.adapters.keys()], ['default'], 'no half-made adapter stays');
   await trainer.dispose();
+  inUse = undefined;
   await model.dispose();
 });
 
 t.test('ids, labels and rows', async (t) => {
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const outputDir = join(t.testdirName, 'out');
   const token = (message: RegExp) => ({ code: 'ERR_QLORA_TOKEN_ID', message });
   for (const bad of [209, -1, 1.5, Number.NaN, 2 ** 32 + 1]) {
@@ -188,6 +199,7 @@ t.test('ids, labels and rows', async (t) => {
   await refuses(t, 'no file', () => trainer.evaluate('/no/such.jsonl'), { code: 'ERR_QLORA_DATASET_NOT_FOUND', message: /\/no\/such\.jsonl/ });
   t.ok((await trainer.trainStep([{ inputIds: [1, 2, 3] }])).loss > 0, 'and training goes on');
   await trainer.dispose();
+  inUse = undefined;
   await model.dispose();
 });
 
@@ -198,6 +210,7 @@ t.test("another model's adapter, a damaged one", async (t) => {
   const folder = join(t.testdirName, 'adapter');
   await other.dispose();
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const load = () => model.loadLora('x', folder);
   await refuses(t, 'of a wider model', load, { code: 'ERR_QLORA_SHAPE', message: /\[2, 64\].*got \[2, 192\]/ });
   t.equal(model.adapters.size, 0, 'it is not half loaded');
@@ -207,6 +220,7 @@ t.test("another model's adapter, a damaged one", async (t) => {
   await refuses(t, 'another method', load, { code: 'ERR_QLORA_ADAPTER_UNSUPPORTED', message: /IA3/ });
   await refuses(t, 'an adapter as a model', () => QuantizedModel.load(folder), { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /config\.json/, hint: /loadLora/ });
   t.equal(model.adapters.size, 0);
+  inUse = undefined;
   await model.dispose();
 });
 
