@@ -11,12 +11,27 @@ export interface MachineFields {
   path: string;
 }
 
-const interesting = ['avx2', 'fma', 'avx512f', 'avx512bw', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16'];
+const interesting = [
+  'avx2',
+  'fma',
+  'avx512f',
+  'avx512bw',
+  'avx512_vnni',
+  'avx512_bf16',
+  'avx512_fp16',
+  'amx_tile',
+  'amx_bf16',
+];
 
 export function machineFields(): MachineFields {
   const [cpu] = backends().available;
   const feature = (name: string) => cpu?.features.find((f) => f.startsWith(`${name}:`))?.slice(name.length + 1) ?? '';
-  return { cpu: cpu?.name ?? '', cpuFlags: processorFlags(), threads: Number(feature('threads')), path: feature('path') };
+  return {
+    cpu: cpu?.name ?? '',
+    cpuFlags: processorFlags(),
+    threads: Number(feature('threads')),
+    path: feature('path'),
+  };
 }
 
 function processorFlags(): string[] {
@@ -42,5 +57,7 @@ export function peakRssBytes(): number | undefined {
 export function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
-  return sorted.length % 2 ? (sorted[middle] as number) : ((sorted[middle - 1] as number) + (sorted[middle] as number)) / 2;
+  return sorted.length % 2
+    ? (sorted[middle] as number)
+    : ((sorted[middle - 1] as number) + (sorted[middle] as number)) / 2;
 }

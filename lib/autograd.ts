@@ -31,7 +31,12 @@ export class Tape {
   }
 
   /** Records even where no input needs a gradient: for an operation with parameters inside. */
-  recordAlways(inputs: readonly Tensor[], outputs: readonly Tensor[], saved: readonly Tensor[], rule: BackwardRule): void {
+  recordAlways(
+    inputs: readonly Tensor[],
+    outputs: readonly Tensor[],
+    saved: readonly Tensor[],
+    rule: BackwardRule,
+  ): void {
     for (const output of outputs) output.requiresGrad = true;
     for (const tensor of saved) tensor.hold();
     this.#entries.push({ inputs, outputs, saved, rule });
@@ -70,7 +75,11 @@ export class Tape {
 }
 
 /** Runs the entry's rule, and adds what it returns to the gradients of its inputs. */
-function propagate({ inputs, rule }: Entry, arrived: readonly (Tensor | undefined)[], gradients: Map<Tensor, Tensor>): void {
+function propagate(
+  { inputs, rule }: Entry,
+  arrived: readonly (Tensor | undefined)[],
+  gradients: Map<Tensor, Tensor>,
+): void {
   const results = rule(arrived);
   inputs.forEach((input, i) => {
     const result = results[i];

@@ -8,7 +8,7 @@ export interface EventStream<Item, Result> extends Promise<Result>, AsyncIterabl
  */
 export function eventStream<Item, Result>(
   work: (emit: (item: Item) => void) => Promise<Result>,
-  onLeave: () => void | Promise<unknown>,
+  onLeave: () => unknown,
 ): EventStream<Item, Result> {
   const items: Item[] = [];
   let wake: (() => void) | undefined;

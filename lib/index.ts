@@ -1,12 +1,13 @@
 /** The public face of qlora-node. */
-export type { Message, Row } from './data/rows.js';
+
 export type { DatasetSource } from './data/read-rows.js';
+export type { Message, Row } from './data/rows.js';
 export { backends, memory } from './devices.js';
 export { QLoRAError } from './errors.js';
 export type { GenerateOptions } from './generate/options.js';
+export { setLogger } from './logger.js';
 export type { LoraAdapter, LoraOptions } from './models/lora-adapter.js';
 export type { LoraLinear } from './nn/lora.js';
-export { setLogger } from './logger.js';
 export { dequantize, type QuantizedData, type QuantizeOptions, quantize } from './quantization.js';
 export {
   type AdapterChoice,
@@ -18,6 +19,6 @@ export {
   type TokenStream,
 } from './quantized-model.js';
 export type { Device } from './tensor.js';
-export type { MixedDataset, TrainerOptions } from './train/options.js';
 export type { TrainEvent, TrainResult, TrainRun } from './train/events.js';
+export type { MixedDataset, TrainerOptions } from './train/options.js';
 export { QLoRATrainer } from './train/trainer.js';

@@ -7,7 +7,11 @@ import { didYouMean, QLoRAError } from './errors.js';
  *
  * @param where what takes the options, for the message
  */
-export function checkOptions<Schema extends z.ZodObject>(schema: Schema, options: unknown, where: string): z.infer<Schema> {
+export function checkOptions<Schema extends z.ZodObject>(
+  schema: Schema,
+  options: unknown,
+  where: string,
+): z.infer<Schema> {
   const result = schema.safeParse(options ?? {});
   if (result.success) return result.data;
   const issue = worst(result.error.issues);
@@ -65,5 +69,7 @@ function unwrap(schema: unknown): unknown {
 
 function show(value: unknown): string {
   if (value === undefined) return 'nothing';
-  return typeof value === 'object' && value !== null ? (JSON.stringify(value)?.slice(0, 100) ?? 'an object') : JSON.stringify(value) ?? String(value);
+  return typeof value === 'object' && value !== null
+    ? (JSON.stringify(value)?.slice(0, 100) ?? 'an object')
+    : (JSON.stringify(value) ?? String(value));
 }

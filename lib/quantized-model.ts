@@ -7,17 +7,17 @@ import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './g
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { openModelFolder } from './io/model-folder.js';
-import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
-import { checkOptions } from './options.js';
-import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
-import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
-import { Tokenizer } from './tokenizer/tokenizer.js';
 import { ConfigReader } from './models/config-reader.js';
 import { checkIds, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { familyOf } from './models/families/index.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { saveModel } from './models/save.js';
 import { loadWeights, type WeightOptions } from './models/weights.js';
+import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
+import { checkOptions } from './options.js';
+import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
+import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
+import { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
   /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
@@ -60,9 +60,7 @@ export interface MemoryUse {
 }
 
 const loadSchema = z.strictObject({
-  quantization: z
-    .union([z.literal('none'), z.looseObject({ skipModules: z.array(z.string()).optional() })])
-    .optional(),
+  quantization: z.union([z.literal('none'), z.looseObject({ skipModules: z.array(z.string()).optional() })]).optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
   allowUnknownConfig: z.array(z.string()).optional(),
@@ -72,7 +70,12 @@ const loadSchema = z.strictObject({
 
 /** @internal Defaults filled in, wrong options refused. */
 export function resolveLoadOptions(options: LoadOptions, where: string) {
-  const { quantization = {}, computeDtype = 'bf16', device = 'auto', ...rest } = checkOptions(loadSchema, options, where);
+  const {
+    quantization = {},
+    computeDtype = 'bf16',
+    device = 'auto',
+    ...rest
+  } = checkOptions(loadSchema, options, where);
   if (device !== 'auto' && device !== 'cpu') {
     throw new QLoRAError('ERR_QLORA_DEVICE', `device '${device}' cannot be used: this version computes on the CPU`, {
       hint: "Use device: 'cpu' or 'auto'.",
@@ -115,7 +118,7 @@ export class QuantizedModel implements AsyncDisposable {
    * generation_config.json, tokenizer.json and tokenizer_config.json. Each weight is quantized while it is read.
    *
    * @throws ERR_QLORA_MODEL_NOT_FOUND, ERR_QLORA_MODEL_UNSUPPORTED, ERR_QLORA_CONFIG_UNKNOWN_FIELD,
-   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NOT_FINITE, ERR_QLORA_OUT_OF_MEMORY
+   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY
    */
   static load(directory: string, options: LoadOptions = {}): Promise<QuantizedModel> {
     return QuantizedModel.loadWith(directory, options, 'as-in-file');
@@ -205,21 +208,31 @@ export class QuantizedModel implements AsyncDisposable {
   ): Promise<number> {
     const { adapter } = checkOptions(passSchema, options, 'loss');
     if (labels.length !== inputIds.length) {
-      throw new QLoRAError('ERR_QLORA_SHAPE', `labels must be as many as inputIds, ${inputIds.length}, got ${labels.length}`, {
-        hint: 'Give -100 where a token does not count.',
-      });
+      throw new QLoRAError(
+        'ERR_QLORA_SHAPE',
+        `labels must be as many as inputIds, ${inputIds.length}, got ${labels.length}`,
+        {
+          hint: 'Give -100 where a token does not count.',
+        },
+      );
     }
     const shifted = Array.from({ length: labels.length }, (_, t) => labels[t + 1] ?? -100);
     const targets = shifted.filter((label) => label !== -100);
     if (targets.length === 0) {
-      throw new QLoRAError('ERR_QLORA_NO_TARGETS', 'a loss needs at least one label other than -100 behind the first, got none', {
-        hint: 'Leave labels out to count every token.',
-      });
+      throw new QLoRAError(
+        'ERR_QLORA_NO_TARGETS',
+        'a loss needs at least one label other than -100 behind the first, got none',
+        {
+          hint: 'Leave labels out to count every token.',
+        },
+      );
     }
     checkIds(targets, this.core.config.vocabSize, 'labels');
     using hidden = this.#hidden(inputIds, adapter);
     using target = Tensor.from(this.core.stream, Int32Array.from(shifted), [shifted.length]);
-    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, { scale: 1 / targets.length });
+    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
+      scale: 1 / targets.length,
+    });
     return (await loss.read())[0] as number;
   }
 
@@ -232,52 +245,59 @@ export class QuantizedModel implements AsyncDisposable {
     options: GenerateOptions = {},
   ): TextStream {
     const abort = new AbortController();
-    return eventStream(async (emit) => {
-      const resolved = resolveGenerateOptions(this.core, options);
-      checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
-      const tokenizer = this.#tokenizer();
-      const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
-      const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
-      const stop = new StopStrings(resolved.stop);
-      const decoder = tokenizer.stream({ context: ids });
-      let text = '';
-      const give = (piece: string) => {
-        text += piece;
-        if (piece) emit(piece);
-      };
-      const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
-      for await (const id of generateIds(this.core, ids, sampling)) {
-        give(stop.push(decoder.push(id)));
-        if (stop.found) return text;
-      }
-      give(stop.push(decoder.finish()));
-      give(stop.finish());
-      return text;
-    }, () => abort.abort());
+    return eventStream(
+      async (emit) => {
+        const resolved = resolveGenerateOptions(this.core, options);
+        checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
+        const tokenizer = this.#tokenizer();
+        const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
+        const stop = new StopStrings(resolved.stop);
+        const decoder = tokenizer.stream({ context: ids });
+        let text = '';
+        const give = (piece: string) => {
+          text += piece;
+          if (piece) emit(piece);
+        };
+        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
+        for await (const id of generateIds(this.core, ids, sampling)) {
+          give(stop.push(decoder.push(id)));
+          if (stop.found) return text;
+        }
+        give(stop.push(decoder.finish()));
+        give(stop.finish());
+        return text;
+      },
+      () => abort.abort(),
+    );
   }
 
   /** Ids in, new ids out; needs no tokenizer. `ignoreEos` goes on to maxNewTokens. */
-  generateTokens(
-    inputIds: ArrayLike<number>,
-    options: GenerateOptions & { ignoreEos?: boolean } = {},
-  ): TokenStream {
+  generateTokens(inputIds: ArrayLike<number>, options: GenerateOptions & { ignoreEos?: boolean } = {}): TokenStream {
     const abort = new AbortController();
-    return eventStream(async (emit) => {
-      const resolved = resolveGenerateOptions(this.core, options);
-      if (resolved.stop.length > 0) {
-        throw new QLoRAError('ERR_QLORA_OPTION_INVALID', "generateTokens: option 'stop' needs text, and there are only ids", {
-          hint: 'Use generate(), or stop reading at your own ids.',
-        });
-      }
-      const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
-      const ids: number[] = [];
-      const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
-      for await (const id of generateIds(this.core, inputIds, sampling)) {
-        ids.push(id);
-        emit(id);
-      }
-      return ids;
-    }, () => abort.abort());
+    return eventStream(
+      async (emit) => {
+        const resolved = resolveGenerateOptions(this.core, options);
+        if (resolved.stop.length > 0) {
+          throw new QLoRAError(
+            'ERR_QLORA_OPTION_INVALID',
+            "generateTokens: option 'stop' needs text, and there are only ids",
+            {
+              hint: 'Use generate(), or stop reading at your own ids.',
+            },
+          );
+        }
+        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
+        const ids: number[] = [];
+        const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
+        for await (const id of generateIds(this.core, inputIds, sampling)) {
+          ids.push(id);
+          emit(id);
+        }
+        return ids;
+      },
+      () => abort.abort(),
+    );
   }
 
   /** A new adapter that changes nothing until it is trained. */
@@ -328,9 +348,13 @@ export class QuantizedModel implements AsyncDisposable {
 
   #tokenizer(): Tokenizer {
     if (this.core.tokenizer) return this.core.tokenizer;
-    throw new QLoRAError('ERR_QLORA_TOKENIZER_MISSING', `${this.core.directory} has no tokenizer.json, which text needs`, {
-      hint: 'Copy tokenizer.json and tokenizer_config.json into the model folder, or use generateTokens() with ids.',
-    });
+    throw new QLoRAError(
+      'ERR_QLORA_TOKENIZER_MISSING',
+      `${this.core.directory} has no tokenizer.json, which text needs`,
+      {
+        hint: 'Copy tokenizer.json and tokenizer_config.json into the model folder, or use generateTokens() with ids.',
+      },
+    );
   }
 
   /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */

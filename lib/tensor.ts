@@ -1,7 +1,8 @@
 /** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
+
+import { QLoRAError } from './errors.js';
 import type { NativeArgument, NativeMemory, NativeStream, NativeTensor } from './native.js';
 import { guard, native } from './native.js';
-import { QLoRAError } from './errors.js';
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
 export type DType = FloatDType | 'i32' | 'u8' | 'i8';
@@ -109,7 +110,13 @@ export class Tensor implements Disposable {
     memoryClass: MemoryClass = 'activations',
   ): Tensor {
     const dtype: DType =
-      data instanceof Float32Array ? 'f32' : data instanceof Int32Array ? 'i32' : data instanceof Uint8Array ? 'u8' : 'i8';
+      data instanceof Float32Array
+        ? 'f32'
+        : data instanceof Int32Array
+          ? 'i32'
+          : data instanceof Uint8Array
+            ? 'u8'
+            : 'i8';
     const tensor = new Tensor(stream, dtype, shape, memoryClass);
     // A failed write is passed on to whoever reads the tensor.
     tensor.write(data).catch(() => {});
@@ -151,7 +158,13 @@ export class Tensor implements Disposable {
 
   /** The same memory in another shape of the same size. Its handle is disposed of on its own. */
   view(shape: readonly number[]): Tensor {
-    const view = new Tensor(this.stream, this.dtype, shape, this.memoryClass, guard(() => this.#native.view(shape)));
+    const view = new Tensor(
+      this.stream,
+      this.dtype,
+      shape,
+      this.memoryClass,
+      guard(() => this.#native.view(shape)),
+    );
     view.requiresGrad = this.requiresGrad;
     return view;
   }

@@ -146,7 +146,15 @@ t.test('a whole pass leaves nothing, and clear() drops a tape', async (t) => {
 t.test('a checkpoint computes the same bits, dropout too, and keeps less', async (t) => {
   const stream = new Stream();
   const parameter = (shape: number[], seed: number) => {
-    const tensor = Tensor.from(stream, floats(shape.reduce((a, b) => a * b), seed), shape, 'adapters');
+    const tensor = Tensor.from(
+      stream,
+      floats(
+        shape.reduce((a, b) => a * b),
+        seed,
+      ),
+      shape,
+      'adapters',
+    );
     tensor.requiresGrad = true;
     tensor.gradient = Tensor.from(stream, new Float32Array(tensor.size), shape, 'optimizer');
     return tensor;
@@ -183,7 +191,10 @@ t.test('a checkpoint computes the same bits, dropout too, and keeps less', async
     const checked = await pass('checkpoint', trainInput);
     t.equal(runs, 4, 'each block runs twice');
     t.same(checked.values, plain.values, `input trained: ${trainInput}`);
-    t.ok((plain.values[2] as Float32Array).some((v) => v !== 0), 'parameters inside get gradients though x needs none');
+    t.ok(
+      (plain.values[2] as Float32Array).some((v) => v !== 0),
+      'parameters inside get gradients though x needs none',
+    );
     t.equal(checked.kept, 2 * 4 * 320, 'only the outputs are kept');
     t.ok(plain.kept > checked.kept);
   }

@@ -1,5 +1,6 @@
 /** What the engine promises whatever runs on it: a free event loop, no crash, no leak, the same bits. */
 import { execFileSync, spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
@@ -43,8 +44,15 @@ t.test('operations are enqueued, and only a read waits', async (t) => {
 });
 
 t.test('timers and promises run while a model trains', async (t) => {
-  const rows = Array.from({ length: 4 }, (_, i) => ({ inputIds: Array.from({ length: 64 }, (_, k) => (i + 3 * k) % 500) }));
-  await using trainer = await QLoRATrainer.create({ model: demo, dataset: rows, outputDir: t.testdir(), gradientAccumulationSteps: 4 });
+  const rows = Array.from({ length: 4 }, (_, i) => ({
+    inputIds: Array.from({ length: 64 }, (_, k) => (i + 3 * k) % 500),
+  }));
+  await using trainer = await QLoRATrainer.create({
+    model: demo,
+    dataset: rows,
+    outputDir: t.testdir(),
+    gradientAccumulationSteps: 4,
+  });
   let turns = 0;
   let timers = 0;
   let training = true;
@@ -95,7 +103,14 @@ t.test('nothing grows', async (t) => {
   const gc = { node: ['--expose-gc'] };
   const MiB = 2 ** 20;
   const grown = async (mode: string, ...args: (string | number)[]) => {
-    return outcome(t, await runChild(mode, args, gc)) as { grown: number; peak: number; live: number; most: number; after: object; before: object };
+    return outcome(t, await runChild(mode, args, gc)) as {
+      grown: number;
+      peak: number;
+      live: number;
+      most: number;
+      after: object;
+      before: object;
+    };
   };
   const dropped = await grown('collected');
   t.ok(dropped.peak > 0);
@@ -109,8 +124,9 @@ t.test('nothing grows', async (t) => {
   const models = await grown('modelCycles', 150);
   t.ok(models.grown < 6 * MiB, `load and dispose of models: ${models.grown} bytes`);
   t.equal(models.most, 0, 'every byte that was counted is given back');
-  const adapters = await grown('adapterCycles', 200);
-  t.ok(adapters.grown < 6 * MiB, `add and remove adapters: ${adapters.grown} bytes`);
+  const adapters = await grown('adapterCycles', 400);
+  // An adapter takes 57 KB: 260 that stay are above 14 MB.
+  t.ok(adapters.grown < 12 * MiB, `add and remove adapters: ${adapters.grown} bytes`);
   t.same(adapters.after, adapters.before);
 });
 
@@ -142,7 +158,13 @@ t.test('an allocation that fails, wherever in forward and backward', async (t) =
     const results = await run(stream, limit);
     t.equal(results[3]?.status, 'fulfilled', 'the parameter is as it was');
     const failed = results.filter((r) => r.status === 'rejected');
-    for (const { reason } of failed) t.match(reason, { name: 'QLoRAError', code: 'ERR_QLORA_OUT_OF_MEMORY', message: /\d+ bytes of \w+ were wanted.*limit is \d+/, hint: String });
+    for (const { reason } of failed)
+      t.match(reason, {
+        name: 'QLoRAError',
+        code: 'ERR_QLORA_OUT_OF_MEMORY',
+        message: /\d+ bytes of \w+ were wanted.*limit is \d+/,
+        hint: String,
+      });
     for (const [i, r] of results.entries()) if (r.status === 'fulfilled' && i !== 2) t.same(r, whole[i]);
     const { byClass } = stream.memory();
     t.equal(byClass.activations, 0, `limit ${limit}: nothing is left`);
@@ -156,7 +178,16 @@ t.test('an allocation that fails, wherever in forward and backward', async (t) =
 t.test('a step that runs out of memory changes nothing, and training goes on', async (t) => {
   const rows = Array.from({ length: 4 }, (_, i) => ({ inputIds: ids.map((id) => (id + i) % 200) }));
   const make = () =>
-    QLoRATrainer.create({ model: tiny, dataset: rows, outputDir: t.testdir(), batchSize: 2, gradientAccumulationSteps: 2, learningRate: 1e-2, lora: { r: 4 }, maxSteps: 3 });
+    QLoRATrainer.create({
+      model: tiny,
+      dataset: rows,
+      outputDir: t.testdir(),
+      batchSize: 2,
+      gradientAccumulationSteps: 2,
+      learningRate: 1e-2,
+      lora: { r: 4 },
+      maxSteps: 3,
+    });
   const unhandled: unknown[] = [];
   const listener = (reason: unknown) => unhandled.push(reason);
   process.on('unhandledRejection', listener);
@@ -168,7 +199,8 @@ t.test('a step that runs out of memory changes nothing, and training goes on', a
   const { stream } = tried.model.core;
   const state = async () => {
     const layers = tried.adapter?.layers ?? [];
-    return Promise.all([tried.model.logits(ids), ...layers.flatMap((l) => [l.read('A'), l.read('B')])]);
+    const all = await Promise.all([tried.model.logits(ids), ...layers.flatMap((l) => [l.read('A'), l.read('B')])]);
+    return all.map((values) => createHash('sha256').update(new Uint8Array(values.buffer)).digest('hex'));
   };
   const before = await state();
   const { liveBytes, byClass } = tried.model.memory();

@@ -50,7 +50,12 @@ const layers: Record<string, readonly string[]> = {
 }; // biome-ignore format: a list of names
 
 /** Types alone may come from anywhere above, where the value that has them is passed down. */
-const typesOnly = new Set(['devices.ts -> quantized-model.ts', 'devices.ts -> tensor.ts', 'ops -> quantization.ts', 'models -> quantization.ts']);
+const typesOnly = new Set([
+  'devices.ts -> quantized-model.ts',
+  'devices.ts -> tensor.ts',
+  'ops -> quantization.ts',
+  'models -> quantization.ts',
+]);
 /** Only they know the addon. */
 const knowTheAddon = /^lib\/(tensor\.ts|devices\.ts|native\.ts|ops\/|io\/)/;
 const aboveAll = new Set(['index.ts', 'cli', 'eval', 'serve']);
@@ -63,9 +68,15 @@ interface Import {
 
 function importsOf(file: string): Import[] {
   const found: Import[] = [];
-  for (const [, type, names, path] of read(file).matchAll(/^(?:import|export)(\s+type)?\s+((?:[^'";]|\n)*?)\s*from\s+'(\.[^']+)';/gm)) {
+  for (const [, type, names, path] of read(file).matchAll(
+    /^(?:import|export)(\s+type)?\s+((?:[^'";]|\n)*?)\s*from\s+'(\.[^']+)';/gm,
+  )) {
     const to = normalize(join(dirname(file), path as string)).replace(/\.js$/, '.ts');
-    const all = (names as string).replace(/[{}\s]/g, ' ').split(',').map((n) => n.trim()).filter(Boolean);
+    const all = (names as string)
+      .replace(/[{}\s]/g, ' ')
+      .split(',')
+      .map((n) => n.trim())
+      .filter(Boolean);
     found.push({ from: file, to, type: type !== undefined || all.every((name) => name.startsWith('type ')) });
   }
   return found;
@@ -95,7 +106,14 @@ t.test('lib: imports go down', async (t) => {
 });
 
 t.test('lib: no import leads back to where it came from', async (t) => {
-  const edges = new Map(filesBelow('lib', /\.ts$/).map((file) => [file, importsOf(file).filter((i) => !i.type).map((i) => i.to)]));
+  const edges = new Map(
+    filesBelow('lib', /\.ts$/).map((file) => [
+      file,
+      importsOf(file)
+        .filter((i) => !i.type)
+        .map((i) => i.to),
+    ]),
+  );
   const done = new Set<string>();
   const visit = (file: string, path: readonly string[]) => {
     if (path.includes(file)) t.fail(`a circle: ${[...path, file].join(' -> ')}`);
@@ -109,13 +127,18 @@ t.test('lib: no import leads back to where it came from', async (t) => {
 
 t.test('lib: only families name a model, only the lowest know the addon', async (t) => {
   const families = filesBelow('lib/models/families', /\.ts$/).filter((file) => !file.endsWith('index.ts'));
-  const types = families.flatMap((file) => [...(/modelTypes: \[([^\]]+)\]/.exec(read(file))?.[1] ?? '').matchAll(/'([^']+)'/g)].map(([, name]) => name as string));
+  const types = families.flatMap((file) =>
+    [...(/modelTypes: \[([^\]]+)\]/.exec(read(file))?.[1] ?? '').matchAll(/'([^']+)'/g)].map(
+      ([, name]) => name as string,
+    ),
+  );
   t.ok(types.includes('llama'));
   const name = new RegExp(`['"\`](${types.join('|')})['"\`]`);
   for (const file of filesBelow('lib', /\.ts$/)) {
     // Comments may name what they like.
     const code = read(file).replace(/\/\*[\s\S]*?\*\/|\/\/.*$/gm, '');
-    if (!file.startsWith('lib/models/families/') && name.test(code)) t.fail(`${file} names a model: ${name.exec(code)?.[0]}`);
+    if (!file.startsWith('lib/models/families/') && name.test(code))
+      t.fail(`${file} names a model: ${name.exec(code)?.[0]}`);
     const native = importsOf(file).some(({ to }) => to === 'lib/native.ts');
     if (native && !knowTheAddon.test(file)) t.fail(`${file} imports the addon`);
   }
@@ -142,8 +165,13 @@ t.test('csrc: napi -> ops -> simd -> core', async (t) => {
       count++;
       t.ok(headers.has(target), `${file}: ${target} is found`);
       const isWeight = folder === 'simd' && target === 'ops/weight.h';
-      if (!isWeight && !below[folder]?.includes(target.split('/')[0] as string)) t.fail(`${file} may not include ${target}`);
-      if (folder === 'ops' && target.startsWith('ops/') && !mayInclude(stemOf(file.slice('csrc/ops/'.length)), stemOf(target.slice('ops/'.length)))) {
+      if (!isWeight && !below[folder]?.includes(target.split('/')[0] as string))
+        t.fail(`${file} may not include ${target}`);
+      if (
+        folder === 'ops' &&
+        target.startsWith('ops/') &&
+        !mayInclude(stemOf(file.slice('csrc/ops/'.length)), stemOf(target.slice('ops/'.length)))
+      ) {
         t.fail(`${file} includes another op's header, ${target}`);
       }
     }
@@ -162,7 +190,9 @@ function mayInclude(stem: string, target: string): boolean {
 }
 
 t.test(`no file has more than ${longest} lines`, async (t) => {
-  const files = ['lib', 'csrc', 'test', 'bench', 'examples', 'scripts'].flatMap((folder) => filesBelow(folder, /\.(ts|mjs|h|cpp|cu|py)$/));
+  const files = ['lib', 'csrc', 'test', 'bench', 'examples', 'scripts'].flatMap((folder) =>
+    filesBelow(folder, /\.(ts|mjs|h|cpp|cu|py)$/),
+  );
   const own = files.filter((file) => !/node_modules|references/.test(file));
   for (const file of own) {
     const lines = read(file).split('\n').length - 1;
@@ -183,7 +213,10 @@ const cannotLook = !nm ? 'nm is not here' : objectsOf('scalar').length === 0 ? '
 
 /** What object files define that the linker may take from any of them. */
 function weakSymbols(objects: readonly string[]): Set<string> {
-  const text = execFileSync('nm', ['-C', '--defined-only', ...objects.map((o) => join(root, o))], { encoding: 'utf8', maxBuffer: 2 ** 28 });
+  const text = execFileSync('nm', ['-C', '--defined-only', ...objects.map((o) => join(root, o))], {
+    encoding: 'utf8',
+    maxBuffer: 2 ** 28,
+  });
   return new Set([...text.matchAll(/^\w+ [WVu] (.*)$/gm)].map(([, name]) => name as string));
 }
 
@@ -196,14 +229,25 @@ t.test('no code for a better processor runs on a lesser one', { skip: cannotLook
     if (objects.length === 0) continue;
     const outside = [...weakSymbols(objects)].filter((name) => !name.includes(`qlora::${isa}::`));
     // The host's objects are linked last; what scalar kernels define too is taken from those, which come first.
-    t.same(outside.filter((name) => common.has(name) && !scalar.has(name)), [], `${isa}: symbols shared with what runs everywhere`);
+    t.same(
+      outside.filter((name) => common.has(name) && !scalar.has(name)),
+      [],
+      `${isa}: symbols shared with what runs everywhere`,
+    );
     for (const other of isas) {
-      if (other !== isa) t.notOk(outside.some((name) => name.includes(`qlora::${other}::`)), `${isa} and ${other} share nothing`);
+      if (other !== isa)
+        t.notOk(
+          outside.some((name) => name.includes(`qlora::${other}::`)),
+          `${isa} and ${other} share nothing`,
+        );
     }
   }
   const ninja = join(root, 'build', 'build.ninja');
   if (!existsSync(ninja)) return;
   const link = /^build \S*qlora_node\.node: (.*)$/m.exec(readFileSync(ninja, 'utf8'))?.[1] ?? '';
-  const order = isas.filter((isa) => link.includes(`kernels_${isa}.dir`)).map((isa) => [isa, link.indexOf(`kernels_${isa}.dir`), link.lastIndexOf(`kernels_${isa}.dir`)] as const);
-  for (const [i, [isa, first]] of order.entries()) t.ok(first > (order[i - 1]?.[2] ?? 0), `${isa} is linked after lesser ones`);
+  const order = isas
+    .filter((isa) => link.includes(`kernels_${isa}.dir`))
+    .map((isa) => [isa, link.indexOf(`kernels_${isa}.dir`), link.lastIndexOf(`kernels_${isa}.dir`)] as const);
+  for (const [i, [isa, first]] of order.entries())
+    t.ok(first > (order[i - 1]?.[2] ?? 0), `${isa} is linked after lesser ones`);
 });

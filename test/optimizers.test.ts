@@ -60,7 +60,10 @@ async function readAll(tensors: readonly Tensor[]): Promise<Float32Array> {
 async function checkTrace(t: Test, { optimizer, options, size, ...trace }: Trace): Promise<void> {
   const stream = new Stream();
   const params = split(stream, reference(trace.start).data.slice(0, size));
-  const [m, v] = [0, 1].map(() => params.map((p) => zeros(stream, p.shape, 'f32', 'optimizer'))) as [Tensor[], Tensor[]];
+  const [m, v] = [0, 1].map(() => params.map((p) => zeros(stream, p.shape, 'f32', 'optimizer'))) as [
+    Tensor[],
+    Tensor[],
+  ];
   const { data, shape } = reference(trace.grad);
   const columns = shape[1] as number;
   const expected = reference(trace.param).data;
@@ -95,7 +98,8 @@ async function checkTrace(t: Test, { optimizer, options, size, ...trace }: Trace
 
 await forEachIsa(t, import.meta.url, async () => {
   const traces = index.traces.filter(
-    ({ optimizer, options, size }) => (optimizer === 'adamw' || optimizer === 'sgd') && (options.bits !== 8 || size < 4096),
+    ({ optimizer, options, size }) =>
+      (optimizer === 'adamw' || optimizer === 'sgd') && (options.bits !== 8 || size < 4096),
   );
   t.ok(traces.length >= 20, 'the references have traces of both');
   for (const trace of traces) await t.test(trace.name, (t) => checkTrace(t, trace));

@@ -5,7 +5,16 @@ import { constants } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import t, { type Test } from 'tap';
-import { dequantize, type LoadOptions, memory, QLoRATrainer, QuantizedModel, quantize, type Row, type TrainerOptions } from '../lib/index.js';
+import {
+  dequantize,
+  type LoadOptions,
+  memory,
+  QLoRATrainer,
+  QuantizedModel,
+  quantize,
+  type Row,
+  type TrainerOptions,
+} from '../lib/index.js';
 import { packageRoot, referencesDir } from './support/references.js';
 
 const tiny = join(referencesDir('models'), 'llama');
@@ -25,7 +34,12 @@ async function liveBytes(): Promise<number | undefined> {
 }
 
 /** The error is whole, and what was counted before is counted after. */
-async function refuses(t: Test, what: string, call: () => unknown, { code, message, hint = /\w/ }: Wrong): Promise<void> {
+async function refuses(
+  t: Test,
+  what: string,
+  call: () => unknown,
+  { code, message, hint = /\w/ }: Wrong,
+): Promise<void> {
   const before = await liveBytes();
   const error = await Promise.resolve()
     .then(call)
@@ -58,33 +72,163 @@ function editJson(path: string, edit: (json: Record<string, unknown>) => void): 
   edit(json);
   writeFileSync(path, JSON.stringify(json));
 }
-const config = (edit: (json: Record<string, unknown>) => void): Change => (d) => editJson(join(d, 'config.json'), edit);
+const config =
+  (edit: (json: Record<string, unknown>) => void): Change =>
+  (d) =>
+    editJson(join(d, 'config.json'), edit);
 const q = 'model.layers.1.self_attn.q_proj.weight';
 
 t.test('model folders', async (t) => {
-  await refuses(t, 'no folder', () => QuantizedModel.load('/no/such/folder'), { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /\/no\/such\/folder: there is no such folder/ });
+  await refuses(t, 'no folder', () => QuantizedModel.load('/no/such/folder'), {
+    code: 'ERR_QLORA_MODEL_NOT_FOUND',
+    message: /\/no\/such\/folder: there is no such folder/,
+  });
   const cases: [string, Change, Wrong][] = [
-    ['no config.json', (d) => rmSync(join(d, 'config.json')), { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /no config\.json/ }],
-    ['no weights', (d) => rmSync(join(d, 'model.safetensors')), { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /neither model\.safetensors nor/ }],
-    ['cut off', (d) => truncateSync(join(d, 'model.safetensors'), 50_000), { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ }],
-    ['cut off in the header', (d) => truncateSync(join(d, 'model.safetensors'), 100), { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ }],
-    ['a header that lies about offsets', (d) => editWeights(d, (h) => { (h[q] as Header[string]).data_offsets[1] += 1e9; }), { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ }],
-    ['a header that lies about a shape', (d) => editWeights(d, (h) => { (h[q] as Header[string]).shape = [64, 65]; }), { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ }],
-    ['another shape', (d) => editWeights(d, (h) => { (h[q] as Header[string]).shape = [32, 128]; }), { code: 'ERR_QLORA_SHAPE', message: /\[64, 64\].*\[32, 128\]/ }],
-    ['another dtype', (d) => editWeights(d, (h) => { (h[q] as Header[string]).dtype = 'I16'; }), { code: 'ERR_QLORA_DTYPE', message: /F32, BF16 or F16, got I16/ }],
-    ['a missing tensor', (d) => editWeights(d, (h) => { h.other = h[q] as Header[string]; delete h[q]; }), { code: 'ERR_QLORA_TENSOR_NOT_FOUND', message: /layers\.1\.self_attn\.q_proj\.weight/ }],
-    ['one too many', config((c) => { c.num_hidden_layers = 1; }), { code: 'ERR_QLORA_TENSOR_UNEXPECTED', message: /layers\.1\./ }],
-    ['NaN', (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7e00, (h[q] as Header[string]).data_offsets[0] + 20)), { code: 'ERR_QLORA_NOT_FINITE', message: /q_proj.*element 10 / }],
-    ['an infinity in a norm', (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7c00, (h['model.norm.weight'] as Header[string]).data_offsets[0])), { code: 'ERR_QLORA_NOT_FINITE', message: /model\.norm/ }],
-    ['another vocabulary', config((c) => { c.vocab_size = 100; }), { code: 'ERR_QLORA_SHAPE', message: /\[100, 64\].*\[209, 64\]/ }],
-    ['an unknown field', config((c) => { c.residual_multiplier = 0.5; }), { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /'residual_multiplier' \(0\.5\)/, hint: /allowUnknownConfig: \['residual_multiplier'\]/ }],
-    ['a misspelt field', config((c) => { c.rope_tetha = 5; }), { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /rope_tetha/, hint: /Did you mean 'rope_theta'/ }],
-    ['a wrong value', config((c) => { c.hidden_size = 'big'; }), { code: 'ERR_QLORA_CONFIG_INVALID', message: /'hidden_size' must be a number, got "big"/ }],
-    ['heads that do not divide', config((c) => { c.num_attention_heads = 5; }), { code: 'ERR_QLORA_CONFIG_INVALID', message: /64 and 5/ }],
-    ['another family', config((c) => { c.model_type = 'lama'; }), { code: 'ERR_QLORA_MODEL_UNSUPPORTED', message: /got "lama"/, hint: /Did you mean 'llama'/ }],
-    ['config.json that is none', (d) => writeFileSync(join(d, 'config.json'), '{'), { code: 'ERR_QLORA_JSON', message: /config\.json/ }],
-    ['a tokenizer that is none', (d) => writeFileSync(join(d, 'tokenizer.json'), '[]'), { code: 'ERR_QLORA_TOKENIZER_INVALID', message: /tokenizer\.json/ }],
-    ['an end token that is none', (d) => editJson(join(d, 'generation_config.json'), (c) => { c.eos_token_id = 'x'; }), { code: 'ERR_QLORA_CONFIG', message: /'eos_token_id'.*"x"/ }],
+    [
+      'no config.json',
+      (d) => rmSync(join(d, 'config.json')),
+      { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /no config\.json/ },
+    ],
+    [
+      'no weights',
+      (d) => rmSync(join(d, 'model.safetensors')),
+      { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /neither model\.safetensors nor/ },
+    ],
+    [
+      'cut off',
+      (d) => truncateSync(join(d, 'model.safetensors'), 50_000),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ },
+    ],
+    [
+      'cut off in the header',
+      (d) => truncateSync(join(d, 'model.safetensors'), 100),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ },
+    ],
+    [
+      'a header that lies about offsets',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).data_offsets[1] += 1e9;
+        }),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ },
+    ],
+    [
+      'a header that lies about a shape',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).shape = [64, 65];
+        }),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ },
+    ],
+    [
+      'another shape',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).shape = [32, 128];
+        }),
+      { code: 'ERR_QLORA_SHAPE', message: /\[64, 64\].*\[32, 128\]/ },
+    ],
+    [
+      'another dtype',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).dtype = 'I16';
+        }),
+      { code: 'ERR_QLORA_DTYPE', message: /F32, BF16 or F16, got I16/ },
+    ],
+    [
+      'a missing tensor',
+      (d) =>
+        editWeights(d, (h) => {
+          h.other = h[q] as Header[string];
+          delete h[q];
+        }),
+      { code: 'ERR_QLORA_TENSOR_NOT_FOUND', message: /layers\.1\.self_attn\.q_proj\.weight/ },
+    ],
+    [
+      'one too many',
+      config((c) => {
+        c.num_hidden_layers = 1;
+      }),
+      { code: 'ERR_QLORA_TENSOR_UNEXPECTED', message: /layers\.1\./ },
+    ],
+    [
+      'NaN',
+      (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7e00, (h[q] as Header[string]).data_offsets[0] + 20)),
+      { code: 'ERR_QLORA_NOT_FINITE', message: /q_proj.*element 10 / },
+    ],
+    [
+      'an infinity in a norm',
+      (d) =>
+        editWeights(d, (h, data) =>
+          data.writeUInt16LE(0x7c00, (h['model.norm.weight'] as Header[string]).data_offsets[0]),
+        ),
+      { code: 'ERR_QLORA_NOT_FINITE', message: /model\.norm/ },
+    ],
+    [
+      'another vocabulary',
+      config((c) => {
+        c.vocab_size = 100;
+      }),
+      { code: 'ERR_QLORA_SHAPE', message: /\[100, 64\].*\[209, 64\]/ },
+    ],
+    [
+      'an unknown field',
+      config((c) => {
+        c.residual_multiplier = 0.5;
+      }),
+      {
+        code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD',
+        message: /'residual_multiplier' \(0\.5\)/,
+        hint: /allowUnknownConfig: \['residual_multiplier'\]/,
+      },
+    ],
+    [
+      'a misspelt field',
+      config((c) => {
+        c.rope_tetha = 5;
+      }),
+      { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /rope_tetha/, hint: /Did you mean 'rope_theta'/ },
+    ],
+    [
+      'a wrong value',
+      config((c) => {
+        c.hidden_size = 'big';
+      }),
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /'hidden_size' must be a number, got "big"/ },
+    ],
+    [
+      'heads that do not divide',
+      config((c) => {
+        c.num_attention_heads = 5;
+      }),
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /64 and 5/ },
+    ],
+    [
+      'another family',
+      config((c) => {
+        c.model_type = 'lama';
+      }),
+      { code: 'ERR_QLORA_MODEL_UNSUPPORTED', message: /got "lama"/, hint: /Did you mean 'llama'/ },
+    ],
+    [
+      'config.json that is none',
+      (d) => writeFileSync(join(d, 'config.json'), '{'),
+      { code: 'ERR_QLORA_JSON', message: /config\.json/ },
+    ],
+    [
+      'a tokenizer that is none',
+      (d) => writeFileSync(join(d, 'tokenizer.json'), '[]'),
+      { code: 'ERR_QLORA_TOKENIZER_INVALID', message: /tokenizer\.json/ },
+    ],
+    [
+      'an end token that is none',
+      (d) =>
+        editJson(join(d, 'generation_config.json'), (c) => {
+          c.eos_token_id = 'x';
+        }),
+      { code: 'ERR_QLORA_CONFIG', message: /'eos_token_id'.*"x"/ },
+    ],
   ];
   for (const [what, change, wrong] of cases) {
     const directory = t.testdir();
@@ -112,7 +256,12 @@ t.test('option names and values, at every door', async (t) => {
   const unknown: [string, () => unknown, string, string][] = [
     ['load', () => load({ computeDtyp: 'f32' }), 'computeDtyp', 'computeDtype'],
     ['load, nested', () => load({ quantization: { blocksize: 64 } }), 'blocksize', 'blockSize'],
-    ['quantize', () => quantize(new Float32Array(64), [64], { doubleQuants: true } as object), 'doubleQuants', 'doubleQuant'],
+    [
+      'quantize',
+      () => quantize(new Float32Array(64), [64], { doubleQuants: true } as object),
+      'doubleQuants',
+      'doubleQuant',
+    ],
     ['logits', () => model.logits([1], { adaptor: null } as object), 'adaptor', 'adapter'],
     ['loss', () => model.loss([1, 2], undefined, { adaptor: null } as object), 'adaptor', 'adapter'],
     ['generate', () => model.generate('a', { temprature: 1 } as object), 'temprature', 'temperature'],
@@ -121,8 +270,18 @@ t.test('option names and values, at every door', async (t) => {
     ['create', () => create({ learningrate: 1 }), 'learningrate', 'learningRate'],
     ['create, lora', () => create({ lora: { dropuot: 0.1 } }), 'lora.dropuot', 'dropout'],
     ['create, quantization', () => create({ model: tiny, quantization: { typ: 'nf4' } }), 'typ', 'type'],
-    ['create, scheduler', () => create({ schedulerOptions: { numCycle: 1 } }), 'schedulerOptions.numCycle', 'numCycles'],
-    ['create, data sets', () => create({ dataset: [{ source: rows, maxSample: 1 }] }), 'dataset.0.maxSample', 'maxSamples'],
+    [
+      'create, scheduler',
+      () => create({ schedulerOptions: { numCycle: 1 } }),
+      'schedulerOptions.numCycle',
+      'numCycles',
+    ],
+    [
+      'create, data sets',
+      () => create({ dataset: [{ source: rows, maxSample: 1 }] }),
+      'dataset.0.maxSample',
+      'maxSamples',
+    ],
     ['train', () => trainer.train({ signl: 1 } as object), 'signl', 'signal'],
     ['evaluate', () => trainer.evaluate(rows, { signl: 1 } as object), 'signl', 'signal'],
   ];
@@ -134,7 +293,11 @@ t.test('option names and values, at every door', async (t) => {
     ['computeDtype', () => load({ computeDtype: 'fp8' }), /'computeDtype': .*bf16.*got "fp8"/],
     ['quantization', () => load({ quantization: 'nf4' }), /'quantization': .*"none".*object.*got "nf4"/],
     ['quantization.type', () => load({ quantization: { type: 'nf5' } }), /nf4, fp4, int8, got 'nf5'/],
-    ['quantization.skipModules', () => load({ quantization: { skipModules: [3] } }), /'quantization\.skipModules\.0': expected string, got 3/],
+    [
+      'quantization.skipModules',
+      () => load({ quantization: { skipModules: [3] } }),
+      /'quantization\.skipModules\.0': expected string, got 3/,
+    ],
     ['onProgress', () => load({ onProgress: 3 }), /'onProgress': expected a function, got 3/],
     ['signal', () => load({ signal: 3 }), /'signal': expected AbortSignal, got 3/],
     ['options that are none', () => load(5 as unknown as object), /its options: expected object, got 5/],
@@ -146,16 +309,41 @@ t.test('option names and values, at every door', async (t) => {
     ['optimizer', () => create({ optimizer: 'adam' }), /'optimizer': .*sgd.*got "adam"/],
     ['temperature', () => model.generateTokens([1], { temperature: -1 }), /'temperature': .*>=0, got -1/],
   ];
-  for (const [what, call, message] of invalid) await refuses(t, what, call, { code: 'ERR_QLORA_OPTION_INVALID', message });
+  for (const [what, call, message] of invalid)
+    await refuses(t, what, call, { code: 'ERR_QLORA_OPTION_INVALID', message });
   const others: [string, () => unknown, Wrong][] = [
-    ['template', () => create({ template: 'alpacca' }), { code: 'ERR_QLORA_TEMPLATE_UNKNOWN', message: /alpacca/, hint: /Did you mean 'alpaca'/ }],
-    ['datasetFormat', () => create({ datasetFormat: 'sharegtp' }), { code: 'ERR_QLORA_DATASET_FORMAT', message: /sharegtp/, hint: /Did you mean 'sharegpt'/ }],
+    [
+      'template',
+      () => create({ template: 'alpacca' }),
+      { code: 'ERR_QLORA_TEMPLATE_UNKNOWN', message: /alpacca/, hint: /Did you mean 'alpaca'/ },
+    ],
+    [
+      'datasetFormat',
+      () => create({ datasetFormat: 'sharegtp' }),
+      { code: 'ERR_QLORA_DATASET_FORMAT', message: /sharegtp/, hint: /Did you mean 'sharegpt'/ },
+    ],
     ['device', () => load({ device: 'cuda:0' }), { code: 'ERR_QLORA_DEVICE', message: /cuda:0/ }],
-    ['full fine-tuning of 4 bits', () => create({ model: tiny, lora: 'none' }), { code: 'ERR_QLORA_OPTION_CONFLICT', message: /lora: 'none'/ }],
+    [
+      'full fine-tuning of 4 bits',
+      () => create({ model: tiny, lora: 'none' }),
+      { code: 'ERR_QLORA_OPTION_CONFLICT', message: /lora: 'none'/ },
+    ],
     ['a name twice', () => model.addLora('default'), { code: 'ERR_QLORA_ADAPTER_EXISTS', message: /'default'/ }],
-    ['modules that are not there', () => model.addLora('x', { targetModules: ['query'] }), { code: 'ERR_QLORA_ADAPTER_TARGETS', message: /query/, hint: /q_proj/ }],
-    ['an adapter that is not there', () => model.loadLora('x', '/no/such/adapter'), { code: 'ERR_QLORA_ADAPTER_NOT_FOUND', message: /\/no\/such\/adapter/ }],
-    ['quantize, shape', () => quantize(new Float32Array(63), [64]), { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/ }],
+    [
+      'modules that are not there',
+      () => model.addLora('x', { targetModules: ['query'] }),
+      { code: 'ERR_QLORA_ADAPTER_TARGETS', message: /query/, hint: /q_proj/ },
+    ],
+    [
+      'an adapter that is not there',
+      () => model.loadLora('x', '/no/such/adapter'),
+      { code: 'ERR_QLORA_ADAPTER_NOT_FOUND', message: /\/no\/such\/adapter/ },
+    ],
+    [
+      'quantize, shape',
+      () => quantize(new Float32Array(63), [64]),
+      { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/ },
+    ],
     ['dequantize', () => dequantize({} as never), { code: 'ERR_QLORA_OPTION_INVALID', message: /./ }],
   ];
   for (const [what, call, wrong] of others) await refuses(t, what, call, wrong);
@@ -176,16 +364,33 @@ t.test('ids, labels and rows', async (t) => {
     await refuses(t, `a label ${bad}`, () => model.loss([1, 2], [1, bad]), token(/labels\[0\].*0 to 208.*got/));
     await refuses(t, `generateTokens from ${bad}`, () => model.generateTokens([bad]), token(/inputIds\[0\]/));
   }
-  await refuses(t, 'no ids', () => model.logits([]), { code: 'ERR_QLORA_ARGUMENT', message: /at least one id, got none/ });
-  await refuses(t, 'no targets', () => model.loss([1, 2], [1, -100]), { code: 'ERR_QLORA_NO_TARGETS', message: /other than -100/ });
-  await refuses(t, 'labels of another length', () => model.loss([1, 2], [1]), { code: 'ERR_QLORA_SHAPE', message: /2, got 1/ });
+  await refuses(t, 'no ids', () => model.logits([]), {
+    code: 'ERR_QLORA_ARGUMENT',
+    message: /at least one id, got none/,
+  });
+  await refuses(t, 'no targets', () => model.loss([1, 2], [1, -100]), {
+    code: 'ERR_QLORA_NO_TARGETS',
+    message: /other than -100/,
+  });
+  await refuses(t, 'labels of another length', () => model.loss([1, 2], [1]), {
+    code: 'ERR_QLORA_SHAPE',
+    message: /2, got 1/,
+  });
   const trainer = await QLoRATrainer.create({ model, dataset: [{ inputIds: [1, 2, 3] }], outputDir });
   const rows: [string, unknown, Wrong][] = [
     ['an id beyond the vocabulary', { inputIds: [1, 209] }, token(/row 2: inputIds\[1\].*208.*got 209/)],
     ['a label beyond it', { inputIds: [1, 2], labels: [1, 400] }, token(/row 2: labels.*got 400/)],
-    ['no target token', { inputIds: [1, 2], labels: [-100, -100] }, { code: 'ERR_QLORA_NO_TARGETS', message: /row 2.*every label is -100/ }],
+    [
+      'no target token',
+      { inputIds: [1, 2], labels: [-100, -100] },
+      { code: 'ERR_QLORA_NO_TARGETS', message: /row 2.*every label is -100/ },
+    ],
     ['too short', { inputIds: [1] }, { code: 'ERR_QLORA_NO_TARGETS', message: /row 2.*1 token / }],
-    ['unknown fields', { question: 'x', answer: 'y' }, { code: 'ERR_QLORA_ROW_INVALID', message: /Row 2.*question, answer/ }],
+    [
+      'unknown fields',
+      { question: 'x', answer: 'y' },
+      { code: 'ERR_QLORA_ROW_INVALID', message: /Row 2.*question, answer/ },
+    ],
     ['no object', 'text', { code: 'ERR_QLORA_ROW_INVALID', message: /Row 2.*a string/ }],
     ['text without a tokenizer', { text: 'x' }, { code: 'ERR_QLORA_TOKENIZER_MISSING', message: /row 2/i }],
   ];
@@ -196,7 +401,10 @@ t.test('ids, labels and rows', async (t) => {
     await refuses(t, `${what}, at create`, () => QLoRATrainer.create({ model: tiny, dataset, outputDir }), wrong);
   }
   await refuses(t, 'no rows', () => trainer.trainStep([]), { code: 'ERR_QLORA_DATASET_EMPTY', message: /no rows/ });
-  await refuses(t, 'no file', () => trainer.evaluate('/no/such.jsonl'), { code: 'ERR_QLORA_DATASET_NOT_FOUND', message: /\/no\/such\.jsonl/ });
+  await refuses(t, 'no file', () => trainer.evaluate('/no/such.jsonl'), {
+    code: 'ERR_QLORA_DATASET_NOT_FOUND',
+    message: /\/no\/such\.jsonl/,
+  });
   t.ok((await trainer.trainStep([{ inputIds: [1, 2, 3] }])).loss > 0, 'and training goes on');
   await trainer.dispose();
   inUse = undefined;
@@ -216,9 +424,15 @@ t.test("another model's adapter, a damaged one", async (t) => {
   t.equal(model.adapters.size, 0, 'it is not half loaded');
   truncateSync(join(folder, 'adapter_model.safetensors'), 500);
   await refuses(t, 'cut off', load, { code: 'ERR_QLORA_SAFETENSORS', message: /adapter_model/ });
-  editJson(join(folder, 'adapter_config.json'), (c) => { c.peft_type = 'IA3'; });
+  editJson(join(folder, 'adapter_config.json'), (c) => {
+    c.peft_type = 'IA3';
+  });
   await refuses(t, 'another method', load, { code: 'ERR_QLORA_ADAPTER_UNSUPPORTED', message: /IA3/ });
-  await refuses(t, 'an adapter as a model', () => QuantizedModel.load(folder), { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /config\.json/, hint: /loadLora/ });
+  await refuses(t, 'an adapter as a model', () => QuantizedModel.load(folder), {
+    code: 'ERR_QLORA_MODEL_NOT_FOUND',
+    message: /config\.json/,
+    hint: /loadLora/,
+  });
   t.equal(model.adapters.size, 0);
   inUse = undefined;
   await model.dispose();
@@ -239,13 +453,23 @@ t.test('a full disk while an adapter or a model is saved', { skip: cannotInject 
       env: { ...process.env, LD_PRELOAD: library, FAIL_WITH: String(constants.errno.ENOSPC) },
     });
     t.equal(result.status, 0, result.stderr);
-    const outcomes = JSON.parse(result.stdout) as { code: string; hint: string; name: string; whole: boolean; same: boolean; files: string[] }[];
+    const outcomes = JSON.parse(result.stdout) as {
+      code: string;
+      hint: string;
+      name: string;
+      whole: boolean;
+      same: boolean;
+      files: string[];
+    }[];
     t.ok(outcomes.length >= 4, `${what}: ${outcomes.length} places to fail`);
     for (const outcome of outcomes) {
       t.match(outcome, { name: 'QLoRAError', code: 'ERR_QLORA_DISK_FULL', hint: /Free space/ });
       t.ok(outcome.whole, 'every file that was there is whole');
       t.ok(outcome.same, 'the model computes what it did');
-      t.notOk(outcome.files.some((name) => name.includes('tmp')), 'no temporary file');
+      t.notOk(
+        outcome.files.some((name) => name.includes('tmp')),
+        'no temporary file',
+      );
     }
     t.notOk(readdirSync(join(folder, 'out', what)).some((name) => name.includes('tmp')));
   }

@@ -190,7 +190,7 @@ void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint6
                              ? firstNotFinite<uint32_t>(data, count, 0x7f800000u)
                              : firstNotFinite<uint16_t>(data, count, dtype == DType::bf16 ? 0x7f80 : 0x7c00);
     if (found < count) {
-      throw Error("ERR_QLORA_NOT_FINITE",
+      throw Error("ERR_QLORA_NON_FINITE",
                   file.path() + ": element " + std::to_string(at / size + found) + " is infinite or NaN",
                   "The weights are damaged, or were stored in a type too small for them: get another copy.");
     }

@@ -36,7 +36,7 @@ class InputFile {
 /// Reads `bytes` from `offset` on every thread of the pool.
 void readParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, ThreadPool& pool);
 
-/// The same, and ERR_QLORA_NOT_FINITE where an element of the floating-point type `dtype` is infinite or NaN.
+/// The same, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite or NaN.
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,
                         ThreadPool& pool);
 

@@ -17,11 +17,13 @@
 #include "ops/lora_linear.h"
 #include "ops/matmul.h"
 #include "ops/rms_norm.h"
+#include "ops/roofline.h"
 #include "ops/sample.h"
 #include "ops/attention.h"
 #include "ops/key_value_cache.h"
 #include "ops/random_uniform.h"
 #include "ops/rms_norm.h"
+#include "ops/roofline.h"
 #include "ops/rope.h"
 
 // clang-format off
@@ -65,6 +67,7 @@
   X(loraRowNorm, LoraRowNorm) \
   X(doraScaleForward, DoraScaleForward) \
   X(doraScaleBackward, DoraScaleBackward) \
+  X(roofline, Roofline) \
   /* the end */
 // clang-format on
 

@@ -38,6 +38,7 @@ struct PackedA {
   DType compute;
   int64_t M, K;
   void* panels = nullptr;
+  bool split = true;  // the order of K (rows.h); only nt has a choice
 };
 
 /// A product that is added in the same accumulators, of the same form, M and N.

@@ -39,26 +39,43 @@ QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i first, __m512i seco
 }
 
 /// Decodes rows of a 4-bit weight whose rows are whole groups of 64.
+template <AbsmaxKind kAbsmax, bool kHalves>
 class GroupReader {
  public:
-  static bool reads(const Weight& w) { return w.data.dtype == DType::u8 && w.K % 64 == 0; }
-
   explicit GroupReader(const Nibbles& n) : n_(n), code_(_mm512_loadu_ps(n.code)) {}
+
+  int64_t columns() const { return n_.K; }
 
   /// `flat` is the first of 64 elements, a multiple of 64.
   QLORA_INLINE Group read(int64_t flat) const {
     const uint8_t* bytes = n_.data + (flat >> 1);
-    const int64_t block = flat >> n_.shift;
-    const __m512i table = scaledTable(code_, n_.scale(block));
-    if (n_.shift > 5) return decodeGroup(bytes, table);
-    return decodeGroup(bytes, table, scaledTable(code_, n_.scale(block + 1)));
+    if constexpr (kHalves) {
+      const int64_t block = flat >> 5;
+      return decodeGroup(bytes, scaledTable(code_, n_.scale<kAbsmax>(block)),
+                         scaledTable(code_, n_.scale<kAbsmax>(block + 1)));
+    } else {
+      return decodeGroup(bytes, scaledTable(code_, n_.scale<kAbsmax>(flat >> n_.shift)));
+    }
   }
   QLORA_INLINE void prefetch(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1), _MM_HINT_T0); }
 
  private:
-  const Nibbles& n_;
+  const Nibbles n_;
   const __m512 code_;
 };
+
+QLORA_INLINE bool hasGroups(const Weight& w) { return w.data.dtype == DType::u8 && w.K % 64 == 0; }
+
+/// Calls f with the reader for a weight that has groups, so that the loops in f need not ask what kind it is.
+template <class F>
+QLORA_INLINE void withGroups(const Weight& w, F&& f) {
+  const Nibbles n(w);
+  if (n.absmax) {
+    n.shift > 5 ? f(GroupReader<AbsmaxKind::plain, false>(n)) : f(GroupReader<AbsmaxKind::plain, true>(n));
+  } else {
+    n.shift > 5 ? f(GroupReader<AbsmaxKind::nested, false>(n)) : f(GroupReader<AbsmaxKind::nested, true>(n));
+  }
+}
 
 /// 32 elements of a dense row from p as bf16; only the first n where n < 32.
 template <class T>
@@ -120,19 +137,19 @@ struct Bf16Engine {
   /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
   static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
                         int64_t stride) {
-    if (isNibbles(o) && GroupReader::reads(*o.weight)) {
-      const Nibbles nibbles(*o.weight);
-      const GroupReader reader(nibbles);
-      for (int64_t r = 0; r < rows; ++r, out += stride) {
-        const int64_t flat = (i + r) * nibbles.K + j;
-        for (int64_t g = 0; g < n; g += 64) {
-          if (g % 128 == 0) reader.prefetch(flat + g + kAheadRows * nibbles.K);
-          const Group group = reader.read(flat + g);
-          _mm512_storeu_si512(out + g, group.even);
-          _mm512_storeu_si512(out + g + 32, group.odd);
+    if (isNibbles(o) && hasGroups(*o.weight)) {
+      return withGroups(*o.weight, [=](const auto& reader) {
+        const int64_t K = reader.columns();
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t flat = (i + r) * K + j;
+          for (int64_t g = 0; g < n; g += 64) {
+            if (g % 128 == 0) reader.prefetch(flat + g + kAheadRows * K);
+            const Group group = reader.read(flat + g);
+            _mm512_storeu_si512(out + r * stride + g, group.even);
+            _mm512_storeu_si512(out + r * stride + g + 32, group.odd);
+          }
         }
-      }
-      return;
+      });
     }
     if (isNibbles(o) || isIntegerRows(o)) {
       for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
@@ -153,9 +170,13 @@ struct Bf16Engine {
     });
   }
 
-  /// Rows [i, i + rows), columns [j, j + n), in memory's order, a zero behind an odd n.
-  static void rowsNatural(const GemmOperand& o, DType, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
+  /// Rows [i, i + rows), columns [j, j + n), in memory's order.
+  static void rowsNatural(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
                           int64_t stride) {
+    if (isIntegerRows(o)) {
+      for (int64_t r = 0; r < rows; ++r) readNatural(o, compute, i + r, j, n, out + r * stride);
+      return;
+    }
     withDense(o, [&](const auto* data, int64_t from, auto scale) {
       for (int64_t r = 0; r < rows; ++r) {
         const auto* line = data + (i + r) * from + j;
@@ -179,7 +200,9 @@ struct Bf16Engine {
   /// Strips, kChunk * kStrip apart, of columns [j, j + columns) of rows [i, i + n).
   static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,
                     bf16* strips) {
-    if (isNibbles(o) && GroupReader::reads(*o.weight)) return lanesOfNibbles(*o.weight, i, n, j, columns, strips);
+    if (isNibbles(o) && hasGroups(*o.weight)) {
+      return withGroups(*o.weight, [=](const auto& reader) { lanesOfNibbles(reader, i, n, j, columns, strips); });
+    }
     if (isNibbles(o) || isIntegerRows(o)) {
       alignas(64) bf16 pair[2][kGroup];
       for (int64_t r = 0; r < n; r += 2) {
@@ -197,6 +220,8 @@ struct Bf16Engine {
       for (int64_t r = 0; r < n; r += 2) {
         const auto* line = data + (i + r) * from + j;
         for (int64_t c = 0; c < columns; c += kStrip) {
+          _mm_prefetch(line + kAheadLanes * from + c, _MM_HINT_T0);
+          _mm_prefetch(line + (kAheadLanes + 1) * from + c, _MM_HINT_T0);
           const __m512i first = loadRow(line + c, columns - c, scale(r));
           const __m512i second =
               r + 1 < n ? loadRow(line + from + c, columns - c, scale(r + 1)) : _mm512_setzero_si512();
@@ -250,21 +275,21 @@ struct Bf16Engine {
     _mm512_storeu_si512(out + 32, _mm512_mask_blend_epi16(kUpper, _mm512_srli_epi32(first, 16), second));
   }
 
-  static void lanesOfNibbles(const Weight& w, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
-    const Nibbles nibbles(w);
-    const GroupReader reader(nibbles);
+  template <class Reader>
+  static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
+    const int64_t K = reader.columns();
     alignas(64) uint16_t index[32];
     for (int l = 0; l < 32; ++l) index[l] = static_cast<uint16_t>(l / 2 + l % 2 * 32);
     const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t r = 0; r < n; r += 2) {
-      const int64_t flat = (i + r) * nibbles.K + j;
+      const int64_t flat = (i + r) * K + j;
       for (int64_t c = 0; c < columns; c += 64) {
         if (c % 128 == 0) {
-          reader.prefetch(flat + c + kAheadLanes * nibbles.K);
-          reader.prefetch(flat + c + (kAheadLanes + 1) * nibbles.K);
+          reader.prefetch(flat + c + kAheadLanes * K);
+          reader.prefetch(flat + c + (kAheadLanes + 1) * K);
         }
         const Group first = reader.read(flat + c);
-        const Group second = r + 1 < n ? reader.read(flat + nibbles.K + c) : Group{};
+        const Group second = r + 1 < n ? reader.read(flat + K + c) : Group{};
         bf16* out = strips + c * kChunk + r * kStrip;
         _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first.even, low, second.even));
         _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(first.odd, low, second.odd));
@@ -277,12 +302,8 @@ struct Bf16Engine {
 
   template <int R>
   static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
-    __m512 sum[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      sum[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip);
-      sum[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kStrip + kVector);
-    }
+    // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
+    __m512 sum[R][2]{};
     for (int64_t k = 0; k < depth; k += 2) {
       const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
       const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
@@ -297,8 +318,10 @@ struct Bf16Engine {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      _mm512_storeu_ps(c + r * kStrip, sum[r][0]);
-      _mm512_storeu_ps(c + r * kStrip + kVector, sum[r][1]);
+      for (int v = 0; v < 2; ++v) {
+        float* total = c + r * kStrip + v * kVector;
+        _mm512_storeu_ps(total, first ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(total), sum[r][v]));
+      }
     }
   }
 };

@@ -32,8 +32,9 @@ class Engine {
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   static constexpr int64_t kTile = int64_t{kRows} * kStrip;
 
-  static PackedA pack(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {
-    PackedA packed{form, compute, M, K};
+  static PackedA pack(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K,
+                      bool split) {
+    PackedA packed{form, compute, M, K, nullptr, split};
     if (form == GemmForm::nt) {
       const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
       auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
@@ -46,7 +47,12 @@ class Engine {
         std::fill(rows + lanes * kApart, rows + kStrip * kApart, Element{});
         for (int64_t k = begin; k < end; k += kPiece) {
           const int64_t n = std::min(kPiece, end - k);
-          E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
+          if (split) {
+            E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
+          } else {
+            E::rowsNatural(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
+            zeroTails(rows, lanes, kApart, n, roundUp(n, kGroup));
+          }
           E::lanesFromRows(rows, kApart, roundUp(n, kGroup), panels + (strip * depth + k) * kStrip);
         }
       });
@@ -68,8 +74,7 @@ class Engine {
           for (int64_t r = 0; r < rows; ++r) out[r * kStride + c] = line[r];
         }
       }
-      for (int64_t r = 0; r < rows; ++r)
-        std::fill(out + r * kStride + n, out + r * kStride + roundUp(n, kPair), Element{});
+      zeroTails(out, rows, kStride, n, roundUp(n, kPair));
     });
     packed.panels = panels;
     return packed;
@@ -86,6 +91,10 @@ class Engine {
   }
 
  private:
+  static void zeroTails(Element* rows, int64_t count, int64_t stride, int64_t from, int64_t to) {
+    for (int64_t r = 0; r < count; ++r) std::fill(rows + r * stride + from, rows + r * stride + to, Element{});
+  }
+
   enum class Store { direct, transposed };
   static constexpr int64_t kRowsPacked = 64;
   // Blocks of the operand that each task decodes, and of the one that is packed once: what fits the second cache.
@@ -96,15 +105,16 @@ class Engine {
     int64_t K;
     const Element* a;
     DropoutMask dropout;
+    bool split;
   };
 
   Engine(Context& context, const Gemm& g, Store store) : g_(g), store_(store), lanesShared_(g.form == GemmForm::nt) {
     if (g.extra.K > 0) {
-      const PackedA packed = pack(context, g.form, g.compute, g.extra.a, g.M, g.extra.K);
+      const PackedA packed = pack(context, g.form, g.compute, g.extra.a, g.M, g.extra.K, hasSplitOrder(g.extra.b));
       addTerm(g.extra.b, g.extra.K, packed, g.extra.dropout);
     }
     if (g.K > 0) {
-      const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K);
+      const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K, hasSplitOrder(g.b));
       addTerm(g.b, g.K, packed, {});
     }
     // Fewer than this many tasks leave threads idle at the end.
@@ -124,7 +134,7 @@ class Engine {
   }
 
   void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
-    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout};
+    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split};
   }
 
   /// The size of the even blocks that n falls into when none may pass `limit`.
@@ -153,10 +163,15 @@ class Engine {
       for (int64_t k = 0; k < term.K; k += kChunk) {
         const int64_t size = std::min<int64_t>(kChunk, term.K - k);
         if (lanesShared_) {
-          E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
+          const int64_t padded = roundUp(size, term.split ? kGroup : kPair);
+          if (term.split) {
+            E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
+          } else {
+            E::rowsNatural(term.b, g_.compute, n, ns, k, size, panel, kStride);
+            zeroTails(panel, ns, kStride, size, padded);
+          }
           const int64_t depth = roundUp(term.K, kGroup);
-          multiply(block, roundUp(size, kGroup), panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip,
-                   first);
+          multiply(block, padded, panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip, first);
         } else {
           E::lanes(term.b, g_.compute, k, size, n, ns, panel);
           multiply(block, roundUp(size, kPair), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,

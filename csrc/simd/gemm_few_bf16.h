@@ -38,7 +38,7 @@ class FewTokens {
  private:
   static constexpr int kChunk = Bf16Engine::kChunk, kStride = Bf16Engine::kStride;
   // Bytes of W that dot products ask memory for ahead of their turn.
-  static constexpr int64_t kAheadBytes = 1024;
+  static constexpr int64_t kAheadBytes = 4096;
 
   struct Term {
     GemmOperand b;
@@ -49,7 +49,7 @@ class FewTokens {
 
   /// Whether dot products can read the operand from where it lies.
   static bool direct(const GemmOperand& b) {
-    if (Bf16Engine::isNibbles(b)) return GroupReader::reads(*b.weight);
+    if (Bf16Engine::isNibbles(b)) return hasGroups(*b.weight);
     return !Bf16Engine::isIntegerRows(b);
   }
   static bool direct(const Gemm& g) { return direct(g.b) && (g.extra.K == 0 || direct(g.extra.b)); }
@@ -112,46 +112,56 @@ class FewTokens {
 
   template <int M, int R>
   QLORA_INLINE static void dotNibbles(const Term& term, int64_t n, __m512 (*sum)[M][2]) {
-    const Nibbles nibbles(*term.b.weight);
-    const GroupReader reader(nibbles);
-    for (int64_t k = 0; k < term.K; k += 64) {
-      Group w[R];
+    withGroups(*term.b.weight, [&](const auto& reader) {
+      const auto group = [&](int64_t k) {
+        Group w[R];
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        const int64_t flat = (n + r) * term.K + k;
-        reader.prefetch(flat + 2 * kAheadBytes);
-        w[r] = reader.read(flat);
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const auto even = reinterpret_cast<__m512bh>(_mm512_loadu_si512(term.x + m * term.xStride + k));
-        const auto odd = reinterpret_cast<__m512bh>(_mm512_loadu_si512(term.x + m * term.xStride + k + 32));
+        for (int r = 0; r < R; ++r) w[r] = reader.read((n + r) * term.K + k);
+        multiply<M, R>(term, k, w, sum);
+      };
+      int64_t k = 0;
+      for (; k + 128 <= term.K; k += 128) {  // a line of 64 bytes of each row
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
-          sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], even, reinterpret_cast<__m512bh>(w[r].even));
-          sum[r][m][1] = _mm512_dpbf16_ps(sum[r][m][1], odd, reinterpret_cast<__m512bh>(w[r].odd));
-        }
+        for (int r = 0; r < R; ++r) reader.prefetch((n + r) * term.K + k + 2 * kAheadBytes);
+        group(k);
+        group(k + 64);
       }
-    }
+      if (k < term.K) group(k);
+    });
   }
 
   template <int M, int R>
   QLORA_INLINE static void dotDense(const Term& term, int64_t n, __m512 (*sum)[M][2]) {
     withDense(term.b, [&](const auto* data, int64_t stride, auto scale) {
       const float s = scale(n);
-      for (int64_t k = 0; k < term.K; k += 32) {
-        const int half = k / 32 % 2;
+      for (int64_t k = 0; k < term.K; k += 64) {
+        Group w[R];
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
-          const auto w = reinterpret_cast<__m512bh>(loadRow(data + (n + r) * stride + k, term.K - k, s));
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(term.x + m * term.xStride + k));
-            sum[r][m][half] = _mm512_dpbf16_ps(sum[r][m][half], x, w);
-          }
+          const auto* line = data + (n + r) * stride + k;
+          const int64_t left = term.K - k;
+          w[r].even = loadRow(line, left, s);
+          w[r].odd = left > 32 ? loadRow(line + 32, left - 32, s) : _mm512_setzero_si512();
         }
+        multiply<M, R>(term, k, w, sum);
       }
     });
+  }
+
+  /// 64 weights of R rows times M tokens; the two halves of a group have sums of their own.
+  template <int M, int R>
+  QLORA_INLINE static void multiply(const Term& term, int64_t k, const Group* w, __m512 (*sum)[M][2]) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const bf16* x = term.x + m * term.xStride + k;
+      const auto even = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
+      const auto odd = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + 32));
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], even, reinterpret_cast<__m512bh>(w[r].even));
+        sum[r][m][1] = _mm512_dpbf16_ps(sum[r][m][1], odd, reinterpret_cast<__m512bh>(w[r].odd));
+      }
+    }
   }
 
   // --- lanes of 4 tokens x 4 pairs

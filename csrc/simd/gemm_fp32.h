@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd/gemm_engine.h"
+#include "simd/nibble_table.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -11,10 +12,24 @@ struct Fp32Engine {
   // As many sums as registers hold beside two lanes and a broadcast.
   static constexpr int kRows = kVector == 16 ? 12 : (kVector == 8 ? 6 : 4);
   static constexpr int kChunk = 256, kStride = kChunk + 16;
+  // Rows that a decoder asks memory for ahead of their turn.
+  static constexpr int kAheadRows = 4, kAheadLanes = 16;
 
   /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
   static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, float* out,
                         int64_t stride) {
+    if (o.weight && hasVectorGroups(*o.weight)) {
+      const Nibbles nibbles(*o.weight);
+      return dispatchFloat(compute, [&](auto zero) {
+        for (int64_t r = 0; r < rows; ++r) {
+          prefetch(nibbles.data + (((i + r + kAheadRows) * nibbles.K + j) >> 1), n / 2);
+          forEachVectorGroup<decltype(zero)>(nibbles, i + r, j, n, [&](int64_t c, Vector even, Vector odd) {
+            store(out + r * stride + c, even);
+            store(out + r * stride + c + kVector, odd);
+          });
+        }
+      });
+    }
     for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
@@ -36,6 +51,18 @@ struct Fp32Engine {
   /// Strips, kChunk * kStrip apart, of columns [j, j + columns) of rows [i, i + n).
   static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,
                     float* strips) {
+    if (o.weight && hasVectorGroups(*o.weight)) {
+      const Nibbles nibbles(*o.weight);
+      return dispatchFloat(compute, [&](auto zero) {
+        for (int64_t r = 0; r < n; ++r) {
+          prefetch(nibbles.data + (((i + r + kAheadLanes) * nibbles.K + j) >> 1), columns / 2);
+          forEachVectorGroup<decltype(zero)>(nibbles, i + r, j, columns, [&](int64_t c, Vector even, Vector odd) {
+            store(strips + c * kChunk + r * kStrip, even);
+            store(strips + c * kChunk + r * kStrip + kVector, odd);
+          });
+        }
+      });
+    }
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c < columns; c += kStrip) {
         readSplit<kGroup, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
@@ -44,13 +71,14 @@ struct Fp32Engine {
     }
   }
 
+  QLORA_INLINE static void prefetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+  }
+
   template <int R>
   static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
-    Vector sum[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) sum[r][v] = first ? Vector{} : load(c + r * kStrip + v * kVector);
-    }
+    // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
+    Vector sum[R][2]{};
     for (int64_t k = 0; k < depth; ++k) {
       const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
 #pragma GCC unroll 12
@@ -62,7 +90,10 @@ struct Fp32Engine {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < 2; ++v) store(c + r * kStrip + v * kVector, sum[r][v]);
+      for (int v = 0; v < 2; ++v) {
+        float* total = c + r * kStrip + v * kVector;
+        store(total, first ? sum[r][v] : load(total) + sum[r][v]);
+      }
     }
   }
 

@@ -8,6 +8,9 @@
 
 namespace qlora::QLORA_ISA {
 
+/// How the scales of the blocks are stored: as fp32, or in 8 bits with scales of their own (double quantization).
+enum class AbsmaxKind { plain, nested };
+
 struct Nibbles {
   const uint8_t* data;
   const float* code;
@@ -30,8 +33,9 @@ struct Nibbles {
         shift(std::countr_zero(static_cast<uint64_t>(w.blockSize))),
         K(w.K) {}
 
+  template <AbsmaxKind kind>
   QLORA_INLINE float scale(int64_t block) const {
-    if (absmax) return absmax[block];
+    if constexpr (kind == AbsmaxKind::plain) return absmax[block];
     const float scaled = nestedCode[absmaxCode[block]] * nestedAbsmax[block >> 8];
     return scaled + offset;
   }

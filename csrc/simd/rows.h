@@ -3,6 +3,7 @@
 //
 // Two orders. `natural` is the order in memory. `split` deals each group of kGroup columns into its evens, then its
 // odds: that is how a byte of two 4-bit weights comes apart, and an order of K is free if both operands have it.
+// Products of dense operands alone need no groups of K, and so no padding to whole ones.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,9 @@ QLORA_INLINE float blockAbsmax(const Weight& w, int64_t block) {
       w.nestedCode.data<float>()[w.absmax.data<uint8_t>()[block]] * w.nestedAbsmax.data<float>()[block >> 8];
   return scaled + w.offset;
 }
+
+/// Whether a product with B wants K in split order.
+QLORA_INLINE bool hasSplitOrder(const GemmOperand& b) { return b.weight && b.weight->data.dtype == DType::u8; }
 
 template <class E, class T>
 QLORA_INLINE E element(float x) {

@@ -9,6 +9,7 @@
 // gcc 12 takes the undefined pass-through operand of its own AVX-512 intrinsics for an uninitialized variable.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif

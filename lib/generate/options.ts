@@ -1,7 +1,7 @@
+import { z } from 'zod';
 import { QLoRAError } from '../errors.js';
 import type { ModelCore } from '../models/core.js';
 import { checkOptions } from '../options.js';
-import { z } from 'zod';
 import type { SamplingOptions } from './tokens.js';
 
 /** An option given here wins over generation_config.json; what neither says is greedy decoding. */
@@ -38,7 +38,10 @@ const schema = z.strictObject({
   ignoreEos: z.boolean().optional(),
 });
 
-export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens'> & { stop: readonly string[]; ignoreEos: boolean };
+export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens'> & {
+  stop: readonly string[];
+  ignoreEos: boolean;
+};
 
 /** What generation_config.json may ask for that this version does not do; each with the value that changes nothing. */
 const unsupported = {

@@ -31,13 +31,7 @@ export async function* generateIds(
       hint: 'A tokenizer without BOS makes nothing of an empty text.',
     });
   }
-  using cache = new KeyValueCache(
-    core.stream,
-    core.config,
-    1,
-    prompt.length + options.maxNewTokens,
-    core.computeDtype,
-  );
+  using cache = new KeyValueCache(core.stream, core.config, 1, prompt.length + options.maxNewTokens, core.computeDtype);
   let tokens = Int32Array.from(prompt);
   for (let step = 0; step < options.maxNewTokens; step++) {
     options.signal?.throwIfAborted();

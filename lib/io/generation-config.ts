@@ -25,7 +25,7 @@ export interface GenerationConfig {
 /**
  * Reads the fields from `object`, which came from `path`. config.json of older models carries the same names.
  *
- * @throws ERR_QLORA_CONFIG
+ * @throws ERR_QLORA_CONFIG_INVALID
  */
 export function parseGenerationConfig(path: string, object: JsonObject): GenerationConfig {
   const fields = new Fields(path, object);

@@ -101,7 +101,7 @@ export function show(value: unknown): string {
 
 /**
  * Typed access to the fields of an object that came from a file. A field that is missing or null is undefined; one of
- * another type is an error (ERR_QLORA_CONFIG) that names file, field, what was expected and what came.
+ * another type is an error (ERR_QLORA_CONFIG_INVALID) that names file, field, what was expected and what came.
  */
 export class Fields {
   constructor(
@@ -114,10 +114,14 @@ export class Fields {
   }
 
   fail(key: string, expected: string): never {
-    throw new QLoRAError('ERR_QLORA_CONFIG', `${this.path}: '${key}' must be ${expected}, got ${show(this.raw(key))}`, {
-      hint: `Correct '${key}' in this file.`,
-      detail: { path: this.path, key },
-    });
+    throw new QLoRAError(
+      'ERR_QLORA_CONFIG_INVALID',
+      `${this.path}: '${key}' must be ${expected}, got ${show(this.raw(key))}`,
+      {
+        hint: `Correct '${key}' in this file.`,
+        detail: { path: this.path, key },
+      },
+    );
   }
 
   string(key: string): string | undefined {

@@ -62,7 +62,7 @@ export class ModelFolder implements Disposable {
  *
  * @throws ERR_QLORA_MODEL_NOT_FOUND (no such folder, or no model in it), ERR_QLORA_PICKLE (only .bin or .pt weights),
  *   ERR_QLORA_UNSAFE_PATH (a file that leaves the folder), ERR_QLORA_INDEX (index and shards disagree),
- *   ERR_QLORA_JSON, ERR_QLORA_CONFIG, ERR_QLORA_SAFETENSORS, ERR_QLORA_READ_FAILED
+ *   ERR_QLORA_JSON, ERR_QLORA_CONFIG_INVALID, ERR_QLORA_SAFETENSORS, ERR_QLORA_READ_FAILED
  */
 export async function openModelFolder(directory: string): Promise<ModelFolder> {
   const names = await listModelFolder(directory);

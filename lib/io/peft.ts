@@ -94,7 +94,7 @@ const changesBase = /^(pissa|olora|corda|loftq|lora_ga)/;
  * Reads adapter_config.json of a PEFT folder.
  *
  * @throws ERR_QLORA_ADAPTER_NOT_FOUND (no such folder, or no adapter in it), ERR_QLORA_ADAPTER_UNSUPPORTED (names every
- *   field whose value we cannot represent), ERR_QLORA_CONFIG, ERR_QLORA_JSON, ERR_QLORA_UNSAFE_PATH
+ *   field whose value we cannot represent), ERR_QLORA_CONFIG_INVALID, ERR_QLORA_JSON, ERR_QLORA_UNSAFE_PATH
  */
 export async function readAdapterConfig(directory: string): Promise<AdapterConfig> {
   await requireFile(directory, configName);

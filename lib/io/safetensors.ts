@@ -109,7 +109,7 @@ export class SafetensorsFile implements Disposable {
     return guard(() => this.handle.read(tensor.handle, this.entry(name).begin, name));
   }
 
-  /** The same, and ERR_QLORA_NOT_FINITE where a floating-point element is infinite or NaN. */
+  /** The same, and ERR_QLORA_NON_FINITE where a floating-point element is infinite or NaN. */
   readFinite(name: string, tensor: Tensor): Promise<void> {
     this.check(name, tensor);
     return guard(() => this.handle.readFinite(tensor.handle, this.entry(name).begin, name));

@@ -79,7 +79,8 @@ export class ConfigReader {
   /** An error where a field was left unread that is neither harmless, null, false, nor allowed. */
   finish(allowed: readonly string[] = []): void {
     for (const [name, value] of Object.entries(this.#fields)) {
-      if (this.#read.has(name) || harmless.has(name) || allowed.includes(name) || value === null || value === false) continue;
+      if (this.#read.has(name) || harmless.has(name) || allowed.includes(name) || value === null || value === false)
+        continue;
       const near = didYouMean(name, [...this.#read]);
       throw new QLoRAError(
         'ERR_QLORA_CONFIG_UNKNOWN_FIELD',

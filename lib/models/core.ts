@@ -1,15 +1,16 @@
 /** What QuantizedModel, generation and training share: the weights, and passes through them. */
+
+import type { Tape } from '../autograd.js';
 import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
 import type { Linear } from '../nn/linear.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
-import type { Tape } from '../autograd.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { DecoderConfig, Family } from './config.js';
-import { decode, type DecoderPass } from './decoder.js';
+import { type DecoderPass, decode } from './decoder.js';
 import type { KeyValueCache } from './key-value-cache.js';
 import type { LoraAdapter } from './lora-adapter.js';
 import { dependsOnLength, ropeFrequencies } from './rope.js';
@@ -65,8 +66,7 @@ export function hiddenStates(
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
   const start = cache?.length ?? 0;
-  const positions =
-    rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
+  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
   const table = makeRopeTable(core, positions, length);
   try {
     const input = { tokens, rope: table, ...(segments ? { segments } : {}), ...(cache ? { cache } : {}) };
@@ -91,7 +91,8 @@ function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): 
   for (let begin = 0; begin < positions.length; ) {
     // A sequence ends where positions start again, and at the end of its row.
     let end = begin + 1;
-    while (end < positions.length && end % length !== 0 && (positions[end] as number) > (positions[end - 1] as number)) end++;
+    while (end < positions.length && end % length !== 0 && (positions[end] as number) > (positions[end - 1] as number))
+      end++;
     const { inverseFrequencies, factor } = ropeFrequencies(rope, (positions[end - 1] as number) + 1);
     for (let i = begin; i < end; i++) {
       inverseFrequencies.forEach((f, j) => {

@@ -61,7 +61,9 @@ export class LoraAdapter {
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
   async save(directory: string): Promise<void> {
     await makeFolder(directory);
-    const items = this.layers.flatMap((layer) => partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })));
+    const items = this.layers.flatMap((layer) =>
+      partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
+    );
     await writeSafetensors(adapterWeightsPath(directory), items, { format: 'pt' });
     if (this.training) await writeTrainingRecord(directory, this.training);
     await writeAdapterConfig(directory, this.config);
@@ -94,9 +96,7 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
     useRslora: options.useRslora ?? false,
     useDora: options.useDora ?? false,
   };
-  return attach(core, name, config, (layer, linear) =>
-    layer.initialize(linear, core.computeDtype, seed, linear.index),
-  );
+  return attach(core, name, config, (layer, linear) => layer.initialize(linear, core.computeDtype, seed, linear.index));
 }
 
 /** PEFT knows 'all-linear', but in files it writes the names. */
@@ -185,11 +185,7 @@ function checkAdapterShape(directory: string, name: string, got: readonly number
 }
 
 /** Adapters come in f32, bf16 or f16; here they are f32. */
-async function readAsF32(
-  file: SafetensorsFile,
-  name: string,
-  tensor: Tensor,
-): Promise<void> {
+async function readAsF32(file: SafetensorsFile, name: string, tensor: Tensor): Promise<void> {
   const { dtype } = file.entry(name);
   if (dtype === 'f32' || (dtype !== 'bf16' && dtype !== 'f16')) return file.readFinite(name, tensor);
   using narrow = new Tensor(tensor.stream, dtype, tensor.shape, 'adapters');

@@ -48,7 +48,13 @@ export async function readQuantizedWeight(
 export function quantizedItems(path: string, weight: Weight, dtype: FloatDType): SafetensorsItem[] {
   const { data, absmax, code, nestedAbsmax, nestedCode, offset, blockSize, type } = weight.tensors;
   const nested = nestedAbsmax ? { blockSize: 256, offset: offset as number } : undefined;
-  const state = { type: type as FourBitType, blockSize: blockSize as number, dtype, shape: [weight.N, weight.K], nested };
+  const state = {
+    type: type as FourBitType,
+    blockSize: blockSize as number,
+    dtype,
+    shape: [weight.N, weight.K],
+    nested,
+  };
   return quantItems(path, state, {
     packed: data,
     absmax: absmax as Tensor,

@@ -123,7 +123,6 @@ function yarn(base: number, R: number, s: Extract<RopeScaling, { type: 'yarn' }>
     return interpolated / (s.factor * period) + (1 - interpolated) / period;
   });
   const magnitude = (mscale: number) => (s.factor <= 1 ? 1 : 0.1 * mscale * Math.log(s.factor) + 1);
-  const inferred =
-    s.mscale && s.mscaleAllDim ? magnitude(s.mscale) / magnitude(s.mscaleAllDim) : magnitude(1);
+  const inferred = s.mscale && s.mscaleAllDim ? magnitude(s.mscale) / magnitude(s.mscaleAllDim) : magnitude(1);
   return { inverseFrequencies, factor: s.attentionFactor ?? inferred };
 }

@@ -25,9 +25,13 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
   const { linears, dense } = core.weights;
   const eightBit = linears.find((linear) => linear.weight.tensors.data.dtype === 'i8');
   if (eightBit) {
-    throw new QLoRAError('ERR_QLORA_SAVE_UNSUPPORTED', `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`, {
-      hint: "Load the model with quantization 'none' or a 4-bit type.",
-    });
+    throw new QLoRAError(
+      'ERR_QLORA_SAVE_UNSUPPORTED',
+      `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`,
+      {
+        hint: "Load the model with quantization 'none' or a 4-bit type.",
+      },
+    );
   }
   await makeFolder(directory);
   const dtype = checkpointDtype(core);

@@ -129,9 +129,13 @@ async function loadDense(
 async function readFloat(stream: Stream, folder: ModelFolder, name: string): Promise<Tensor> {
   const { dtype, fileDType, shape } = folder.entry(name);
   if (dtype !== 'f32' && dtype !== 'bf16' && dtype !== 'f16') {
-    throw new QLoRAError('ERR_QLORA_DTYPE', `${folder.directory}: '${name}' must be F32, BF16 or F16, got ${fileDType}`, {
-      hint: 'Quantized checkpoints of other kinds than bitsandbytes 4-bit cannot be loaded; take the original model.',
-    });
+    throw new QLoRAError(
+      'ERR_QLORA_DTYPE',
+      `${folder.directory}: '${name}' must be F32, BF16 or F16, got ${fileDType}`,
+      {
+        hint: 'Quantized checkpoints of other kinds than bitsandbytes 4-bit cannot be loaded; take the original model.',
+      },
+    );
   }
   const tensor = new Tensor(stream, dtype satisfies FloatDType, shape, 'weights');
   try {
@@ -154,9 +158,7 @@ async function loadLinear(
   const name = `${module.from}.weight`;
   const { quantization } = options;
   // The bias first: what it fails with leaves nothing behind, since whoever calls frees `dense`.
-  const bias = module.rule.bias
-    ? await loadDense(stream, folder, `${module.from}.bias`, dense, options)
-    : undefined;
+  const bias = module.rule.bias ? await loadDense(stream, folder, `${module.from}.bias`, dense, options) : undefined;
   const stored = await readQuantizedWeight(stream, folder, module.from);
   if (stored) return new Linear(module.from, index, stored, bias);
   const skipped = quantization?.skipModules.some((m: string) => module.from === m || module.from.endsWith(`.${m}`));

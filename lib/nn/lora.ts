@@ -1,6 +1,6 @@
 import { QLoRAError } from '../errors.js';
-import { fill } from '../ops/elementwise.js';
 import { loraRowNorm } from '../ops/dora.js';
+import { fill } from '../ops/elementwise.js';
 import { randomUniform } from '../ops/random.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Linear } from './linear.js';

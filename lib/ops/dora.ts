@@ -27,13 +27,7 @@ export function loraRowNorm(
  * @param norm f32 [N]
  * @param bias [N], frozen
  */
-export function doraScale(
-  tape: Tape | undefined,
-  z: Tensor,
-  magnitude: Tensor,
-  norm: Tensor,
-  bias?: Tensor,
-): Tensor {
+export function doraScale(tape: Tape | undefined, z: Tensor, magnitude: Tensor, norm: Tensor, bias?: Tensor): Tensor {
   const y = new Tensor(z.stream, z.dtype, z.shape);
   z.stream.run('doraScaleForward', z, magnitude, norm, bias, y);
   tape?.record([z, magnitude], [y], [z, magnitude, norm], ([dy]) => {

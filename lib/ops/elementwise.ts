@@ -38,12 +38,7 @@ export function scaleByTensor(tape: Tape | undefined, x: Tensor, factor: Tensor)
 }
 
 /** x rounded to another float dtype, to nearest, ties to even. Its gradient is rounded back to x's. */
-export function cast(
-  tape: Tape | undefined,
-  x: Tensor,
-  dtype: FloatDType,
-  memoryClass?: MemoryClass,
-): Tensor {
+export function cast(tape: Tape | undefined, x: Tensor, dtype: FloatDType, memoryClass?: MemoryClass): Tensor {
   const y = new Tensor(x.stream, dtype, x.shape, memoryClass);
   x.stream.run('cast', x, y);
   tape?.record([x], [y], [], ([dy]) => [cast(undefined, dy as Tensor, x.dtype as FloatDType)]);

@@ -32,7 +32,11 @@ export async function encodeDataset(
     for await (const { row, place } of readRows(part.source, { format: part.format ?? format })) {
       const encoded = encodeRow(row, core.tokenizer, encoding, place);
       checkIds(encoded.ids, core.config.vocabSize, `row ${place.row}: inputIds`);
-      checkIds(encoded.labels.filter((label) => label !== -100), core.config.vocabSize, `row ${place.row}: labels`);
+      checkIds(
+        encoded.labels.filter((label) => label !== -100),
+        core.config.vocabSize,
+        `row ${place.row}: labels`,
+      );
       rows.push(encoded);
       if (performance.now() - turn > slice) {
         await setImmediate();
@@ -60,9 +64,7 @@ export async function prepareDatasets(core: ModelCore, options: ResolvedTrainerO
   if (typeof evalDataset !== 'number') {
     return {
       train: await encodeDataset(core, dataset, encoding, datasetFormat, maxTrainSamples),
-      eval: evalDataset
-        ? await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples)
-        : undefined,
+      eval: evalDataset ? await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples) : undefined,
     };
   }
   const rows = await encodeDataset(core, dataset, encoding, datasetFormat);

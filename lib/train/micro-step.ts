@@ -1,4 +1,4 @@
-import { Tape } from '../autograd.js';
+import type { Tape } from '../autograd.js';
 import { collate, shiftLabels } from '../data/batch.js';
 import type { EncodedRow } from '../data/encode.js';
 import { hiddenStates, type ModelCore } from '../models/core.js';

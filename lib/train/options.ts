@@ -94,12 +94,13 @@ const source = z.custom<DatasetSource>(
     (typeof value === 'object' && value !== null && (Symbol.iterator in value || Symbol.asyncIterator in value)),
   'expected a path or rows',
 );
-const mixed = z.array(
-  z.strictObject({ source, format: z.string().optional(), maxSamples: count.optional() }),
-);
+const mixed = z.array(z.strictObject({ source, format: z.string().optional(), maxSamples: count.optional() }));
 
 const schema = z.strictObject({
-  model: z.union([z.string(), z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel')]),
+  model: z.union([
+    z.string(),
+    z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
+  ]),
   dataset: source,
   evalDataset: z.union([z.number().gt(0), source]).optional(),
   datasetFormat: z.string().optional(),
@@ -145,7 +146,9 @@ export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'l
 
 /** Several sources, rather than rows. */
 export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {
-  return Array.isArray(dataset) && dataset.length > 0 && dataset.every((d) => typeof d === 'object' && d && 'source' in d);
+  return (
+    Array.isArray(dataset) && dataset.length > 0 && dataset.every((d) => typeof d === 'object' && d && 'source' in d)
+  );
 }
 
 /** Defaults filled in; wrong options and wrong combinations are errors. */
@@ -164,19 +167,29 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
   const conflict = (message: string, hint: string) =>
     new QLoRAError('ERR_QLORA_OPTION_CONFLICT', `QLoRATrainer: ${message}`, { hint });
   if (lora === 'none') {
-    if (initialAdapter) throw conflict("initialAdapter goes with an adapter, and lora is 'none'", 'Leave one of them out.');
+    if (initialAdapter)
+      throw conflict("initialAdapter goes with an adapter, and lora is 'none'", 'Leave one of them out.');
     if (quantization !== 'none') {
-      throw conflict("lora: 'none' trains the weights themselves, which needs quantization: 'none'", "Set quantization: 'none'.");
+      throw conflict(
+        "lora: 'none' trains the weights themselves, which needs quantization: 'none'",
+        "Set quantization: 'none'.",
+      );
     }
     if (typeof model !== 'string') {
-      throw conflict("lora: 'none' loads the weights as fp32 masters, so it takes a folder", 'Pass the path of the model.');
+      throw conflict(
+        "lora: 'none' loads the weights as fp32 masters, so it takes a folder",
+        'Pass the path of the model.',
+      );
     }
   }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
   }
   if (typeof model !== 'string' && (quantization !== undefined || computeDtype !== undefined)) {
-    throw conflict('a model that is loaded has its quantization and computeDtype already', 'Pass them to QuantizedModel.load().');
+    throw conflict(
+      'a model that is loaded has its quantization and computeDtype already',
+      'Pass them to QuantizedModel.load().',
+    );
   }
   return resolved;
 }

@@ -142,9 +142,13 @@ export class QLoRATrainer implements AsyncDisposable {
       ? await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat)
       : this.#datasets.eval;
     if (!rows) {
-      throw new QLoRAError('ERR_QLORA_NO_EVAL_DATASET', 'evaluate() needs rows: none were given, and the trainer has no evalDataset', {
-        hint: 'Pass a data set, or create the trainer with evalDataset.',
-      });
+      throw new QLoRAError(
+        'ERR_QLORA_NO_EVAL_DATASET',
+        'evaluate() needs rows: none were given, and the trainer has no evalDataset',
+        {
+          hint: 'Pass a data set, or create the trainer with evalDataset.',
+        },
+      );
     }
     const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
     const { batchSize } = this.#options;
@@ -230,11 +234,19 @@ export class QLoRATrainer implements AsyncDisposable {
       finalLoss = loss;
       skipped = finite ? 0 : skipped + 1;
       if (!finite) {
-        emit({ type: 'warning', code: 'NON_FINITE_GRADIENT', message: `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing` });
+        emit({
+          type: 'warning',
+          code: 'NON_FINITE_GRADIENT',
+          message: `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing`,
+        });
         if (skipped >= mostSkipped) {
-          throw new QLoRAError('ERR_QLORA_DIVERGED', `${mostSkipped} steps in a row had a loss or gradient that is not finite, the last at step ${step}`, {
-            hint: 'Use a lower learningRate, or computeDtype bf16 instead of f16.',
-          });
+          throw new QLoRAError(
+            'ERR_QLORA_DIVERGED',
+            `${mostSkipped} steps in a row had a loss or gradient that is not finite, the last at step ${step}`,
+            {
+              hint: 'Use a lower learningRate, or computeDtype bf16 instead of f16.',
+            },
+          );
         }
       }
       const { liveBytes } = this.model.memory();
@@ -270,7 +282,13 @@ export class QLoRATrainer implements AsyncDisposable {
     if (this.#datasets.eval) await evaluate();
     if (signal.aborted) return this.#stopped(emit, finalLoss);
     const outputDir = await this.save();
-    return { steps: this.#step, finalLoss, outputDir, ...(this.adapter ? { adapterDir: outputDir } : {}), stopped: false };
+    return {
+      steps: this.#step,
+      finalLoss,
+      outputDir,
+      ...(this.adapter ? { adapterDir: outputDir } : {}),
+      stopped: false,
+    };
   }
 
   /** The last whole step is kept; outputDir itself stays for finished runs. */
@@ -280,7 +298,13 @@ export class QLoRATrainer implements AsyncDisposable {
     if (this.adapter) await this.adapter.save(path);
     else await this.model.save(path);
     emit({ type: 'checkpoint', step: this.#step, path });
-    return { steps: this.#step, finalLoss, outputDir: path, ...(this.adapter ? { adapterDir: path } : {}), stopped: true };
+    return {
+      steps: this.#step,
+      finalLoss,
+      outputDir: path,
+      ...(this.adapter ? { adapterDir: path } : {}),
+      stopped: true,
+    };
   }
 
   /** The rows of an optimizer step, counted from 0: each epoch in an order of its own, its last step may be short. */
@@ -367,9 +391,13 @@ export class QLoRATrainer implements AsyncDisposable {
     for (const layer of adapter.layers) {
       if ((await layer.read('B')).some((x) => x !== 0)) return;
     }
-    throw new QLoRAError('ERR_QLORA_ADAPTER_UNTRAINED', `after ${this.#step} steps every B of the adapter is still zero: it changes nothing`, {
-      hint: 'Is learningRate 0, or were all steps skipped?',
-    });
+    throw new QLoRAError(
+      'ERR_QLORA_ADAPTER_UNTRAINED',
+      `after ${this.#step} steps every B of the adapter is still zero: it changes nothing`,
+      {
+        hint: 'Is learningRate 0, or were all steps skipped?',
+      },
+    );
   }
 }
 

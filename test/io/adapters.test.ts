@@ -160,7 +160,7 @@ t.test('adapters that we cannot represent', async (t) => {
     const folder = t.testdir({ 'adapter_config.json': JSON.stringify({ ...base, ...fields }) });
     await t.rejects(
       readAdapterConfig(folder),
-      { code: 'ERR_QLORA_CONFIG', message: /must be .*, got/ },
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /must be .*, got/ },
       JSON.stringify(fields),
     );
   }

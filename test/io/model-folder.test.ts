@@ -45,7 +45,7 @@ t.test('weights that are not finite are refused', async (t) => {
   ]);
   const model = await openModelFolder(folder);
   await t.rejects(model.read('w', new Tensor(stream, 'f32', [2])), {
-    code: 'ERR_QLORA_NOT_FINITE',
+    code: 'ERR_QLORA_NON_FINITE',
     message: /'w'.*element 1/,
   });
 });
@@ -76,7 +76,7 @@ t.test('folders that are no model', async (t) => {
     ['cut', 'ERR_QLORA_SAFETENSORS', /too few/],
     [
       'generation',
-      'ERR_QLORA_CONFIG',
+      'ERR_QLORA_CONFIG_INVALID',
       /generation_config.json: 'eos_token_id' must be a non-negative integer or a list of them, got "2"/,
     ],
   ];
@@ -186,11 +186,11 @@ t.test('generation_config.json', async (t) => {
     },
   );
   t.throws(() => parse({ temperature: '1' }), {
-    code: 'ERR_QLORA_CONFIG',
+    code: 'ERR_QLORA_CONFIG_INVALID',
     message: /'temperature' must be a finite number, got "1"/,
   });
-  t.throws(() => parse({ eos_token_id: [1, -1] }), { code: 'ERR_QLORA_CONFIG' });
-  t.throws(() => parse({ do_sample: 1 }), { code: 'ERR_QLORA_CONFIG' });
+  t.throws(() => parse({ eos_token_id: [1, -1] }), { code: 'ERR_QLORA_CONFIG_INVALID' });
+  t.throws(() => parse({ do_sample: 1 }), { code: 'ERR_QLORA_CONFIG_INVALID' });
 });
 
 t.test('JSON files', async (t) => {

@@ -312,11 +312,11 @@ t.test('weights that are not finite', async (t) => {
     return file.readFinite(name, new Tensor(stream, dtype ?? 'u8', shape));
   };
   await t.rejects(read('f32'), {
-    code: 'ERR_QLORA_NOT_FINITE',
+    code: 'ERR_QLORA_NON_FINITE',
     message: /tensor 'f32': .*element 4321 is infinite or NaN/,
   });
-  await t.rejects(read('bf16'), { code: 'ERR_QLORA_NOT_FINITE', message: /element 1/ });
-  await t.rejects(read('f16'), { code: 'ERR_QLORA_NOT_FINITE', message: /element 1/ });
+  await t.rejects(read('bf16'), { code: 'ERR_QLORA_NON_FINITE', message: /element 1/ });
+  await t.rejects(read('f16'), { code: 'ERR_QLORA_NON_FINITE', message: /element 1/ });
   await read('fine');
   await read('bytes');
 });

@@ -27,10 +27,18 @@ t.test('text', async (t) => {
   const answer = await model.generate(question);
   t.equal(answer, '42', 'ends at EOS, which is not part of the text');
   t.equal(await model.generate(prompt), answer, 'an instruction goes through the template');
-  t.equal(await model.generate([{ role: 'user', content: question.instruction }]), answer, 'and messages through theirs');
+  t.equal(
+    await model.generate([{ role: 'user', content: question.instruction }]),
+    answer,
+    'and messages through theirs',
+  );
 
   await t.test('greedy', async (t) => {
-    for (const options of [{ temperature: 0, doSample: true }, { topK: 1, doSample: true, seed: 9 }, { doSample: false, temperature: 5 }]) {
+    for (const options of [
+      { temperature: 0, doSample: true },
+      { topK: 1, doSample: true, seed: 9 },
+      { doSample: false, temperature: 5 },
+    ]) {
       t.equal(await model.generate(question, options), answer, JSON.stringify(options));
     }
     const start = [5, 17, 33, 60];
@@ -58,12 +66,16 @@ t.test('text', async (t) => {
     t.same(await pieces(ids), await model.generateTokens([5, 17], { ...options, ignoreEos: true }));
     t.same(await model.generate('The numbers are', options), whole, 'the same seed, the same text');
     const others = await Promise.all([5, 6, 7].map((seed) => model.generate('The numbers are', { ...options, seed })));
-    t.ok(others.some((text) => text !== whole), 'another seed, another text');
+    t.ok(
+      others.some((text) => text !== whole),
+      'another seed, another text',
+    );
   });
 
   await t.test('leaving the loop and aborting', async (t) => {
     let count = 0;
-    for await (const _ of model.generateTokens([5, 17], { maxNewTokens: 200, ignoreEos: true })) if (++count === 3) break;
+    for await (const _ of model.generateTokens([5, 17], { maxNewTokens: 200, ignoreEos: true }))
+      if (++count === 3) break;
     t.equal(count, 3);
     await model.core.stream.sync();
     await sleep(20);
@@ -92,7 +104,11 @@ t.test('text', async (t) => {
       const stop = whole.slice(middle, middle + length);
       const cut = await model.generate('The numbers are', { ...options, stop: ['never there', stop] });
       t.equal(cut, whole.slice(0, whole.indexOf(stop)), `${JSON.stringify(stop)} is not given out`);
-      t.equal((await pieces(model.generate('The numbers are', { ...options, stop: [stop] }))).join(''), cut, 'nor in pieces');
+      t.equal(
+        (await pieces(model.generate('The numbers are', { ...options, stop: [stop] }))).join(''),
+        cut,
+        'nor in pieces',
+      );
     }
     // What looked like the start of a stop string is given out after all.
     t.equal(await model.generate('The numbers are', { ...options, stop: [`${whole.slice(-3)}X`] }), whole);
@@ -123,19 +139,37 @@ t.test('text', async (t) => {
     one.training = { template: 'alpaca-llama-factory' };
     const other = promptTemplate('alpaca-llama-factory');
     const options = { maxNewTokens: 10, doSample: true, temperature: 2, seed: 5 };
-    t.equal(await model.generate(question, options), await model.generate(other.source(question) + other.tail, options));
+    t.equal(
+      await model.generate(question, options),
+      await model.generate(other.source(question) + other.tail, options),
+    );
     t.not(await model.generate(question, options), await model.generate(question, { ...options, adapter: null }));
     model.removeLora('one');
   });
 
   await t.test('errors, of which none goes unhandled', async (t) => {
-    const unknownOption = { code: 'ERR_QLORA_OPTION_UNKNOWN', message: /generate.*maxNewTokes/, hint: /Did you mean 'maxNewTokens'/ };
+    const unknownOption = {
+      code: 'ERR_QLORA_OPTION_UNKNOWN',
+      message: /generate.*maxNewTokes/,
+      hint: /Did you mean 'maxNewTokens'/,
+    };
     await t.rejects(async () => model.generate('a', { maxNewTokes: 3 } as object), unknownOption);
     await t.rejects(pieces(model.generate('a', { maxNewTokes: 3 } as object)), unknownOption);
     await t.rejects(pieces(model.generateTokens([1], { maxNewTokes: 3 } as object)), unknownOption);
-    await t.rejects(async () => model.generateTokens([1], { stop: ['a'] }), { code: 'ERR_QLORA_OPTION_INVALID', hint: String });
+    await t.rejects(async () => model.generateTokens([1], { stop: ['a'] }), {
+      code: 'ERR_QLORA_OPTION_INVALID',
+      hint: String,
+    });
     await t.rejects(async () => model.generateTokens([]), { code: 'ERR_QLORA_ARGUMENT', hint: String });
-    for (const wrong of [5, null, [], [{ role: 'robot', content: 'x' }], [{ role: 'user' }], { instrction: 'x' }, { instruction: 3 }]) {
+    for (const wrong of [
+      5,
+      null,
+      [],
+      [{ role: 'robot', content: 'x' }],
+      [{ role: 'user' }],
+      { instrction: 'x' },
+      { instruction: 3 },
+    ]) {
       const code = /^ERR_QLORA_OPTION_/;
       const error = await (model.generate(wrong as unknown as string) as Promise<unknown>).catch((e: unknown) => e);
       t.match(error, { name: 'QLoRAError', code, message: /^generate: .*prompt/, hint: String }, JSON.stringify(wrong));
@@ -157,22 +191,47 @@ t.test('generation_config.json', async (t) => {
     const end = all[at] as number;
     configure({ eos_token_id: [205, end] });
     await using model = await QuantizedModel.load(directory);
-    t.same(await model.generateTokens([9, 8, 7], { maxNewTokens: 30 }), all.slice(0, all.indexOf(end)), 'each of the end tokens ends it');
+    t.same(
+      await model.generateTokens([9, 8, 7], { maxNewTokens: 30 }),
+      all.slice(0, all.indexOf(end)),
+      'each of the end tokens ends it',
+    );
   }
   configure({ do_sample: true, temperature: 0.9, max_new_tokens: 7 });
   await using sampling = await QuantizedModel.load(directory);
   const sampled = await sampling.generateTokens([9, 8, 7], { ignoreEos: true, topK: 0 });
   t.equal(sampled.length, 7, 'its length holds');
-  t.same(await plain.generateTokens([9, 8, 7], { ignoreEos: true, topK: 0, doSample: true, temperature: 0.9, maxNewTokens: 7 }), sampled);
-  t.same(await sampling.generateTokens([9, 8, 7], { ignoreEos: true, doSample: false }), all.slice(0, 7), 'an option wins');
+  t.same(
+    await plain.generateTokens([9, 8, 7], {
+      ignoreEos: true,
+      topK: 0,
+      doSample: true,
+      temperature: 0.9,
+      maxNewTokens: 7,
+    }),
+    sampled,
+  );
+  t.same(
+    await sampling.generateTokens([9, 8, 7], { ignoreEos: true, doSample: false }),
+    all.slice(0, 7),
+    'an option wins',
+  );
   configure({ num_beams: 4 });
   await using beams = await QuantizedModel.load(directory);
-  await t.rejects(async () => beams.generateTokens([9]), { code: 'ERR_QLORA_GENERATION_CONFIG', message: /numBeams = 4/, hint: String });
+  await t.rejects(async () => beams.generateTokens([9]), {
+    code: 'ERR_QLORA_GENERATION_CONFIG',
+    message: /numBeams = 4/,
+    hint: String,
+  });
 });
 
 t.test('without a tokenizer, and without a chat template', async (t) => {
   await using bare = await QuantizedModel.load(llama3);
-  await t.rejects(async () => bare.generate('Hello'), { code: 'ERR_QLORA_TOKENIZER_MISSING', message: /llama3 has no tokenizer\.json/, hint: /generateTokens/ });
+  await t.rejects(async () => bare.generate('Hello'), {
+    code: 'ERR_QLORA_TOKENIZER_MISSING',
+    message: /llama3 has no tokenizer\.json/,
+    hint: /generateTokens/,
+  });
   const directory = t.testdir();
   cpSync(demo, directory, { recursive: true });
   const path = join(directory, 'tokenizer_config.json');

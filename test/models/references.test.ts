@@ -123,11 +123,19 @@ async function checkCase(t: Test, name: string): Promise<void> {
   for (const i of [0, 1]) await checkLogits(model, `base.logits.${i}`, null);
   await checkLoss(model, 'base', null);
   const { prompt, base, adapter } = expected.greedy;
-  t.same(await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }), base, 'greedy tokens');
+  t.same(
+    await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }),
+    base,
+    'greedy tokens',
+  );
   await model.loadLora('a', join(directory, 'adapter'));
   for (const i of [0, 1]) await checkLogits(model, `adapter.logits.${i}`, 'a');
   await checkLoss(model, 'adapter', 'a');
-  t.same(await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }), adapter, 'greedy with adapter');
+  t.same(
+    await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }),
+    adapter,
+    'greedy with adapter',
+  );
   for (const checkpointing of ['none', 'blocks'] as const) {
     const { loss, gradients } = await lossAndGradients(model, rows, targets, checkpointing);
     t.ok(Math.abs(loss - expected.loss.adapter) <= 1e-4, `loss of the tape, checkpointing ${checkpointing}`);
@@ -211,7 +219,11 @@ async function checkQuantized(t: Test, model: QuantizedModel, { nf4 }: Expected)
 }
 
 /** The same model with config.json as transformers 5 writes it. */
-async function checkNewConfig(t: Test, directory: string, check: (model: QuantizedModel) => Promise<void>): Promise<void> {
+async function checkNewConfig(
+  t: Test,
+  directory: string,
+  check: (model: QuantizedModel) => Promise<void>,
+): Promise<void> {
   const copy = mkdtempSync(join(tmpdir(), 'qlora-config-'));
   t.teardown(() => rmSync(copy, { recursive: true }));
   cpSync(directory, copy, { recursive: true });

@@ -3,7 +3,15 @@ import { add, cast, dropout, fill, scale, scaleByTensor, zeros } from '../../lib
 import { embedding } from '../../lib/ops/embedding.js';
 import { type Activation, glu } from '../../lib/ops/glu.js';
 import { type DType, type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
-import { checkMisuse, checkOps, forEachIsa, type OpCase, roundTo, tensorOf, type Values } from '../support/op-harness.js';
+import {
+  checkMisuse,
+  checkOps,
+  forEachIsa,
+  type OpCase,
+  roundTo,
+  tensorOf,
+  type Values,
+} from '../support/op-harness.js';
 import { dropoutFactors } from '../support/philox.js';
 
 const floats: readonly FloatDType[] = ['f32', 'bf16', 'f16'];
@@ -70,39 +78,47 @@ const cases: OpCase[] = [
       return (v: Values) => column(v, 'x').map((x, i) => x * (factors[i] as number));
     })(),
   },
-  ...floats.map((to): OpCase => ({
-    name: `cast to ${to}`,
-    inputs: { x: { shape: [3, 41], gradient: 'activation' } },
-    run: (tape, { x }) => cast(tape, x as Tensor, to),
-    reference: (v) => column(v, 'x').map((x) => x),
-    tolerance: to === 'bf16' ? { f32: 4e-3, f16: 4e-3 } : { f32: 5e-4 },
-  })),
-  ...(Object.keys(activations) as Activation[]).map((name): OpCase => ({
-    name: `glu ${name}`,
-    inputs: {
-      gate: { shape: odd, value: (_, normal) => 3 * normal(), gradient: 'activation' },
-      up: { shape: odd, gradient: 'activation' },
-    },
-    run: (tape, { gate, up }) => glu(tape, gate as Tensor, up as Tensor, name),
-    reference: (v) => column(v, 'gate').map((g, i) => activations[name](g) * (column(v, 'up')[i] as number)),
-  })),
-  ...([
-    [[4, 5], 11, 131, 1],
-    [[1], 2, 3, 8],
-    [[2, 3, 7], 300, 257, 0.5],
-  ] as const).map(([ids, V, C, factor]): OpCase => ({
-    name: `embedding of [${ids}] in [${V}, ${C}]`,
-    inputs: {
-      table: { shape: [V, C], gradient: 'parameter' },
-      ids: { shape: ids, dtype: 'i32', value: (i) => (i * i + V - 1) % V },
-    },
-    run: (tape, { table, ids }) => embedding(tape, table as Tensor, ids as Tensor, { scale: factor }),
-    reference: (v) =>
-      Float64Array.from({ length: column(v, 'ids').length * C }, (_, i) => {
-        const row = column(v, 'ids')[Math.floor(i / C)] as number;
-        return (column(v, 'table')[row * C + (i % C)] as number) * factor;
-      }),
-  })),
+  ...floats.map(
+    (to): OpCase => ({
+      name: `cast to ${to}`,
+      inputs: { x: { shape: [3, 41], gradient: 'activation' } },
+      run: (tape, { x }) => cast(tape, x as Tensor, to),
+      reference: (v) => column(v, 'x').map((x) => x),
+      tolerance: to === 'bf16' ? { f32: 4e-3, f16: 4e-3 } : { f32: 5e-4 },
+    }),
+  ),
+  ...(Object.keys(activations) as Activation[]).map(
+    (name): OpCase => ({
+      name: `glu ${name}`,
+      inputs: {
+        gate: { shape: odd, value: (_, normal) => 3 * normal(), gradient: 'activation' },
+        up: { shape: odd, gradient: 'activation' },
+      },
+      run: (tape, { gate, up }) => glu(tape, gate as Tensor, up as Tensor, name),
+      reference: (v) => column(v, 'gate').map((g, i) => activations[name](g) * (column(v, 'up')[i] as number)),
+    }),
+  ),
+  ...(
+    [
+      [[4, 5], 11, 131, 1],
+      [[1], 2, 3, 8],
+      [[2, 3, 7], 300, 257, 0.5],
+    ] as const
+  ).map(
+    ([ids, V, C, factor]): OpCase => ({
+      name: `embedding of [${ids}] in [${V}, ${C}]`,
+      inputs: {
+        table: { shape: [V, C], gradient: 'parameter' },
+        ids: { shape: ids, dtype: 'i32', value: (i) => (i * i + V - 1) % V },
+      },
+      run: (tape, { table, ids }) => embedding(tape, table as Tensor, ids as Tensor, { scale: factor }),
+      reference: (v) =>
+        Float64Array.from({ length: column(v, 'ids').length * C }, (_, i) => {
+          const row = column(v, 'ids')[Math.floor(i / C)] as number;
+          return (column(v, 'table')[row * C + (i % C)] as number) * factor;
+        }),
+    }),
+  ),
 ];
 
 await forEachIsa(t, import.meta.url, async () => {
@@ -114,7 +130,10 @@ await forEachIsa(t, import.meta.url, async () => {
       const x = zeros(stream, [3, 11001], dtype);
       t.ok((await x.read()).every((v) => v === 0));
       fill(x, 100);
-      t.ok((await x.read()).every((v) => v === 100), dtype);
+      t.ok(
+        (await x.read()).every((v) => v === 100),
+        dtype,
+      );
     }
     await stream.close();
   });
@@ -128,20 +147,29 @@ await forEachIsa(t, import.meta.url, async () => {
       const wide = cast(undefined, narrow, 'f32');
       const expected = await narrow.read();
       const widened = await wide.read();
-      t.equal(widened.findIndex((x, i) => !Object.is(x, expected[i])), -1, 'exactly, subnormals and infinities too');
-      const isNaN = Array.from(widened, Number.isNaN);
+      t.equal(
+        widened.findIndex((x, i) => !Object.is(x, expected[i])),
+        -1,
+        'exactly, subnormals and infinities too',
+      );
+      const nan = Array.from(widened, Number.isNaN);
       const back = (await cast(undefined, wide, dtype).readBits()) as Uint16Array;
-      t.ok(back.every((bits, i) => bits === i || isNaN[i]));
+      t.ok(back.every((bits, i) => bits === i || nan[i]));
       const nanStays = await cast(undefined, cast(undefined, wide, dtype), 'f32').read();
-      t.ok(nanStays.every((x, i) => Number.isNaN(x) === isNaN[i]));
+      t.ok(nanStays.every((x, i) => Number.isNaN(x) === nan[i]));
       // Between every two neighbours: halfway, and one unit of fp32 beside it.
-      const finite = Array.from(await wide.read()).filter((x) => Number.isFinite(x) && x > 0).sort((a, b) => a - b);
+      const finite = Array.from(await wide.read())
+        .filter((x) => Number.isFinite(x) && x > 0)
+        .sort((a, b) => a - b);
       const between = finite.slice(1).flatMap((high, i) => {
         const middle = Math.fround(((finite[i] as number) + high) / 2);
         return [middle, Math.fround(middle * (1 + 2 ** -23)), -Math.fround(middle * (1 - 2 ** -23))];
       });
       const rounded = await cast(undefined, tensorOf(stream, 'f32', [between.length], between), dtype).read();
-      t.equal(between.findIndex((x, i) => rounded[i] !== roundTo(dtype, x)), -1);
+      t.equal(
+        between.findIndex((x, i) => rounded[i] !== roundTo(dtype, x)),
+        -1,
+      );
       const huge = await cast(undefined, tensorOf(stream, 'f32', [2], [3.4e38, -3.4e38]), dtype).read();
       t.same([...huge], [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]);
     }
@@ -153,7 +181,12 @@ await forEachIsa(t, import.meta.url, async () => {
     const x = [-3e38, -1e19, -200, -30, 30, 200, 1e19, 3e38];
     for (const name of Object.keys(activations) as Activation[]) {
       const gate = tensorOf(stream, 'f32', [8], x);
-      const ones = tensorOf(stream, 'f32', [8], x.map(() => 1));
+      const ones = tensorOf(
+        stream,
+        'f32',
+        [8],
+        x.map(() => 1),
+      );
       const [dgate, dup] = [new Tensor(stream, 'f32', [8]), new Tensor(stream, 'f32', [8])];
       stream.run('gluBackward', ones, gate, ones, dgate, dup, Object.keys(activations).indexOf(name));
       const slopes = await dgate.read();

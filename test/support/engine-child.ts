@@ -45,7 +45,8 @@ export function trainingBits(): Promise<string[]> {
       const { loss, gradNorm } = await trainer.trainStep(rows.slice(step, step + 4));
       results.push(`${loss} ${gradNorm}`);
     }
-    for (const layer of trainer.adapter?.layers ?? []) results.push(sha256(await layer.read('A')), sha256(await layer.read('B')));
+    for (const layer of trainer.adapter?.layers ?? [])
+      results.push(sha256(await layer.read('A')), sha256(await layer.read('B')));
     results.push(sha256(await trainer.model.logits(rows[1]?.inputIds ?? [])));
     results.push(String(await trainer.model.loss(rows[2]?.inputIds ?? [])));
     const options = { doSample: true, temperature: 1.5, maxNewTokens: 20, seed: 3, ignoreEos: true };
@@ -56,7 +57,9 @@ export function trainingBits(): Promise<string[]> {
 
 /** Steps without end, of long rows: something is always in the middle of being computed. */
 async function trainForever(): Promise<never> {
-  const long = Array.from({ length: 8 }, (_, i) => ({ inputIds: Array.from({ length: 256 }, (_, t) => (i + 3 * t) % 500) }));
+  const long = Array.from({ length: 8 }, (_, i) => ({
+    inputIds: Array.from({ length: 256 }, (_, t) => (i + 3 * t) % 500),
+  }));
   return withTrainer(demo, async (trainer) => {
     for (;;) {
       const step = trainer.trainStep(long);

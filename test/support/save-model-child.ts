@@ -11,7 +11,14 @@ const adapter = model.addLora('a', { r: 2 });
 adapter.training = { template: 'alpaca' };
 const save = () => (what === 'adapter' ? adapter.save(target) : model.save(target));
 const hashes = () =>
-  Object.fromEntries(readdirSync(target).map((name) => [name, createHash('sha256').update(readFileSync(join(target, name))).digest('hex')]));
+  Object.fromEntries(
+    readdirSync(target).map((name) => [
+      name,
+      createHash('sha256')
+        .update(readFileSync(join(target, name)))
+        .digest('hex'),
+    ]),
+  );
 const ids = [5, 6, 7];
 await save();
 const before = hashes();

@@ -60,7 +60,9 @@ function checkChange(
   all: number,
 ): void {
   const change = Math.max(...entries.map(({ start, want }) => largestError(want, start, 1)));
-  const errors = entries.flatMap(({ got, want }) => Array.from(got, (x, i) => Math.abs(x - (want[i] as number)) / change));
+  const errors = entries.flatMap(({ got, want }) =>
+    Array.from(got, (x, i) => Math.abs(x - (want[i] as number)) / change),
+  );
   errors.sort((a, b) => a - b);
   const worst = errors.at(-1) as number;
   const mostly = errors[Math.floor(errors.length * 0.999)] as number;
@@ -84,8 +86,8 @@ await forEachIsa(t, import.meta.url, async () => {
       await follow(t, trainer, expected.lora);
       const saved = await trainer.save();
       const weights = 'adapter_model.safetensors';
-      const [got, start, want] = [saved, join(directory, 'adapter-initial'), join(directory, 'adapter-final')].map((d) =>
-        readSafetensors(join(d, weights)),
+      const [got, start, want] = [saved, join(directory, 'adapter-initial'), join(directory, 'adapter-final')].map(
+        (d) => readSafetensors(join(d, weights)),
       ) as [Map<string, StoredTensor>, Map<string, StoredTensor>, Map<string, StoredTensor>];
       t.same([...got.keys()].sort(), [...want.keys()].sort(), 'PEFT names');
       const entries = [...want.keys()].map((name) => ({
