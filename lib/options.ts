@@ -54,7 +54,7 @@ function expected(issue: Issue): string {
 function knownKeys(schema: z.ZodObject, path: readonly PropertyKey[]): string[] {
   let at: unknown = schema;
   for (const key of path) {
-    at = unwrap((at as z.ZodObject).shape?.[key as string]);
+    at = unwrap((at as z.ZodObject).shape?.[key as string] ?? (at as z.ZodArray).element);
   }
   return Object.keys((at as z.ZodObject)?.shape ?? schema.shape);
 }

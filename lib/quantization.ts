@@ -58,6 +58,7 @@ export function resolveQuantizeOptions(options: QuantizeOptions = {}): ResolvedQ
 function checkOneOf(name: string, value: unknown, allowed: readonly unknown[]): void {
   if (allowed.includes(value)) return;
   throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${name} must be one of ${allowed.join(', ')}, got ${show(value)}`, {
+    hint: `Leave ${name} out for its default.`,
     detail: { option: name, value },
   });
 }
@@ -72,17 +73,22 @@ function checkShape(shape: readonly number[]): number {
     return shape.reduce((product, n) => product * n, 1);
   }
   const got = Array.isArray(shape) ? `[${shape.join(', ')}]` : show(shape);
-  throw new QLoRAError('ERR_QLORA_SHAPE', `shape must be an array of positive integers, got ${got}`);
+  throw new QLoRAError('ERR_QLORA_SHAPE', `shape must be an array of positive integers, got ${got}`, {
+    hint: 'Of a weight [N, K] pass [N, K].',
+  });
 }
 
 type ArrayType = Float32ArrayConstructor | Uint8ArrayConstructor;
 
 function checkArray(what: string, array: unknown, type: ArrayType, length: number): void {
   if (!(array instanceof type)) {
-    throw new QLoRAError('ERR_QLORA_ARGUMENT', `${what} must be a ${type.name}, got ${show(array)}`);
+    throw new QLoRAError('ERR_QLORA_ARGUMENT', `${what} must be a ${type.name}, got ${show(array)}`, {
+      hint: `Make one with ${type.name}.from().`,
+    });
   }
   if (array.length !== length) {
     throw new QLoRAError('ERR_QLORA_SHAPE', `${what} must have ${length} elements, got ${array.length}`, {
+      hint: 'Array and shape must belong together.',
       detail: { expected: length, actual: array.length },
     });
   }

@@ -1,5 +1,6 @@
 /** What the engine promises whatever runs on it: a free event loop, no crash, no leak, the same bits. */
 import { execFileSync, spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
@@ -123,8 +124,9 @@ t.test('nothing grows', async (t) => {
   const models = await grown('modelCycles', 150);
   t.ok(models.grown < 6 * MiB, `load and dispose of models: ${models.grown} bytes`);
   t.equal(models.most, 0, 'every byte that was counted is given back');
-  const adapters = await grown('adapterCycles', 200);
-  t.ok(adapters.grown < 6 * MiB, `add and remove adapters: ${adapters.grown} bytes`);
+  const adapters = await grown('adapterCycles', 400);
+  // An adapter takes 57 KB: 260 that stay are above 14 MB.
+  t.ok(adapters.grown < 12 * MiB, `add and remove adapters: ${adapters.grown} bytes`);
   t.same(adapters.after, adapters.before);
 });
 
@@ -197,7 +199,8 @@ t.test('a step that runs out of memory changes nothing, and training goes on', a
   const { stream } = tried.model.core;
   const state = async () => {
     const layers = tried.adapter?.layers ?? [];
-    return Promise.all([tried.model.logits(ids), ...layers.flatMap((l) => [l.read('A'), l.read('B')])]);
+    const all = await Promise.all([tried.model.logits(ids), ...layers.flatMap((l) => [l.read('A'), l.read('B')])]);
+    return all.map((values) => createHash('sha256').update(new Uint8Array(values.buffer)).digest('hex'));
   };
   const before = await state();
   const { liveBytes, byClass } = tried.model.memory();

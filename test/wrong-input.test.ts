@@ -26,6 +26,13 @@ interface Wrong {
   hint?: RegExp;
 }
 
+/** A model that the calls go to: what was enqueued before runs before its memory is looked at. */
+let inUse: QuantizedModel | undefined;
+async function liveBytes(): Promise<number | undefined> {
+  await inUse?.core.stream.sync();
+  return memory()[0]?.liveBytes;
+}
+
 /** The error is whole, and what was counted before is counted after. */
 async function refuses(
   t: Test,
@@ -33,12 +40,12 @@ async function refuses(
   call: () => unknown,
   { code, message, hint = /\w/ }: Wrong,
 ): Promise<void> {
-  const before = memory()[0]?.liveBytes;
+  const before = await liveBytes();
   const error = await Promise.resolve()
     .then(call)
     .catch((e: unknown) => e);
   t.match(error, { name: 'QLoRAError', code, message, hint }, what);
-  t.equal(memory()[0]?.liveBytes, before, `${what}: nothing is left in memory`);
+  t.equal(await liveBytes(), before, `${what}: nothing is left in memory`);
 }
 
 type Change = (directory: string) => void;
@@ -148,7 +155,7 @@ t.test('model folders', async (t) => {
     [
       'NaN',
       (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7e00, (h[q] as Header[string]).data_offsets[0] + 20)),
-      { code: 'ERR_QLORA_NOT_FINITE', message: /q_proj.*element 10 / },
+      { code: 'ERR_QLORA_NON_FINITE', message: /q_proj.*element 10 / },
     ],
     [
       'an infinity in a norm',
@@ -156,7 +163,7 @@ t.test('model folders', async (t) => {
         editWeights(d, (h, data) =>
           data.writeUInt16LE(0x7c00, (h['model.norm.weight'] as Header[string]).data_offsets[0]),
         ),
-      { code: 'ERR_QLORA_NOT_FINITE', message: /model\.norm/ },
+      { code: 'ERR_QLORA_NON_FINITE', message: /model\.norm/ },
     ],
     [
       'another vocabulary',
@@ -234,11 +241,13 @@ t.test('model folders', async (t) => {
   config((c) => Object.assign(c, { a: null, b: false, c: 1, d: { e: 2 } }))(directory);
   const model = await QuantizedModel.load(directory, { allowUnknownConfig: ['c', 'd'] });
   t.ok(model, 'null, false and what is allowed pass');
+  inUse = undefined;
   await model.dispose();
 });
 
 t.test('option names and values, at every door', async (t) => {
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const rows = [{ inputIds: [1, 2, 3] }];
   const base = { model, dataset: rows, outputDir: join(t.testdirName, 'out') };
   const trainer = await QLoRATrainer.create(base);
@@ -333,18 +342,20 @@ t.test('option names and values, at every door', async (t) => {
     [
       'quantize, shape',
       () => quantize(new Float32Array(63), [64]),
-      { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/, hint: /|/ },
+      { code: 'ERR_QLORA_SHAPE', message: /64 elements, got 63/ },
     ],
-    ['dequantize', () => dequantize({} as never), { code: 'ERR_QLORA_OPTION_INVALID', message: /./, hint: /|/ }],
+    ['dequantize', () => dequantize({} as never), { code: 'ERR_QLORA_OPTION_INVALID', message: /./ }],
   ];
   for (const [what, call, wrong] of others) await refuses(t, what, call, wrong);
   t.same([...model.adapters.keys()], ['default'], 'no half-made adapter stays');
   await trainer.dispose();
+  inUse = undefined;
   await model.dispose();
 });
 
 t.test('ids, labels and rows', async (t) => {
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const outputDir = join(t.testdirName, 'out');
   const token = (message: RegExp) => ({ code: 'ERR_QLORA_TOKEN_ID', message });
   for (const bad of [209, -1, 1.5, Number.NaN, 2 ** 32 + 1]) {
@@ -396,6 +407,7 @@ t.test('ids, labels and rows', async (t) => {
   });
   t.ok((await trainer.trainStep([{ inputIds: [1, 2, 3] }])).loss > 0, 'and training goes on');
   await trainer.dispose();
+  inUse = undefined;
   await model.dispose();
 });
 
@@ -406,6 +418,7 @@ t.test("another model's adapter, a damaged one", async (t) => {
   const folder = join(t.testdirName, 'adapter');
   await other.dispose();
   const model = await QuantizedModel.load(tiny);
+  inUse = model;
   const load = () => model.loadLora('x', folder);
   await refuses(t, 'of a wider model', load, { code: 'ERR_QLORA_SHAPE', message: /\[2, 64\].*got \[2, 192\]/ });
   t.equal(model.adapters.size, 0, 'it is not half loaded');
@@ -421,6 +434,7 @@ t.test("another model's adapter, a damaged one", async (t) => {
     hint: /loadLora/,
   });
   t.equal(model.adapters.size, 0);
+  inUse = undefined;
   await model.dispose();
 });
 

@@ -37,6 +37,7 @@ function checkFactors({ scaling, rotaryDim }: Rope): void {
     throw new QLoRAError(
       'ERR_QLORA_CONFIG_INVALID',
       `config.json: ${name} must have ${rotaryDim / 2} numbers, one a pair of rotated dimensions, got ${factors.length}`,
+      { hint: 'config.json is damaged, or belongs to another model.' },
     );
   }
 }

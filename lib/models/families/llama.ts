@@ -14,6 +14,7 @@ export const llama: Family = {
       throw new QLoRAError(
         'ERR_QLORA_CONFIG_INVALID',
         `config.json: hidden_size must be a multiple of num_attention_heads where head_dim is not given, got ${hiddenSize} and ${numHeads}`,
+        { hint: 'config.json is damaged, or belongs to another family.' },
       );
     }
     const headDim = fields.count('head_dim', hiddenSize / numHeads);
@@ -22,6 +23,7 @@ export const llama: Family = {
       throw new QLoRAError(
         'ERR_QLORA_CONFIG_INVALID',
         `config.json: num_attention_heads must be a multiple of num_key_value_heads, got ${numHeads} and ${numKvHeads}`,
+        { hint: 'config.json is damaged, or belongs to another family.' },
       );
     }
     fields.boolean('attention_bias', false);
