@@ -39,7 +39,7 @@ const layers: Record<string, readonly string[]> = {
   models: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops', 'nn', 'io', 'tokenizer'],
   generate: ['errors.ts', 'options.ts', 'tensor.ts', 'ops', 'models', 'data', 'tokenizer'],
   'quantized-model.ts': [
-    'errors.ts', 'options.ts', 'event-stream.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
+    'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
     'models', 'generate',
   ],
   'devices.ts': ['errors.ts', 'native.ts'],

@@ -19,6 +19,12 @@ namespace {
 // Long enough to bridge the gaps between operations of a training step, short enough not to burn an idle core.
 constexpr int kSpins = 20000;
 
+// The parts of ThreadPool::loop_.
+constexpr uint64_t kJoined = 0x7fff;
+constexpr uint64_t kOpen = 0x8000;
+constexpr uint64_t kStateBits = kJoined | kOpen;
+constexpr uint64_t kNextLoop = 0x10000;
+
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -46,7 +52,7 @@ ThreadPool::~ThreadPool() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
-    ++generation_;
+    loop_ += kNextLoop;
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -54,25 +60,26 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(int64_t count, Invoke invoke, void* body) {
   std::lock_guard owner(owner_);
-  {
-    std::lock_guard lock(mutex_);
-    count_ = count;
-    invoke_ = invoke;
-    body_ = body;
-    next_ = 0;
-    failed_ = false;
-    exception_ = nullptr;
-    running_ = static_cast<int>(workers_.size());
-    ++generation_;
+  // The loop before is closed and left by all, so nobody reads these.
+  count_ = count;
+  invoke_ = invoke;
+  body_ = body;
+  next_ = 0;
+  failed_ = false;
+  exception_ = nullptr;
+  loop_ = ((loop_.load(std::memory_order_relaxed) & ~kStateBits) + kNextLoop) | kOpen;
+  if (asleep_ > 0) {
+    std::lock_guard lock(mutex_);  // a worker that is about to sleep has looked at loop_ under it
+    wake_.notify_all();
   }
-  wake_.notify_all();
   drain(0);
-  for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
+  loop_.fetch_and(~kOpen);
+  for (int spin = 0; loop_.load(std::memory_order_acquire) & kJoined; ++spin) {
     if (spin < kSpins) {
       pause();
     } else {
       std::unique_lock lock(mutex_);
-      done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
+      done_.wait(lock, [this] { return (loop_.load(std::memory_order_acquire) & kJoined) == 0; });
     }
   }
   if (exception_) std::rethrow_exception(exception_);
@@ -90,23 +97,27 @@ void ThreadPool::drain(int thread) {
 
 void ThreadPool::work(int thread) {
   yieldToEventLoop();
-  uint64_t seen = 0;
+  uint64_t seen = 0;  // the number of the loop that was joined or missed last
+  const auto isNew = [&] { return (loop_.load(std::memory_order_acquire) & ~kStateBits) != seen; };
   while (true) {
-    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) pause();
-    if (generation_.load(std::memory_order_acquire) == seen) {
+    for (int spin = 0; spin < kSpins && !isNew(); ++spin) pause();
+    if (!isNew()) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+      ++asleep_;
+      wake_.wait(lock, isNew);
+      --asleep_;
     }
-    {
-      // A loop is set up under the lock: taking it once orders what was written there before what is read here.
-      std::lock_guard lock(mutex_);
-      seen = generation_;
-      if (stop_) return;
-    }
-    drain(thread);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      std::lock_guard lock(mutex_);
-      done_.notify_one();
+    if (stop_) return;
+    uint64_t state = loop_.load(std::memory_order_acquire);
+    seen = state & ~kStateBits;
+    while (state & kOpen && (state & ~kStateBits) == seen) {
+      if (!loop_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+      drain(thread);
+      if (((loop_.fetch_sub(1, std::memory_order_acq_rel) - 1) & (kJoined | kOpen)) == 0) {
+        std::lock_guard lock(mutex_);
+        done_.notify_one();
+      }
+      break;
     }
   }
 }

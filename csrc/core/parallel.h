@@ -52,8 +52,10 @@ class ThreadPool {
   std::mutex owner_;  // one loop at a time
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
+  // The loop at hand: its number, whether workers may still join, and how many have. A worker that the system did not
+  // run in time never joins, and nobody waits for it.
+  std::atomic<uint64_t> loop_{0};
+  std::atomic<int> asleep_{0};
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
   Invoke invoke_ = nullptr;

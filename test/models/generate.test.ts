@@ -158,7 +158,7 @@ t.test('text', async (t) => {
     await t.rejects(pieces(model.generate('a', { maxNewTokes: 3 } as object)), unknownOption);
     await t.rejects(pieces(model.generateTokens([1], { maxNewTokes: 3 } as object)), unknownOption);
     await t.rejects(async () => model.generateTokens([1], { stop: ['a'] }), {
-      code: 'ERR_QLORA_OPTION_INVALID',
+      code: 'ERR_QLORA_OPTION_UNKNOWN',
       hint: String,
     });
     await t.rejects(async () => model.generateTokens([]), { code: 'ERR_QLORA_ARGUMENT', hint: String });
