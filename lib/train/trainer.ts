@@ -2,7 +2,6 @@ import { join } from 'node:path';
 import { z } from 'zod';
 import { Tape } from '../autograd.js';
 import { type EncodedRow, explainRow } from '../data/encode.js';
-import { shuffledOrder } from '../data/order.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import { type Row, toRow } from '../data/rows.js';
 import { DEFAULT_TEMPLATE } from '../data/templates.js';
@@ -18,7 +17,7 @@ import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { enqueueLoss, targetsOf } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
-import { learningRateAt } from './schedule.js';
+import { StepPlan } from './step-plan.js';
 
 /** What a step computed, read once the stream has come to it. */
 interface StepResult {
@@ -47,6 +46,7 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly adapter: LoraAdapter | undefined;
   readonly #options: ResolvedTrainerOptions;
   readonly #datasets: Datasets;
+  readonly #plan: StepPlan;
   readonly #optimizer: Optimizer;
   readonly #ownsModel: boolean;
   #step = 0;
@@ -64,6 +64,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
+    this.#plan = new StepPlan(datasets.train, options);
     this.#ownsModel = typeof options.model === 'string';
     this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
     if (adapter) adapter.training = { template: options.template ?? DEFAULT_TEMPLATE };
@@ -123,7 +124,7 @@ export class QLoRATrainer implements AsyncDisposable {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
       const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
-      const step = await this.#enqueueStep(encoded, this.#totalSteps);
+      const step = await this.#enqueueStep(encoded);
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };
@@ -188,18 +189,6 @@ export class QLoRATrainer implements AsyncDisposable {
     return this.adapter?.name;
   }
 
-  get #stepsPerEpoch(): number {
-    const { batchSize, gradientAccumulationSteps } = this.#options;
-    return Math.ceil(this.#datasets.train.length / (batchSize * gradientAccumulationSteps));
-  }
-
-  get #totalSteps(): number {
-    const { maxSteps, epochs } = this.#options;
-    const ofEpochs = Math.ceil((epochs ?? 3) * this.#stepsPerEpoch);
-    if (maxSteps === undefined) return ofEpochs;
-    return epochs === undefined ? maxSteps : Math.min(maxSteps, ofEpochs);
-  }
-
   async #exclusive<T>(work: () => Promise<T>): Promise<T> {
     if (this.#running) {
       throw new QLoRAError('ERR_QLORA_BUSY', 'this trainer is training already', { hint: 'Await the run before it.' });
@@ -215,7 +204,7 @@ export class QLoRATrainer implements AsyncDisposable {
   }
 
   async #train(emit: (event: TrainEvent) => void, signal: AbortSignal): Promise<TrainResult> {
-    const total = this.#totalSteps;
+    const total = this.#plan.totalSteps;
     const { evalSteps } = this.#options;
     let finalLoss = Number.NaN;
     let skipped = 0;
@@ -249,7 +238,7 @@ export class QLoRATrainer implements AsyncDisposable {
         }
       }
       const { liveBytes } = this.model.memory();
-      const epoch = step / this.#stepsPerEpoch;
+      const epoch = step / this.#plan.stepsPerEpoch;
       emit({ type: 'step', step, epoch, loss, learningRate, gradNorm, tokensPerSecond, memoryBytes: liveBytes });
     };
     const evaluate = async () => {
@@ -265,7 +254,7 @@ export class QLoRATrainer implements AsyncDisposable {
     await makeFolder(this.#options.outputDir);
 
     while (this.#step < total) {
-      const enqueued = await this.#enqueueStep(this.#rowsOfStep(this.#step), total, signal, report);
+      const enqueued = await this.#enqueueStep(this.#plan.rowsOf(this.#step), signal, report);
       if (!enqueued) {
         await report();
         return this.#stopped(emit, finalLoss);
@@ -305,32 +294,6 @@ export class QLoRATrainer implements AsyncDisposable {
     };
   }
 
-  /** The rows of an optimizer step, counted from 0: each epoch in an order of its own, its last step may be short. */
-  #rowsOfStep(step: number): EncodedRow[] {
-    const { train } = this.#datasets;
-    const { batchSize, gradientAccumulationSteps, seed } = this.#options;
-    const size = batchSize * gradientAccumulationSteps;
-    const epoch = Math.floor(step / this.#stepsPerEpoch);
-    const begin = (step % this.#stepsPerEpoch) * size;
-    const order = this.#orderOf(epoch, seed);
-    return Array.from(order.subarray(begin, begin + size), (i) => train[i] as EncodedRow);
-  }
-
-  #order: { epoch: number; order: Uint32Array } | undefined;
-
-  #orderOf(epoch: number, seed: number): Uint32Array {
-    if (this.#order?.epoch !== epoch) {
-      this.#order = { epoch, order: shuffledOrder(this.#datasets.train.length, seed, epoch) };
-    }
-    return this.#order.order;
-  }
-
-  #learningRate(step: number, totalSteps: number): number {
-    const { lrScheduler, learningRate, warmupRatio, schedulerOptions } = this.#options;
-    const warmupSteps = this.#options.warmupSteps ?? Math.ceil(warmupRatio * totalSteps);
-    return learningRateAt(lrScheduler, learningRate, step, { ...schedulerOptions, warmupSteps, totalSteps });
-  }
-
   /**
    * Enqueues forward, backward and the optimizer over these rows. The loss is the sum over all of them divided by their
    * target tokens, so that it does not depend on how they are cut into micro-steps.
@@ -339,7 +302,6 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   async #enqueueStep(
     rows: readonly EncodedRow[],
-    totalSteps: number,
     signal?: AbortSignal,
     between: () => Promise<void> = async () => {},
   ): Promise<EnqueuedStep | undefined> {
@@ -366,7 +328,7 @@ export class QLoRATrainer implements AsyncDisposable {
       await losses.at(-3);
     }
     await losses.at(-2);
-    const learningRate = this.#learningRate(this.#step, totalSteps);
+    const learningRate = this.#plan.learningRate(this.#step);
     this.#step++;
     using norm = this.#optimizer.step(this.#step, learningRate);
     const norms = handled(norm.read());

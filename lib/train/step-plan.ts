@@ -1,0 +1,41 @@
+import type { EncodedRow } from '../data/encode.js';
+import { shuffledOrder } from '../data/order.js';
+import type { ResolvedTrainerOptions } from './options.js';
+import { learningRateAt } from './schedule.js';
+
+/** What each step trains on and at which rate: a function of options, rows and the step's number alone. Steps count from 0. */
+export class StepPlan {
+  /** An epoch's last step may be short. */
+  readonly stepsPerEpoch: number;
+  readonly totalSteps: number;
+  readonly #rows: readonly EncodedRow[];
+  readonly #options: ResolvedTrainerOptions;
+  #order: { epoch: number; order: Uint32Array } | undefined;
+
+  constructor(rows: readonly EncodedRow[], options: ResolvedTrainerOptions) {
+    const { batchSize, gradientAccumulationSteps, maxSteps, epochs } = options;
+    this.#rows = rows;
+    this.#options = options;
+    this.stepsPerEpoch = Math.ceil(rows.length / (batchSize * gradientAccumulationSteps));
+    const ofEpochs = Math.ceil((epochs ?? 3) * this.stepsPerEpoch);
+    this.totalSteps =
+      maxSteps === undefined ? ofEpochs : epochs === undefined ? maxSteps : Math.min(maxSteps, ofEpochs);
+  }
+
+  /** Each epoch goes through the rows in an order of its own. */
+  rowsOf(step: number): EncodedRow[] {
+    const { batchSize, gradientAccumulationSteps, seed } = this.#options;
+    const size = batchSize * gradientAccumulationSteps;
+    const epoch = Math.floor(step / this.stepsPerEpoch);
+    if (this.#order?.epoch !== epoch) this.#order = { epoch, order: shuffledOrder(this.#rows.length, seed, epoch) };
+    const begin = (step % this.stepsPerEpoch) * size;
+    return Array.from(this.#order.order.subarray(begin, begin + size), (i) => this.#rows[i] as EncodedRow);
+  }
+
+  learningRate(step: number): number {
+    const { lrScheduler, learningRate, warmupRatio, schedulerOptions } = this.#options;
+    const { totalSteps } = this;
+    const warmupSteps = this.#options.warmupSteps ?? Math.ceil(warmupRatio * totalSteps);
+    return learningRateAt(lrScheduler, learningRate, step, { ...schedulerOptions, warmupSteps, totalSteps });
+  }
+}
