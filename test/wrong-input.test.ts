@@ -155,7 +155,7 @@ t.test('model folders', async (t) => {
     [
       'NaN',
       (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7e00, (h[q] as Header[string]).data_offsets[0] + 20)),
-      { code: 'ERR_QLORA_NOT_FINITE', message: /q_proj.*element 10 / },
+      { code: 'ERR_QLORA_NON_FINITE', message: /q_proj.*element 10 / },
     ],
     [
       'an infinity in a norm',
@@ -163,7 +163,7 @@ t.test('model folders', async (t) => {
         editWeights(d, (h, data) =>
           data.writeUInt16LE(0x7c00, (h['model.norm.weight'] as Header[string]).data_offsets[0]),
         ),
-      { code: 'ERR_QLORA_NOT_FINITE', message: /model\.norm/ },
+      { code: 'ERR_QLORA_NON_FINITE', message: /model\.norm/ },
     ],
     [
       'another vocabulary',

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import t from 'tap';
 import { promptTemplate } from '../../lib/data/templates.js';
+import { StopStrings } from '../../lib/generate/stop-strings.js';
 import { QuantizedModel } from '../../lib/index.js';
 import { packageRoot, referencesDir } from '../support/references.js';
 
@@ -177,6 +178,27 @@ t.test('text', async (t) => {
     await sleep(5);
     t.same(unhandled, []);
   });
+});
+
+t.test('stop strings, wherever the pieces are cut', (t) => {
+  const cases: [text: string, stops: string[], before: string][] = [
+    ['one two three', ['two'], 'one '],
+    ['aaab rest', ['aab'], 'a'],
+    ['abcabd!', ['abd'], 'abc'],
+    ['no end', ['END', 'x'], 'no end'],
+    ['both xy and x', ['y', 'xy'], 'both '],
+    ['ends with a star', ['stars'], 'ends with a star'],
+  ];
+  for (const [text, stops, before] of cases) {
+    for (const size of [1, 2, 3, 100]) {
+      const stop = new StopStrings(stops);
+      let got = '';
+      for (let i = 0; i < text.length; i += size) got += stop.push(text.slice(i, i + size));
+      t.equal(got + stop.finish(), before, `${text}, ${size} at once`);
+      t.equal(stop.found, before !== text);
+    }
+  }
+  t.end();
 });
 
 t.test('generation_config.json', async (t) => {
