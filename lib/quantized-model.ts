@@ -6,7 +6,9 @@ import { type EventStream, eventStream } from './event-stream.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
+import { readBnbConfig } from './io/bnb-checkpoint.js';
 import { openModelFolder } from './io/model-folder.js';
+import { log } from './logger.js';
 import { ConfigReader } from './models/config-reader.js';
 import { checkIds, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { familyOf } from './models/families/index.js';
@@ -133,6 +135,7 @@ export class QuantizedModel implements AsyncDisposable {
     const { quantization, computeDtype, ...rest } = resolveLoadOptions(options, 'load');
     using folder = await openModelFolder(directory);
     const family = familyOf(folder.config);
+    readBnbConfig(folder.config); // other ways of quantizing are refused here
     const fields = new ConfigReader(folder.config);
     const config = family.config(fields);
     fields.finish(rest.allowUnknownConfig);
@@ -145,6 +148,7 @@ export class QuantizedModel implements AsyncDisposable {
         signal: rest.signal,
         onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
       });
+      log('info', `loaded ${directory}`, { family: family.modelTypes[0], linears: weights.linears.length });
       return new QuantizedModel({
         directory,
         stream,
@@ -247,7 +251,7 @@ export class QuantizedModel implements AsyncDisposable {
     const abort = new AbortController();
     return eventStream(
       async (emit) => {
-        const resolved = resolveGenerateOptions(this.core, options);
+        const resolved = resolveGenerateOptions(this.core, options, 'text');
         checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
         const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
@@ -277,16 +281,7 @@ export class QuantizedModel implements AsyncDisposable {
     const abort = new AbortController();
     return eventStream(
       async (emit) => {
-        const resolved = resolveGenerateOptions(this.core, options);
-        if (resolved.stop.length > 0) {
-          throw new QLoRAError(
-            'ERR_QLORA_OPTION_INVALID',
-            "generateTokens: option 'stop' needs text, and there are only ids",
-            {
-              hint: 'Use generate(), or stop reading at your own ids.',
-            },
-          );
-        }
+        const resolved = resolveGenerateOptions(this.core, options, 'tokens');
         const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
         const ids: number[] = [];
         const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };

@@ -35,8 +35,8 @@ const schema = z.strictObject({
   seed: z.int().min(0).optional(),
   adapter: z.string().nullable().optional(),
   signal: z.instanceof(AbortSignal).optional(),
-  ignoreEos: z.boolean().optional(),
 });
+const tokensSchema = schema.omit({ stop: true }).extend({ ignoreEos: z.boolean().optional() });
 
 export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens'> & {
   stop: readonly string[];
@@ -53,11 +53,14 @@ const unsupported = {
   minNewTokens: 0,
 } as const;
 
+/** @param what 'text' takes stop strings, 'tokens' takes ignoreEos */
 export function resolveGenerateOptions(
   core: ModelCore,
   options: GenerateOptions & { ignoreEos?: boolean },
+  what: 'text' | 'tokens',
 ): ResolvedGenerateOptions {
-  const given = checkOptions(schema, options, 'generate');
+  const given: GenerateOptions & { ignoreEos?: boolean } =
+    what === 'text' ? checkOptions(schema, options, 'generate') : checkOptions(tokensSchema, options, 'generateTokens');
   const { generation } = core;
   for (const [field, neutral] of Object.entries(unsupported)) {
     const value = generation[field as keyof typeof unsupported];

@@ -237,13 +237,3 @@ const suffixes = { A: '.lora_A.weight', B: '.lora_B.weight', magnitude: '.lora_m
 export function adapterKey(path: string, part: AdapterPart): string {
   return part === 'whole' ? prefix + path : prefix + path + suffixes[part];
 }
-
-/** The reverse; undefined where the key is no adapter's. */
-export function parseAdapterKey(key: string): { path: string; part: AdapterPart } | undefined {
-  if (!key.startsWith(prefix)) return undefined;
-  const rest = key.slice(prefix.length);
-  for (const [part, suffix] of Object.entries(suffixes)) {
-    if (rest.endsWith(suffix)) return { path: rest.slice(0, -suffix.length), part: part as AdapterPart };
-  }
-  return /\.lora_|\.modules_to_save\./.test(rest) ? undefined : { path: rest, part: 'whole' };
-}

@@ -3,7 +3,6 @@
 import type { Tape } from '../autograd.js';
 import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
-import type { Linear } from '../nn/linear.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
@@ -115,9 +114,4 @@ export function logitsOf(core: ModelCore, hidden: Tensor, rows?: Int32Array): Te
   // Picking rows of a matrix by number is what an embedding does.
   using picked = embedding(undefined, hidden, ids, { dtype: core.computeDtype });
   return matmul(undefined, picked, head, undefined, 'f32');
-}
-
-/** The linear layers by their Hugging Face path. */
-export function linearAt(core: ModelCore, path: string): Linear | undefined {
-  return core.weights.linears.find((linear) => linear.path === path);
 }

@@ -1,4 +1,5 @@
 import { QLoRAError } from '../errors.js';
+import { removeTemporaryFiles } from '../io/atomic-file.js';
 import { makeFolder } from '../io/folder.js';
 import {
   type AdapterConfig,
@@ -39,9 +40,10 @@ export interface LoraOptions {
 
 /** An adapter over a model: a low-rank change of each layer that it targets. */
 export class LoraAdapter {
-  /** How it was trained, where that is known: which template its prompts go through. */
+  /** @internal How it was trained, where that is known: which template its prompts go through. */
   training: TrainingRecord | undefined;
 
+  /** @internal */
   constructor(
     readonly name: string,
     readonly layers: readonly LoraLinear[],
@@ -53,7 +55,7 @@ export class LoraAdapter {
     return this.parameters.reduce((sum, t) => sum + t.size, 0);
   }
 
-  /** What is trained, in the order of the layers. */
+  /** @internal What is trained, in the order of the layers. */
   get parameters(): Tensor[] {
     return this.layers.flatMap((layer) => layer.parameters);
   }
@@ -61,6 +63,7 @@ export class LoraAdapter {
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
   async save(directory: string): Promise<void> {
     await makeFolder(directory);
+    await removeTemporaryFiles(directory);
     const items = this.layers.flatMap((layer) =>
       partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
     );

@@ -1,7 +1,7 @@
 /** A model as a Hugging Face folder that transformers, with bitsandbytes, loads. */
 import { join } from 'node:path';
 import { QLoRAError } from '../errors.js';
-import { writeFileAtomic } from '../io/atomic-file.js';
+import { removeTemporaryFiles, writeFileAtomic } from '../io/atomic-file.js';
 import { bnbConfigJson } from '../io/bnb-checkpoint.js';
 import { makeFolder } from '../io/folder.js';
 import { readText } from '../io/json.js';
@@ -34,12 +34,13 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
     );
   }
   await makeFolder(directory);
+  await removeTemporaryFiles(directory);
   const dtype = checkpointDtype(core);
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
   for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight, dtype));
   await writeSafetensors(join(directory, 'model.safetensors'), items, { format: 'pt' });
-  const config: Record<string, unknown> = { ...core.configJson };
+  const config: Record<string, unknown> = { ...core.configJson, ...dtypeFields(core) };
   const [first] = quantized;
   if (first) {
     const { type, nestedAbsmax } = first.weight.tensors;
@@ -59,6 +60,12 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
     });
     if (text !== undefined) await writeFileAtomic(join(directory, name), text);
   }
+}
+
+/** After full fine-tuning the weights are fp32 masters, whatever the files had. */
+function dtypeFields({ configJson, weights }: ModelCore): Record<string, unknown> {
+  const masters = [...weights.dense.values()].every((t) => t.dtype === 'f32');
+  return masters ? { ['torch_dtype' in configJson ? 'torch_dtype' : 'dtype']: 'float32' } : {};
 }
 
 /** What the 4-bit weights were before: the dtype of the rest of the model. */

@@ -27,10 +27,14 @@ export class LoraLinear {
   readonly alpha: number;
   readonly scale: number;
   readonly dropout: number;
+  /** @internal */
   readonly A: Tensor;
+  /** @internal */
   readonly B: Tensor;
+  /** @internal */
   readonly magnitude: Tensor | undefined;
 
+  /** @internal */
   constructor(stream: Stream, linear: Linear, shape: LoraShape) {
     const { N, K } = linear.weight;
     this.path = linear.path;
@@ -45,7 +49,7 @@ export class LoraLinear {
     this.magnitude = shape.useDora ? new Tensor(stream, 'f32', [N], 'adapters') : undefined;
   }
 
-  /** PEFT's start: A Kaiming-uniform with a = sqrt 5, which is uniform within 1 / sqrt(K); B zero; magnitude |W|. */
+  /** @internal PEFT's start: A Kaiming-uniform with a = sqrt 5, which is uniform within 1 / sqrt(K); B zero; magnitude |W|. */
   initialize(linear: Linear, dtype: FloatDType, seed: number, layer: number): void {
     const bound = 1 / Math.sqrt(this.inFeatures);
     randomUniform(this.A, -bound, bound, seed, layer);
@@ -55,7 +59,7 @@ export class LoraLinear {
     }
   }
 
-  /** What is trained, A first. */
+  /** @internal What is trained, A first. */
   get parameters(): Tensor[] {
     return this.magnitude ? [this.A, this.B, this.magnitude] : [this.A, this.B];
   }
@@ -78,6 +82,7 @@ export class LoraLinear {
     await target.write(data);
   }
 
+  /** @internal */
   dispose(): void {
     for (const t of this.parameters) t.dispose();
   }

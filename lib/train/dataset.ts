@@ -4,6 +4,7 @@ import { type EncodedRow, type EncodeOptions, encodeRow } from '../data/encode.j
 import { splitRows } from '../data/order.js';
 import { type DatasetSource, readRows } from '../data/read-rows.js';
 import { QLoRAError } from '../errors.js';
+import { log } from '../logger.js';
 import { checkIds, type ModelCore } from '../models/core.js';
 import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
 
@@ -29,6 +30,7 @@ export async function encodeDataset(
   for (const part of parts) {
     let left = Math.min(part.maxSamples ?? Number.POSITIVE_INFINITY, maxSamples - rows.length);
     if (left <= 0) continue;
+    const before = rows.length;
     for await (const { row, place } of readRows(part.source, { format: part.format ?? format })) {
       const encoded = encodeRow(row, core.tokenizer, encoding, place);
       checkIds(encoded.ids, core.config.vocabSize, `row ${place.row}: inputIds`);
@@ -44,6 +46,10 @@ export async function encodeDataset(
       }
       if (--left <= 0) break;
     }
+    log(
+      'info',
+      `using ${rows.length - before} rows of ${typeof part.source === 'string' ? part.source : 'the program'}`,
+    );
   }
   if (rows.length === 0) {
     throw new QLoRAError('ERR_QLORA_DATASET_EMPTY', 'the data set has no rows, at least one is needed', {

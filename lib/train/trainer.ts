@@ -1,4 +1,3 @@
-import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { Tape } from '../autograd.js';
@@ -294,7 +293,6 @@ export class QLoRATrainer implements AsyncDisposable {
   /** The last whole step is kept; outputDir itself stays for finished runs. */
   async #stopped(emit: (event: TrainEvent) => void, finalLoss: number): Promise<TrainResult> {
     const path = join(this.#options.outputDir, `checkpoint-${this.#step}`);
-    await rm(path, { recursive: true, force: true });
     if (this.adapter) await this.adapter.save(path);
     else await this.model.save(path);
     emit({ type: 'checkpoint', step: this.#step, path });

@@ -21,7 +21,6 @@ import {
   adapterConfigJson,
   adapterKey,
   openAdapterWeights,
-  parseAdapterKey,
   readAdapterConfig,
   writeAdapterConfig,
 } from '../../lib/io/peft.js';
@@ -81,9 +80,8 @@ t.test("adapter_config.json of PEFT's is read, and written again byte for byte",
     t.equal(adapterConfigJson(config), readFileSync(path, 'utf8'), name);
     const weights = await openAdapterWeights(join(path, '..'));
     for (const key of weights.tensors.keys()) {
-      const { path: module, part } = parseAdapterKey(key) as { path: string; part: AdapterPart };
-      t.not(part, 'whole');
-      t.equal(adapterKey(module, part), key);
+      const [, module, part] = key.match(/^base_model\.model\.(.+)\.lora_(A|B|magnitude)(?:\.weight|_vector)$/) ?? [];
+      t.equal(adapterKey(module as string, part as AdapterPart), key);
     }
   }
   t.match(await readAdapterConfig(join(references, 'models', 'llama3', 'adapter')), {
@@ -179,8 +177,6 @@ t.test('adapters that we cannot represent', async (t) => {
     message: /no adapter_config.json/,
   });
   await t.rejects(openAdapterWeights(t.testdir({ 'adapter_model.bin': '' })), { code: 'ERR_QLORA_PICKLE' });
-  t.equal(parseAdapterKey('model.layers.0.q_proj.lora_A.weight'), undefined);
-  t.same(parseAdapterKey('base_model.model.lm_head.weight'), { path: 'lm_head.weight', part: 'whole' });
 });
 
 t.test('which modules an adapter has', async (t) => {

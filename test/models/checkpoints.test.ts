@@ -86,7 +86,7 @@ await forEachIsa(t, import.meta.url, async () => {
 function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string, StoredTensor>, name: string): void {
   const { type, doubleQuant } = optionsOf(name);
   // FP4's code 8 is zero as code 0 is, and bitsandbytes' CPU build chooses otherwise between them.
-  const valueOf = (code: number) => (type === 'fp4' ? code % 8 && code : code);
+  const canonical = (code: number) => (type === 'fp4' ? code % 8 && code : code);
   let differing = 0;
   for (const [key, tensor] of want) {
     if (!want.has(`${key}.absmax`) && !isQuantized(key)) continue;
@@ -94,8 +94,8 @@ function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string,
     if (want.has(`${key}.absmax`)) {
       a.forEach((byte, i) => {
         const other = b[i] as number;
-        if (valueOf(byte >> 4) !== valueOf(other >> 4)) differing++;
-        if (valueOf(byte & 15) !== valueOf(other & 15)) differing++;
+        if (canonical(byte >> 4) !== canonical(other >> 4)) differing++;
+        if (canonical(byte & 15) !== canonical(other & 15)) differing++;
       });
     } else if (key.endsWith('.absmax') && !doubleQuant && !Buffer.from(a).equals(Buffer.from(b))) {
       t.fail(`${key}: other block maxima`);
