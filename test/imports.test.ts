@@ -39,6 +39,7 @@ const layers: Record<string, readonly string[]> = {
   models: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops', 'nn', 'io', 'tokenizer'],
   generate: ['errors.ts', 'options.ts', 'tensor.ts', 'ops', 'models', 'data', 'tokenizer'],
   'quantized-model.ts': [
+    'logger.ts',
     'errors.ts', 'options.ts', 'event-stream.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
     'models', 'generate',
   ],
