@@ -7,6 +7,21 @@ import { fill } from '../ops/elementwise.js';
 import { linearCrossEntropy } from '../ops/linear-cross-entropy.js';
 import { Tensor } from '../tensor.js';
 
+/** What a step computed, read once the stream has come to it. */
+export interface StepResult {
+  loss: number;
+  gradNorm: number;
+  finite: boolean;
+  tokens: number;
+}
+
+/** A step whose work is in the queue. */
+export interface EnqueuedStep {
+  step: number;
+  learningRate: number;
+  result: Promise<StepResult>;
+}
+
 /** Labels that a row's loss counts: all but the first, which nothing predicts. */
 export function targetsOf(row: EncodedRow): number {
   return row.labels.subarray(1).reduce((n, label) => n + (label === -100 ? 0 : 1), 0);
@@ -37,4 +52,16 @@ export function enqueueLoss(
     tape.backward(loss, one);
   }
   return loss;
+}
+
+/** Whoever awaits it is told of a failure; one that nobody comes to await any more is no unhandled rejection. */
+export function handled<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => {});
+  return promise;
+}
+
+/** The one number that a tensor holds, which is disposed of. */
+export async function readScalar(tensor: Tensor): Promise<number> {
+  using t = tensor;
+  return (await t.read())[0] as number;
 }

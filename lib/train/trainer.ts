@@ -11,28 +11,12 @@ import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
-import type { Tensor } from '../tensor.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
-import { enqueueLoss, targetsOf } from './micro-step.js';
+import { type EnqueuedStep, enqueueLoss, handled, readScalar, targetsOf } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
 import { StepPlan } from './step-plan.js';
-
-/** What a step computed, read once the stream has come to it. */
-interface StepResult {
-  loss: number;
-  gradNorm: number;
-  finite: boolean;
-  tokens: number;
-}
-
-/** A step whose work is in the queue. */
-interface EnqueuedStep {
-  step: number;
-  learningRate: number;
-  result: Promise<StepResult>;
-}
 
 const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
 const adapterName = 'default';
@@ -359,15 +343,4 @@ export class QLoRATrainer implements AsyncDisposable {
       },
     );
   }
-}
-
-/** Whoever awaits it is told of a failure; one that nobody comes to await any more is no unhandled rejection. */
-function handled<T>(promise: Promise<T>): Promise<T> {
-  promise.catch(() => {});
-  return promise;
-}
-
-async function readScalar(tensor: Tensor): Promise<number> {
-  using t = tensor;
-  return (await t.read())[0] as number;
 }

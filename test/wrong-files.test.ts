@@ -1,0 +1,234 @@
+/** Files that are missing, damaged or of another model: a QLoRAError that says what is wrong, and nothing is lost. */
+import { cpSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import t from 'tap';
+import { QuantizedModel } from '../lib/index.js';
+import { packageRoot, referencesDir } from './support/references.js';
+import { refuses, use, type Wrong } from './support/refuses.js';
+
+const tiny = join(referencesDir('models'), 'llama');
+const demo = join(packageRoot(), 'examples', 'demo', 'model');
+
+type Change = (directory: string) => void;
+interface Header {
+  [name: string]: { dtype: string; shape: number[]; data_offsets: [number, number] };
+}
+
+/** Rewrites model.safetensors through its header and data. */
+function editWeights(directory: string, edit: (header: Header, data: Buffer) => void): void {
+  const path = join(directory, 'model.safetensors');
+  const file = readFileSync(path);
+  const start = 8 + Number(file.readBigUInt64LE(0));
+  const header = JSON.parse(file.toString('utf8', 8, start)) as Header;
+  const data = file.subarray(start);
+  edit(header, data);
+  const text = Buffer.from(JSON.stringify(header));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(text.length));
+  writeFileSync(path, Buffer.concat([length, text, data]));
+}
+
+function editJson(path: string, edit: (json: Record<string, unknown>) => void): void {
+  const json = JSON.parse(readFileSync(path, 'utf8')) as Record<string, unknown>;
+  edit(json);
+  writeFileSync(path, JSON.stringify(json));
+}
+const config =
+  (edit: (json: Record<string, unknown>) => void): Change =>
+  (d) =>
+    editJson(join(d, 'config.json'), edit);
+const q = 'model.layers.1.self_attn.q_proj.weight';
+
+t.test('model folders', async (t) => {
+  await refuses(t, 'no folder', () => QuantizedModel.load('/no/such/folder'), {
+    code: 'ERR_QLORA_MODEL_NOT_FOUND',
+    message: /\/no\/such\/folder: there is no such folder/,
+  });
+  const cases: [string, Change, Wrong][] = [
+    [
+      'no config.json',
+      (d) => rmSync(join(d, 'config.json')),
+      { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /no config\.json/ },
+    ],
+    [
+      'no weights',
+      (d) => rmSync(join(d, 'model.safetensors')),
+      { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /neither model\.safetensors nor/ },
+    ],
+    [
+      'cut off',
+      (d) => truncateSync(join(d, 'model.safetensors'), 50_000),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ },
+    ],
+    [
+      'cut off in the header',
+      (d) => truncateSync(join(d, 'model.safetensors'), 100),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /model\.safetensors/ },
+    ],
+    [
+      'a header that lies about offsets',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).data_offsets[1] += 1e9;
+        }),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ },
+    ],
+    [
+      'a header that lies about a shape',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).shape = [64, 65];
+        }),
+      { code: 'ERR_QLORA_SAFETENSORS', message: /q_proj/ },
+    ],
+    [
+      'another shape',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).shape = [32, 128];
+        }),
+      { code: 'ERR_QLORA_SHAPE', message: /\[64, 64\].*\[32, 128\]/ },
+    ],
+    [
+      'another dtype',
+      (d) =>
+        editWeights(d, (h) => {
+          (h[q] as Header[string]).dtype = 'I16';
+        }),
+      { code: 'ERR_QLORA_DTYPE', message: /F32, BF16 or F16, got I16/ },
+    ],
+    [
+      'a missing tensor',
+      (d) =>
+        editWeights(d, (h) => {
+          h.other = h[q] as Header[string];
+          delete h[q];
+        }),
+      { code: 'ERR_QLORA_TENSOR_NOT_FOUND', message: /layers\.1\.self_attn\.q_proj\.weight/ },
+    ],
+    [
+      'one too many',
+      config((c) => {
+        c.num_hidden_layers = 1;
+      }),
+      { code: 'ERR_QLORA_TENSOR_UNEXPECTED', message: /layers\.1\./ },
+    ],
+    [
+      'NaN',
+      (d) => editWeights(d, (h, data) => data.writeUInt16LE(0x7e00, (h[q] as Header[string]).data_offsets[0] + 20)),
+      { code: 'ERR_QLORA_NON_FINITE', message: /q_proj.*element 10 / },
+    ],
+    [
+      'an infinity in a norm',
+      (d) =>
+        editWeights(d, (h, data) =>
+          data.writeUInt16LE(0x7c00, (h['model.norm.weight'] as Header[string]).data_offsets[0]),
+        ),
+      { code: 'ERR_QLORA_NON_FINITE', message: /model\.norm/ },
+    ],
+    [
+      'another vocabulary',
+      config((c) => {
+        c.vocab_size = 100;
+      }),
+      { code: 'ERR_QLORA_SHAPE', message: /\[100, 64\].*\[209, 64\]/ },
+    ],
+    [
+      'an unknown field',
+      config((c) => {
+        c.residual_multiplier = 0.5;
+      }),
+      {
+        code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD',
+        message: /'residual_multiplier' \(0\.5\)/,
+        hint: /allowUnknownConfig: \['residual_multiplier'\]/,
+      },
+    ],
+    [
+      'a misspelt field',
+      config((c) => {
+        c.rope_tetha = 5;
+      }),
+      { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /rope_tetha/, hint: /Did you mean 'rope_theta'/ },
+    ],
+    [
+      'a wrong value',
+      config((c) => {
+        c.hidden_size = 'big';
+      }),
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /'hidden_size' must be a number, got "big"/ },
+    ],
+    [
+      'heads that do not divide',
+      config((c) => {
+        c.num_attention_heads = 5;
+      }),
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /64 and 5/ },
+    ],
+    [
+      'another family',
+      config((c) => {
+        c.model_type = 'lama';
+      }),
+      { code: 'ERR_QLORA_MODEL_UNSUPPORTED', message: /got "lama"/, hint: /Did you mean 'llama'/ },
+    ],
+    [
+      'config.json that is none',
+      (d) => writeFileSync(join(d, 'config.json'), '{'),
+      { code: 'ERR_QLORA_JSON', message: /config\.json/ },
+    ],
+    [
+      'a tokenizer that is none',
+      (d) => writeFileSync(join(d, 'tokenizer.json'), '[]'),
+      { code: 'ERR_QLORA_TOKENIZER_INVALID', message: /tokenizer\.json/ },
+    ],
+    [
+      'an end token that is none',
+      (d) =>
+        editJson(join(d, 'generation_config.json'), (c) => {
+          c.eos_token_id = 'x';
+        }),
+      { code: 'ERR_QLORA_CONFIG', message: /'eos_token_id'.*"x"/ },
+    ],
+  ];
+  for (const [what, change, wrong] of cases) {
+    const directory = t.testdir();
+    cpSync(tiny, directory, { recursive: true });
+    change(directory);
+    await refuses(t, what, () => QuantizedModel.load(directory), wrong);
+  }
+  const directory = t.testdir();
+  cpSync(tiny, directory, { recursive: true });
+  config((c) => Object.assign(c, { a: null, b: false, c: 1, d: { e: 2 } }))(directory);
+  const model = await QuantizedModel.load(directory, { allowUnknownConfig: ['c', 'd'] });
+  t.ok(model, 'null, false and what is allowed pass');
+  use(undefined);
+  await model.dispose();
+});
+
+t.test("another model's adapter, a damaged one", async (t) => {
+  const other = await QuantizedModel.load(demo);
+  other.addLora('x', { r: 2 });
+  await other.adapters.get('x')?.save(join(t.testdir(), 'adapter'));
+  const folder = join(t.testdirName, 'adapter');
+  await other.dispose();
+  const model = await QuantizedModel.load(tiny);
+  use(model);
+  const load = () => model.loadLora('x', folder);
+  await refuses(t, 'of a wider model', load, { code: 'ERR_QLORA_SHAPE', message: /\[2, 64\].*got \[2, 192\]/ });
+  t.equal(model.adapters.size, 0, 'it is not half loaded');
+  truncateSync(join(folder, 'adapter_model.safetensors'), 500);
+  await refuses(t, 'cut off', load, { code: 'ERR_QLORA_SAFETENSORS', message: /adapter_model/ });
+  editJson(join(folder, 'adapter_config.json'), (c) => {
+    c.peft_type = 'IA3';
+  });
+  await refuses(t, 'another method', load, { code: 'ERR_QLORA_ADAPTER_UNSUPPORTED', message: /IA3/ });
+  await refuses(t, 'an adapter as a model', () => QuantizedModel.load(folder), {
+    code: 'ERR_QLORA_MODEL_NOT_FOUND',
+    message: /config\.json/,
+    hint: /loadLora/,
+  });
+  t.equal(model.adapters.size, 0);
+  use(undefined);
+  await model.dispose();
+});
