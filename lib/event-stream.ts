@@ -1,4 +1,5 @@
 /** A promise that can also be iterated: what generate() and train() return. */
+import { QLoRAError } from './errors.js';
 
 export interface EventStream<Item, Result> extends Promise<Result>, AsyncIterable<Item> {}
 
@@ -39,7 +40,14 @@ export function eventStream<Item, Result>(
     }
   }
 
+  let iterated = false;
   const iterate = () => {
+    if (iterated) {
+      throw new QLoRAError('ERR_QLORA_BUSY', 'it is being iterated, or was: it has one reader', {
+        hint: 'Await it for the result.',
+      });
+    }
+    iterated = true;
     // The reader is told of a failure; without this the promise nobody awaits would count as unhandled.
     result.catch(() => {});
     return read();

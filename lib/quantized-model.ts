@@ -318,7 +318,7 @@ export class QuantizedModel implements AsyncDisposable {
   /** Frees everything. What was enqueued before is finished first. */
   async dispose(): Promise<void> {
     const { stream, weights, adapters } = this.core;
-    if (stream.closed) return;
+    if (stream.closed) return stream.close();
     for (const adapter of [...adapters.values()]) detach(this.core, adapter);
     for (const linear of weights.linears) linear.dispose();
     for (const tensor of weights.dense.values()) tensor.dispose();

@@ -16,7 +16,7 @@ export class Stream {
   readonly device: Device = 'cpu';
   readonly #native: NativeStream;
   readonly #shared = new Map<string, Tensor>();
-  #closed = false;
+  #closing: Promise<void> | undefined;
 
   constructor() {
     this.#native = guard(() => new native.Stream());
@@ -57,7 +57,7 @@ export class Stream {
   }
 
   get closed(): boolean {
-    return this.#closed;
+    return this.#closing !== undefined;
   }
 
   /** The tensor of that name, which all that computes here shares: made when first asked for, kept as long as the stream. */
@@ -68,9 +68,12 @@ export class Stream {
   }
 
   /** Runs what was enqueued, then ends the thread. What is enqueued meanwhile is dropped: ERR_QLORA_DISPOSED. */
-  async close(): Promise<void> {
-    if (this.#closed) return;
-    this.#closed = true;
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
     for (const tensor of this.#shared.values()) tensor.dispose();
     await this.sync();
     this.#native.close();

@@ -5,8 +5,8 @@ import { gradNorm } from '../lib/ops/grad-norm.js';
 import { adamw, sgd } from '../lib/ops/optimizer.js';
 import { Stream, Tensor } from '../lib/tensor.js';
 import { checkMisuse, forEachIsa } from './support/op-harness.js';
-import { readReferenceTensors } from './support/reference-tensors.js';
 import { readJson, referencesDir } from './support/references.js';
+import { readSafetensors, type StoredTensor, valuesOf } from './support/safetensors.js';
 
 interface Trace {
   name: string;
@@ -30,8 +30,17 @@ interface Clipping {
 
 const folder = referencesDir('optimizers');
 const index = readJson<{ traces: Trace[]; clipping: Clipping[] }>(folder, 'index.json');
-const reference = readReferenceTensors(join(folder, 'traces.safetensors'));
-const clipping = readReferenceTensors(join(folder, 'clipping.safetensors'));
+/** The fp32 tensors of a file, by name. */
+function tensorsOf(file: string): (name: string) => { shape: number[]; data: Float32Array } {
+  const tensors = readSafetensors(join(folder, file));
+  return (name) => {
+    const tensor = tensors.get(name) as StoredTensor;
+    return { shape: tensor.shape, data: valuesOf(tensor) };
+  };
+}
+
+const reference = tensorsOf('traces.safetensors');
+const clipping = tensorsOf('clipping.safetensors');
 const steps = 12;
 
 /** The largest |a - e| over 1e-6 + 1e-6 |e|: at most 1 is what the references allow. */

@@ -98,7 +98,8 @@ void ThreadPool::drain(int thread) {
 void ThreadPool::work(int thread) {
   yieldToEventLoop();
   uint64_t seen = 0;  // the number of the loop that was joined or missed last
-  const auto isNew = [&] { return (loop_.load(std::memory_order_acquire) & ~kStateBits) != seen; };
+  // Sequentially consistent with asleep_: either the owner sees this thread asleep, or this thread the new loop.
+  const auto isNew = [&] { return (loop_.load() & ~kStateBits) != seen; };
   while (true) {
     for (int spin = 0; spin < kSpins && !isNew(); ++spin) pause();
     if (!isNew()) {
@@ -107,8 +108,8 @@ void ThreadPool::work(int thread) {
       wake_.wait(lock, isNew);
       --asleep_;
     }
-    if (stop_) return;
     uint64_t state = loop_.load(std::memory_order_acquire);
+    if (stop_) return;  // written before the loop's number was
     seen = state & ~kStateBits;
     while (state & kOpen && (state & ~kStateBits) == seen) {
       if (!loop_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
@@ -130,7 +131,8 @@ ThreadPool& threadPool() {
 
 void yieldToEventLoop() {
 #if defined(__linux__)
-  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), 5);
+  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
+  setpriority(PRIO_PROCESS, thread, std::min(19, getpriority(PRIO_PROCESS, thread) + 5));
 #endif
 }
 

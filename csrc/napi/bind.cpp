@@ -23,8 +23,12 @@ void Completions::deliverPending(napi_env rawEnv, napi_value, void*, void* data)
     } else {
       done->deferred.Resolve(done->value(env));
     }
-  } catch (const Napi::Error&) {
-    // The worker is being terminated: nobody waits for it any more.
+  } catch (...) {
+    // The result could not be made, or the worker is being terminated and nobody waits for it any more.
+    try {
+      done->deferred.Reject(toJavaScript(env, *currentError()).Value());
+    } catch (const Napi::Error&) {
+    }
   }
 }
 

@@ -1,6 +1,6 @@
 /** Files of which a reader sees the old one or the whole new one, whatever happens while they are written. */
 import { randomBytes } from 'node:crypto';
-import { readdir, unlink } from 'node:fs/promises';
+import { readdir, rm, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { guard, type NativeTensor } from '../native.js';
 import { nativeFile } from './native-file.js';
@@ -27,9 +27,15 @@ export function writeFileAtomic(path: string, content: string | Uint8Array): Pro
   return writeParts(path, [typeof content === 'string' ? new TextEncoder().encode(content) : content]);
 }
 
-/** Removes what a killed process left half-written in a folder. Only where nobody else writes there. */
+/** Milliseconds after which a temporary file is no save under way any more. */
+const abandoned = 3_600_000;
+
+/** Removes what a killed process left half-written in a folder, once it is an hour old. */
 export async function removeTemporaryFiles(directory: string): Promise<void> {
   for (const name of await readdir(directory)) {
-    if (temporaryName.test(name)) await unlink(join(directory, name));
+    if (!temporaryName.test(name)) continue;
+    const path = join(directory, name);
+    const { mtimeMs } = await stat(path).catch(() => ({ mtimeMs: Date.now() }));
+    if (Date.now() - mtimeMs > abandoned) await rm(path, { force: true });
   }
 }

@@ -1,5 +1,5 @@
 /** What an adapter remembers of its training, beside PEFT's files: qlora_node.json. */
-import { readFile } from 'node:fs/promises';
+import { readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeFileAtomic } from './atomic-file.js';
 
@@ -10,7 +10,9 @@ export interface TrainingRecord {
 
 const fileName = 'qlora_node.json';
 
-export async function writeTrainingRecord(directory: string, record: TrainingRecord): Promise<void> {
+/** Without a record, one that an earlier adapter left there is removed. */
+export async function writeTrainingRecord(directory: string, record: TrainingRecord | undefined): Promise<void> {
+  if (!record) return rm(join(directory, fileName), { force: true });
   await writeFileAtomic(join(directory, fileName), `${JSON.stringify(record, undefined, 2)}\n`);
 }
 

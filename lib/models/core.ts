@@ -62,6 +62,11 @@ export function hiddenStates(
   cache?: KeyValueCache,
 ): Tensor {
   const { batch, length } = rows;
+  if (pass.adapter !== undefined && !core.adapters.has(pass.adapter)) {
+    throw new QLoRAError('ERR_QLORA_ADAPTER_UNKNOWN', `adapter '${pass.adapter}' was removed while it was in use`, {
+      hint: 'Let what uses an adapter finish before removeLora().',
+    });
+  }
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
   const start = cache?.length ?? 0;

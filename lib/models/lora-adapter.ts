@@ -68,7 +68,7 @@ export class LoraAdapter {
       partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
     );
     await writeSafetensors(adapterWeightsPath(directory), items, { format: 'pt' });
-    if (this.training) await writeTrainingRecord(directory, this.training);
+    await writeTrainingRecord(directory, this.training);
     await writeAdapterConfig(directory, this.config);
   }
 }
@@ -99,7 +99,15 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
     useRslora: options.useRslora ?? false,
     useDora: options.useDora ?? false,
   };
-  return attach(core, name, config, (layer, linear) => layer.initialize(linear, core.computeDtype, seed, linear.index));
+  refuseTaken(core, name);
+  const adapter = makeAdapter(core, name, config);
+  const byPath = linearsByPath(core);
+  for (const layer of adapter.layers) {
+    const linear = byPath.get(layer.path) as Linear;
+    layer.initialize(linear, core.computeDtype, seed, linear.index);
+  }
+  publish(core, adapter);
+  return adapter;
 }
 
 /** PEFT knows 'all-linear', but in files it writes the names. */
@@ -118,10 +126,11 @@ export async function loadAdapter(core: ModelCore, name: string, directory: stri
       { hint: 'Only low-rank adapters can be loaded.' },
     );
   }
+  refuseTaken(core, name);
   using file = await openAdapterWeights(directory);
-  const parts: { key: string; tensor: Tensor }[] = [];
-  const adapter = attach(core, name, config, (layer) => parts.push(...partsOf(layer)));
+  const adapter = makeAdapter(core, name, config);
   try {
+    const parts = adapter.layers.flatMap(partsOf);
     const unread = new Set(file.tensors.keys());
     for (const { key, tensor } of parts) {
       checkAdapterShape(directory, key, file.entry(key).shape, tensor.shape);
@@ -137,9 +146,11 @@ export async function loadAdapter(core: ModelCore, name: string, directory: stri
       );
     }
     adapter.training = await readTrainingRecord(directory);
+    // Only now, whole, does it become one that calls can choose.
+    publish(core, adapter);
     return adapter;
   } catch (error) {
-    detach(core, adapter);
+    for (const layer of adapter.layers) layer.dispose();
     throw error;
   }
 }
@@ -153,30 +164,32 @@ export function detach(core: ModelCore, adapter: LoraAdapter): void {
   }
 }
 
-function attach(
-  core: ModelCore,
-  name: string,
-  config: AdapterConfig,
-  fill: (layer: LoraLinear, linear: Linear) => void,
-): LoraAdapter {
-  if (core.adapters.has(name)) {
-    throw new QLoRAError('ERR_QLORA_ADAPTER_EXISTS', `an adapter named '${name}' is loaded already`, {
-      hint: 'Choose another name, or removeLora() the first.',
-    });
-  }
-  const byPath = new Map(core.weights.linears.map((linear) => [linear.path, linear]));
-  const { dropout, useRslora, useDora } = config;
-  const layers = adaptedModules(config, [...byPath.keys()]).map(({ path, r, alpha }) => {
-    const linear = byPath.get(path) as Linear;
-    const layer = new LoraLinear(core.stream, linear, { r, alpha, dropout, useRslora, useDora });
-    linear.adapters.set(name, layer);
-    fill(layer, linear);
-    return layer;
+function refuseTaken(core: ModelCore, name: string): void {
+  if (!core.adapters.has(name)) return;
+  throw new QLoRAError('ERR_QLORA_ADAPTER_EXISTS', `an adapter named '${name}' is loaded already`, {
+    hint: 'Choose another name, or removeLora() the first.',
   });
-  const adapter = new LoraAdapter(name, layers, config);
-  core.adapters.set(name, adapter);
-  return adapter;
 }
+
+/** An adapter whose tensors are still to be filled, and that no call can choose yet. */
+function makeAdapter(core: ModelCore, name: string, config: AdapterConfig): LoraAdapter {
+  const byPath = linearsByPath(core);
+  const { dropout, useRslora, useDora } = config;
+  const layers = adaptedModules(config, [...byPath.keys()]).map(
+    ({ path, r, alpha }) =>
+      new LoraLinear(core.stream, byPath.get(path) as Linear, { r, alpha, dropout, useRslora, useDora }),
+  );
+  return new LoraAdapter(name, layers, config);
+}
+
+function publish(core: ModelCore, adapter: LoraAdapter): void {
+  refuseTaken(core, adapter.name);
+  const byPath = linearsByPath(core);
+  for (const layer of adapter.layers) byPath.get(layer.path)?.adapters.set(adapter.name, layer);
+  core.adapters.set(adapter.name, adapter);
+}
+
+const linearsByPath = (core: ModelCore) => new Map(core.weights.linears.map((linear) => [linear.path, linear]));
 
 function checkAdapterShape(directory: string, name: string, got: readonly number[], expected: readonly number[]): void {
   if (got.length === expected.length && got.every((n, i) => n === expected[i])) return;

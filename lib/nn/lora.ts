@@ -79,7 +79,7 @@ export class LoraLinear {
         }`,
       );
     }
-    await target.write(data);
+    await target.write(data.slice()); // a copy: the caller may go on changing its own
   }
 
   /** @internal */

@@ -35,6 +35,8 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly #ownsModel: boolean;
   #step = 0;
   #microStep = 0;
+  /** Of the last step that was reported; NaN before the first. */
+  #finalLoss = Number.NaN;
   #running: Promise<unknown> | undefined;
   #abort: AbortController | undefined;
 
@@ -51,7 +53,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.#plan = new StepPlan(datasets.train, options);
     this.#ownsModel = typeof options.model === 'string';
     this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
-    if (adapter) adapter.training = { template: options.template ?? DEFAULT_TEMPLATE };
+    if (adapter) adapter.training = { template: options.template as string };
   }
 
   /**
@@ -68,14 +70,17 @@ export class QLoRATrainer implements AsyncDisposable {
       typeof given === 'string'
         ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
         : given;
+    let adapter: LoraAdapter | undefined;
     try {
-      const datasets = await prepareDatasets(model.core, resolved);
-      let adapter: LoraAdapter | undefined;
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
-      else if (!full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
+      // What an adapter was trained with it goes on with.
+      resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
+      const datasets = await prepareDatasets(model.core, resolved);
+      if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       return new QLoRATrainer(model, adapter, resolved, datasets);
     } catch (error) {
       if (typeof given === 'string') await model.dispose();
+      else if (adapter) model.removeLora(adapterName);
       throw error;
     }
   }
@@ -190,7 +195,6 @@ export class QLoRATrainer implements AsyncDisposable {
   async #train(emit: (event: TrainEvent) => void, signal: AbortSignal): Promise<TrainResult> {
     const total = this.#plan.totalSteps;
     const { evalSteps } = this.#options;
-    let finalLoss = Number.NaN;
     let skipped = 0;
     let since = performance.now();
     // A step's numbers are awaited after the next step was enqueued, so that the stream never runs dry.
@@ -203,7 +207,7 @@ export class QLoRATrainer implements AsyncDisposable {
       const now = performance.now();
       const tokensPerSecond = (tokens * 1000) / (now - since);
       since = now;
-      finalLoss = loss;
+      this.#finalLoss = loss;
       skipped = finite ? 0 : skipped + 1;
       if (!finite) {
         emit({
@@ -241,7 +245,7 @@ export class QLoRATrainer implements AsyncDisposable {
       const enqueued = await this.#enqueueStep(this.#plan.rowsOf(this.#step), signal, report);
       if (!enqueued) {
         await report();
-        return this.#stopped(emit, finalLoss);
+        return this.#stopped(emit);
       }
       await report();
       previous = enqueued;
@@ -252,11 +256,11 @@ export class QLoRATrainer implements AsyncDisposable {
     }
     await report();
     if (this.#datasets.eval) await evaluate();
-    if (signal.aborted) return this.#stopped(emit, finalLoss);
+    if (signal.aborted) return this.#stopped(emit);
     const outputDir = await this.save();
     return {
       steps: this.#step,
-      finalLoss,
+      finalLoss: this.#finalLoss,
       outputDir,
       ...(this.adapter ? { adapterDir: outputDir } : {}),
       stopped: false,
@@ -264,14 +268,14 @@ export class QLoRATrainer implements AsyncDisposable {
   }
 
   /** The last whole step is kept; outputDir itself stays for finished runs. */
-  async #stopped(emit: (event: TrainEvent) => void, finalLoss: number): Promise<TrainResult> {
+  async #stopped(emit: (event: TrainEvent) => void): Promise<TrainResult> {
     const path = join(this.#options.outputDir, `checkpoint-${this.#step}`);
     if (this.adapter) await this.adapter.save(path);
     else await this.model.save(path);
     emit({ type: 'checkpoint', step: this.#step, path });
     return {
       steps: this.#step,
-      finalLoss,
+      finalLoss: this.#finalLoss,
       outputDir: path,
       ...(this.adapter ? { adapterDir: path } : {}),
       stopped: true,

@@ -1,6 +1,6 @@
 /** Nothing is lost, whatever fails while a file is written. */
 import { execFileSync, spawnSync } from 'node:child_process';
-import { readdirSync, readFileSync, symlinkSync } from 'node:fs';
+import { readdirSync, readFileSync, symlinkSync, utimesSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -43,6 +43,11 @@ t.test('a link at the path is replaced, not followed', async (t) => {
 
 t.test('leftovers of a killed process are removed, other files stay', async (t) => {
   const folder = t.testdir({ '.a.json.0123456789abcdef.qlora-tmp': 'half', 'a.json': 'whole', '.hidden': '' });
+  const half = '.a.json.0123456789abcdef.qlora-tmp';
+  await removeTemporaryFiles(folder);
+  t.same(readdirSync(folder).sort(), [half, '.hidden', 'a.json'].sort(), 'not one that may be a save under way');
+  const yesterday = Date.now() / 1000 - 86_400;
+  utimesSync(join(folder, half), yesterday, yesterday);
   await removeTemporaryFiles(folder);
   t.same(readdirSync(folder).sort(), ['.hidden', 'a.json']);
 });
