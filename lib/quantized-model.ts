@@ -103,6 +103,8 @@ export const loraSchema = z.strictObject({
   alphaPattern: z.record(z.string(), z.number()).optional(),
   useRslora: z.boolean().optional(),
   useDora: z.boolean().optional(),
+  modulesToSave: z.array(z.string().min(1)).optional(),
+  init: z.enum(['default', 'pissa']).optional(),
   seed: z.int().min(0).optional(),
 });
 

@@ -34,6 +34,10 @@ export interface LoraOptions {
   useRslora?: boolean;
   /** Train the rows' lengths apart from their directions. */
   useDora?: boolean;
+  /** Modules trained whole and saved with the adapter, e.g. embed_tokens, lm_head. Default: none. */
+  modulesToSave?: string[];
+  /** 'pissa' starts A and B from the largest singular values of the weight. Default: A random, B zero. */
+  init?: 'default' | 'pissa';
   /** Of A's random start; default 42. */
   seed?: number;
 }

@@ -3,6 +3,7 @@ import { setImmediate } from 'node:timers/promises';
 import { type EncodedRow, type EncodeOptions, encodeRow } from '../data/encode.js';
 import { splitRows } from '../data/order.js';
 import { type DatasetSource, readRows } from '../data/read-rows.js';
+import { MemoryRows, type RowStore } from '../data/row-store.js';
 import { QLoRAError } from '../errors.js';
 import { log } from '../logger.js';
 import { checkIds, type ModelCore } from '../models/core.js';
@@ -60,8 +61,8 @@ export async function encodeDataset(
 }
 
 export interface Datasets {
-  train: EncodedRow[];
-  eval: EncodedRow[] | undefined;
+  train: RowStore;
+  eval: RowStore | undefined;
 }
 
 export async function prepareDatasets(core: ModelCore, options: ResolvedTrainerOptions): Promise<Datasets> {
@@ -69,13 +70,15 @@ export async function prepareDatasets(core: ModelCore, options: ResolvedTrainerO
   const encoding = encodeOptionsOf(options);
   if (typeof evalDataset !== 'number') {
     return {
-      train: await encodeDataset(core, dataset, encoding, datasetFormat, maxTrainSamples),
-      eval: evalDataset ? await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples) : undefined,
+      train: new MemoryRows(await encodeDataset(core, dataset, encoding, datasetFormat, maxTrainSamples)),
+      eval: evalDataset
+        ? new MemoryRows(await encodeDataset(core, evalDataset, encoding, datasetFormat, maxEvalSamples))
+        : undefined,
     };
   }
   const rows = await encodeDataset(core, dataset, encoding, datasetFormat);
   const split = splitRows(rows.length, evalDataset, seed);
   const pick = (indices: Iterable<number>, most?: number) =>
-    Array.from(indices, (i) => rows[i] as EncodedRow).slice(0, most);
+    new MemoryRows(Array.from(indices, (i) => rows[i] as EncodedRow).slice(0, most));
   return { train: pick(split.train, maxTrainSamples), eval: pick(split.eval, maxEvalSamples) };
 }

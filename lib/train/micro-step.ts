@@ -22,11 +22,6 @@ export interface EnqueuedStep {
   result: Promise<StepResult>;
 }
 
-/** Labels that a row's loss counts: all but the first, which nothing predicts. */
-export function targetsOf(row: EncodedRow): number {
-  return row.labels.subarray(1).reduce((n, label) => n + (label === -100 ? 0 : 1), 0);
-}
-
 /**
  * Enqueues the loss of some rows, times `scale`, and with a tape its gradients.
  *

@@ -14,6 +14,8 @@ export interface MixedDataset {
   format?: string;
   /** At most so many of its rows, the first ones. */
   maxSamples?: number;
+  /** How often its rows come, against those of the other sets; default 1: as often as there are rows. */
+  weight?: number;
 }
 
 /** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
@@ -30,6 +32,8 @@ export interface TrainerOptions {
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
   device?: LoadOptions['device'];
+  /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
+  maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
   lora?: LoraOptions | 'none';
   /** A PEFT folder to go on from; its r, alpha and targets hold. */
@@ -56,6 +60,12 @@ export interface TrainerOptions {
   adamEpsilon?: number;
   /** Of SGD; default 0. */
   momentum?: number;
+  /** Of AdEMAMix; default 0.9999 and 5. */
+  ademamix?: { beta3?: number; alpha?: number };
+  /** LoRA+: B learns at so many times the rate of A. Default 1. */
+  loraPlusRatio?: number;
+  /** NEFTune: noise on the embeddings while training, of this alpha. Default 0, none. */
+  neftuneNoiseAlpha?: number;
   /** Default 'constant'. */
   lrScheduler?: ScheduleName;
   schedulerOptions?: { numCycles?: number; power?: number; lrEnd?: number };
@@ -63,10 +73,17 @@ export interface TrainerOptions {
   warmupRatio?: number;
   /** Wins over warmupRatio. */
   warmupSteps?: number;
-  /** Default 'paged_adamw_32bit', which pages only where memory demands it. */
+  /** Default 'paged_adamw_32bit', which pages only where maxMemory demands it. */
   optimizer?: (typeof optimizerNames)[number];
-  /** Keep only each layer's input for the backward pass, and compute the rest again; default true. */
-  gradientCheckpointing?: boolean;
+  /**
+   * Keep only each layer's input for the backward pass, and compute the rest again; default true. 'auto' does so for as
+   * many layers as maxMemory demands.
+   */
+  gradientCheckpointing?: boolean | 'auto';
+  /** Rows of like length, in tokens, come in one step; default true. */
+  groupByLength?: boolean;
+  /** Several rows in one sequence of maxLength, none of which attends to another; default false. */
+  packing?: boolean;
   /** Train on the prompt too; default false. */
   trainOnSource?: boolean;
   /** Of a conversation train the last answer only; default false. */
@@ -80,11 +97,32 @@ export interface TrainerOptions {
   maxEvalSamples?: number;
   /** Evaluate every so many steps; default: at the end, where there is something to evaluate on. */
   evalSteps?: number;
+  /** Write a checkpoint every so many steps; default 250. */
+  saveSteps?: number;
+  /** Keep the newest so many checkpoints, and the best; default 40. */
+  saveTotalLimit?: number;
+  /** The best of the evaluated steps, by loss, is what the run ends with; default false. */
+  keepBest?: boolean;
+  /** End after so many evaluations without a lower loss; default: never. */
+  earlyStoppingPatience?: number;
+  /** Write a line of metrics.jsonl every so many steps; default 10. */
+  loggingSteps?: number;
+  /** Event files for TensorBoard beside the run's own report. */
+  reportTo?: 'tensorboard';
   /** Of everything random; default 42. */
   seed?: number;
 }
 
-const optimizerNames = ['paged_adamw_32bit', 'adamw_32bit', 'sgd'] as const;
+const optimizerNames = [
+  'paged_adamw_32bit',
+  'paged_adamw_8bit',
+  'adamw_32bit',
+  'adamw_8bit',
+  'sgd',
+  'lion_32bit',
+  'lion_8bit',
+  'ademamix',
+] as const;
 
 const count = z.int().min(1);
 const share = z.number().min(0).lt(1);
@@ -94,7 +132,14 @@ const source = z.custom<DatasetSource>(
     (typeof value === 'object' && value !== null && (Symbol.iterator in value || Symbol.asyncIterator in value)),
   'expected a path or rows',
 );
-const mixed = z.array(z.strictObject({ source, format: z.string().optional(), maxSamples: count.optional() }));
+const mixed = z.array(
+  z.strictObject({
+    source,
+    format: z.string().optional(),
+    maxSamples: count.optional(),
+    weight: z.number().gt(0).optional(),
+  }),
+);
 
 const schema = z.strictObject({
   model: z.union([
@@ -108,6 +153,7 @@ const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
+  maxMemory: count.optional(),
   lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),
   outputDir: z.string().min(1),
@@ -122,6 +168,9 @@ const schema = z.strictObject({
   adamBeta2: share.default(0.999),
   adamEpsilon: z.number().gt(0).default(1e-8),
   momentum: share.default(0),
+  ademamix: z.strictObject({ beta3: share.default(0.9999), alpha: z.number().min(0).default(5) }).prefault({}),
+  loraPlusRatio: z.number().gt(0).default(1),
+  neftuneNoiseAlpha: z.number().min(0).default(0),
   lrScheduler: z.enum(scheduleNames).default('constant'),
   schedulerOptions: z
     .strictObject({ numCycles: z.number().optional(), power: z.number().optional(), lrEnd: z.number().optional() })
@@ -129,7 +178,9 @@ const schema = z.strictObject({
   warmupRatio: share.default(0.03),
   warmupSteps: z.int().min(0).optional(),
   optimizer: z.enum(optimizerNames).default('paged_adamw_32bit'),
-  gradientCheckpointing: z.boolean().default(true),
+  gradientCheckpointing: z.union([z.boolean(), z.literal('auto')]).default(true),
+  groupByLength: z.boolean().default(true),
+  packing: z.boolean().default(false),
   trainOnSource: z.boolean().default(false),
   maskHistory: z.boolean().default(false),
   maxLength: count.optional(),
@@ -138,6 +189,12 @@ const schema = z.strictObject({
   maxTrainSamples: count.optional(),
   maxEvalSamples: count.optional(),
   evalSteps: count.optional(),
+  saveSteps: count.default(250),
+  saveTotalLimit: count.default(40),
+  keepBest: z.boolean().default(false),
+  earlyStoppingPatience: count.optional(),
+  loggingSteps: count.default(10),
+  reportTo: z.literal('tensorboard').optional(),
   seed: z.int().min(0).default(42),
 });
 

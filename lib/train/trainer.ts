@@ -3,6 +3,7 @@ import { z } from 'zod';
 import { Tape } from '../autograd.js';
 import { type EncodedRow, explainRow } from '../data/encode.js';
 import type { DatasetSource } from '../data/read-rows.js';
+import { MemoryRows, targetsOf } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
 import { DEFAULT_TEMPLATE } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
@@ -13,7 +14,7 @@ import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
-import { type EnqueuedStep, enqueueLoss, handled, readScalar, targetsOf } from './micro-step.js';
+import { type EnqueuedStep, enqueueLoss, handled, readScalar } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
 import { StepPlan } from './step-plan.js';
@@ -128,7 +129,7 @@ export class QLoRATrainer implements AsyncDisposable {
     const { signal } = checkOptions(signalSchema, options, 'evaluate');
     const { core } = this.model;
     const rows = dataset
-      ? await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat)
+      ? new MemoryRows(await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat))
       : this.#datasets.eval;
     if (!rows) {
       throw new QLoRAError(
@@ -139,13 +140,14 @@ export class QLoRATrainer implements AsyncDisposable {
         },
       );
     }
-    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
+    const indices = Array.from({ length: rows.count }, (_, i) => i);
+    const targets = indices.reduce((n, i) => n + rows.targets(i), 0);
     const { batchSize } = this.#options;
     const pass = { adapter: this.#adapterName, checkpointing: 'none' as const };
     let loss = 0;
-    for (let i = 0; i < rows.length; i += batchSize) {
+    for (let i = 0; i < rows.count; i += batchSize) {
       signal?.throwIfAborted();
-      using part = enqueueLoss(core, undefined, rows.slice(i, i + batchSize), 1 / targets, pass);
+      using part = enqueueLoss(core, undefined, await rows.rows(indices.slice(i, i + batchSize)), 1 / targets, pass);
       loss += (await part.read())[0] as number;
     }
     return { loss, perplexity: Math.exp(loss) };
@@ -242,7 +244,7 @@ export class QLoRATrainer implements AsyncDisposable {
     await makeFolder(this.#options.outputDir);
 
     while (this.#step < total) {
-      const enqueued = await this.#enqueueStep(this.#plan.rowsOf(this.#step), signal, report);
+      const enqueued = await this.#enqueueStep(await this.#plan.rowsOf(this.#step), signal, report);
       if (!enqueued) {
         await report();
         return this.#stopped(emit);
