@@ -34,7 +34,7 @@ const layers: Record<string, readonly string[]> = {
   io: ['errors.ts', 'native.ts', 'tensor.ts'],
   nn: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops'],
   tokenizer: ['errors.ts'],
-  data: ['errors.ts', 'tokenizer'],
+  data: ['errors.ts', 'logger.ts', 'io', 'tokenizer'],
   'quantization.ts': ['errors.ts', 'tensor.ts', 'ops'],
   models: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops', 'nn', 'io', 'tokenizer'],
   generate: ['errors.ts', 'options.ts', 'tensor.ts', 'ops', 'models', 'data', 'tokenizer'],

@@ -1,11 +1,12 @@
 import { join } from 'node:path';
 import { z } from 'zod';
 import { Tape } from '../autograd.js';
-import { type EncodedRow, explainRow } from '../data/encode.js';
+import type { EncodedRow } from '../data/encode.js';
+import { explainRow } from '../data/explain.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import { MemoryRows, targetsOf } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
-import { DEFAULT_TEMPLATE } from '../data/templates.js';
+import { templateOf, trainingRecord } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { type EventStream, eventStream } from '../event-stream.js';
 import { makeFolder } from '../io/folder.js';
@@ -54,7 +55,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.#plan = new StepPlan(datasets.train, options);
     this.#ownsModel = typeof options.model === 'string';
     this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
-    if (adapter) adapter.training = { template: options.template as string };
+    if (adapter) adapter.training = trainingRecord(options.template);
   }
 
   /**
@@ -75,7 +76,7 @@ export class QLoRATrainer implements AsyncDisposable {
     try {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
-      resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
+      resolved.template ??= templateOf(adapter?.training);
       const datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       return new QLoRATrainer(model, adapter, resolved, datasets);
