@@ -266,7 +266,11 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(resolved.adapter), signal: joined(resolved.signal, abort.signal) };
+        const sampling = {
+          ...resolved,
+          endTokens: this.#endTokens(resolved.adapter),
+          signal: joined(resolved.signal, abort.signal),
+        };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;

@@ -68,7 +68,8 @@ async function namesBelow(folder: string): Promise<string[]> {
       else if (entry.isFile() || (entry.isSymbolicLink() && (await stat(path).catch(() => undefined))?.isFile())) {
         names.push(relative(folder, path).split(sep).join('/'));
       }
-      if (names.length > mostFiles) throw wrongFormat(`The folder ${folder} holds more than ${mostFiles} files`, folder);
+      if (names.length > mostFiles)
+        throw wrongFormat(`The folder ${folder} holds more than ${mostFiles} files`, folder);
     }
   };
   await visit(folder, 0);

@@ -1,8 +1,8 @@
 import { QLoRAError } from '../errors.js';
 import type { EncodeOptions as TextOptions, Tokenizer } from '../tokenizer/tokenizer.js';
-import { type EncodedRow, type EncodeOptions, IGNORED, join } from './encoded-row.js';
 import { encodeMessages, encodeQuestion } from './encode-messages.js';
-import { type Limits, type Source, type Target } from './fit.js';
+import { type EncodedRow, type EncodeOptions, IGNORED, join } from './encoded-row.js';
+import type { Limits, Source, Target } from './fit.js';
 import { capital } from './row-fields.js';
 import { describePlace, type Row, type RowPlace } from './rows.js';
 import { asksInChat, promptTemplate } from './templates.js';

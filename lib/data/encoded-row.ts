@@ -36,7 +36,13 @@ export interface EncodedRow {
 }
 
 /** Source and target cut to their limits, one behind the other. */
-export function join(source: Source, target: Target, limits: Limits, trainOnSource: boolean, place: RowPlace): EncodedRow {
+export function join(
+  source: Source,
+  target: Target,
+  limits: Limits,
+  trainOnSource: boolean,
+  place: RowPlace,
+): EncodedRow {
   const fitted = fitPair(source, target, limits);
   if (typeof fitted === 'string') throw tooShort(fitted, limits, place);
   const ids = Int32Array.from([...fitted.source, ...fitted.target]);
@@ -47,12 +53,8 @@ export function join(source: Source, target: Target, limits: Limits, trainOnSour
 }
 
 function tooShort(what: string, limits: Limits, place: RowPlace): QLoRAError {
-  return new QLoRAError(
-    'ERR_QLORA_MAX_LENGTH',
-    `${capital(describePlace(place))} cannot be cut to fit: ${what}`,
-    {
-      hint: 'Raise sourceMaxLength, targetMaxLength or maxLength.',
-      detail: { ...limits, ...place },
-    },
-  );
+  return new QLoRAError('ERR_QLORA_MAX_LENGTH', `${capital(describePlace(place))} cannot be cut to fit: ${what}`, {
+    hint: 'Raise sourceMaxLength, targetMaxLength or maxLength.',
+    detail: { ...limits, ...place },
+  });
 }

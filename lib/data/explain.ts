@@ -1,7 +1,7 @@
 /** What rows become, to be shown to people. */
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import { Tokenizer as TokenizerClass } from '../tokenizer/tokenizer.js';
-import { encodeAny, type EncodedRow, type EncodeOptions, encodeRow, IGNORED } from './encode.js';
+import { type EncodedRow, type EncodeOptions, encodeAny, encodeRow, IGNORED } from './encode.js';
 import { type DatasetSource, readRows } from './read-rows.js';
 import type { Row, RowPlace } from './rows.js';
 
@@ -34,7 +34,7 @@ function explained({ ids, labels, truncated }: EncodedRow, tokenizer: Tokenizer 
   return {
     tokens: texts(ids, tokenizer),
     ids: Array.from(ids),
-    trained: Array.from(labels, (label, t) => t > 0 && label !== IGNORED),
+    trained: Array.from(labels, (label) => label !== IGNORED),
     truncated,
   };
 }

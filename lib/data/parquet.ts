@@ -37,7 +37,11 @@ async function* ask(path: string, requests: Iterable<ParquetRequest>) {
 
 function failure(path: string, { message, code, group }: ParquetAnswer & { kind: 'failed' }): QLoRAError {
   if (code !== undefined) return unreadable(path, Object.assign(new Error(message), { code }));
-  return damaged(path, undefined, `${group === undefined ? '' : `row group ${group}: `}it is no valid parquet: ${message}`);
+  return damaged(
+    path,
+    undefined,
+    `${group === undefined ? '' : `row group ${group}: `}it is no valid parquet: ${message}`,
+  );
 }
 
 export async function countParquet(path: string): Promise<number> {

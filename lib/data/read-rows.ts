@@ -1,7 +1,7 @@
+import { QLoRAError } from '../errors.js';
 import { log } from '../logger.js';
 import { dataFiles } from './data-files.js';
-import { QLoRAError } from '../errors.js';
-import { readerOf, type RawRecord } from './readers.js';
+import { type RawRecord, readerOf } from './readers.js';
 import { checkFormat, formatOf, type LocatedRow, type Row } from './rows.js';
 
 /** A file, a folder, or rows. */

@@ -14,7 +14,8 @@ export function withToolsAsText(messages: readonly ChatTurn[], tools: readonly u
       else out.push({ role: 'user', content: result });
     } else {
       const calls = tool_calls.map(
-        (call) => `<tool_call>\n${json({ name: call.function.name, arguments: call.function.arguments })}\n</tool_call>`,
+        (call) =>
+          `<tool_call>\n${json({ name: call.function.name, arguments: call.function.arguments })}\n</tool_call>`,
       );
       out.push({ role, content: [content, ...calls].filter((part) => part !== '').join('\n') });
     }

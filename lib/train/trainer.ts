@@ -3,8 +3,9 @@ import { z } from 'zod';
 import { Tape } from '../autograd.js';
 import type { EncodedRow } from '../data/encode.js';
 import { explainRow } from '../data/explain.js';
+import type { Preflight } from '../data/preflight.js';
 import type { DatasetSource } from '../data/read-rows.js';
-import { MemoryRows, targetsOf } from '../data/row-store.js';
+import { targetsOf } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
 import { templateOf, trainingRecord } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
@@ -13,7 +14,7 @@ import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
-import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
+import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { type EnqueuedStep, enqueueLoss, handled, readScalar } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
@@ -30,6 +31,8 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly model: QuantizedModel;
   /** What is being trained; undefined in full fine-tuning. */
   readonly adapter: LoraAdapter | undefined;
+  /** What the data set is like: rows, tokens, what is cut, what comes twice, what teaches nothing. */
+  readonly preflight: Preflight;
   readonly #options: ResolvedTrainerOptions;
   readonly #datasets: Datasets;
   readonly #plan: StepPlan;
@@ -52,6 +55,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
+    this.preflight = datasets.preflight;
     this.#plan = new StepPlan(datasets.train, options);
     this.#ownsModel = typeof options.model === 'string';
     this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
@@ -73,14 +77,16 @@ export class QLoRATrainer implements AsyncDisposable {
         ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
         : given;
     let adapter: LoraAdapter | undefined;
+    let datasets: Datasets | undefined;
     try {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
       resolved.template ??= templateOf(adapter?.training);
-      const datasets = await prepareDatasets(model.core, resolved);
+      datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       return new QLoRATrainer(model, adapter, resolved, datasets);
     } catch (error) {
+      await datasets?.close();
       if (typeof given === 'string') await model.dispose();
       else if (adapter) model.removeLora(adapterName);
       throw error;
@@ -114,8 +120,7 @@ export class QLoRATrainer implements AsyncDisposable {
   trainStep(rows: readonly Row[]): Promise<{ loss: number; gradNorm: number }> {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
-      const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
-      const step = await this.#enqueueStep(encoded);
+      const step = await this.#enqueueStep(await encodeRows(this.model.core, rows, encoding));
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };
@@ -129,9 +134,9 @@ export class QLoRATrainer implements AsyncDisposable {
   ): Promise<{ loss: number; perplexity: number }> {
     const { signal } = checkOptions(signalSchema, options, 'evaluate');
     const { core } = this.model;
-    const rows = dataset
-      ? new MemoryRows(await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat))
-      : this.#datasets.eval;
+    const encoding = encodeOptionsOf(this.#options);
+    await using given = dataset ? await encodeDataset(core, dataset, encoding, this.#options.datasetFormat) : undefined;
+    const rows = given ? given.rows : this.#datasets.eval;
     if (!rows) {
       throw new QLoRAError(
         'ERR_QLORA_NO_EVAL_DATASET',
@@ -170,6 +175,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.#abort?.abort();
     await this.#running?.catch(() => {});
     this.#optimizer.dispose();
+    await this.#datasets.close();
     if (this.#ownsModel) await this.model.dispose();
   }
 

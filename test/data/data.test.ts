@@ -265,7 +265,7 @@ t.test('files, folders and iterables are read', async (t) => {
     'row.jsonl': '{"text":"a"}\n\n{"txt":"b"}\n',
     'many.jsonl': many.join('\n'),
     'empty.jsonl': '',
-    'table.csv': 'a,b',
+    'table.xlsx': 'a,b',
     folder: {
       'b.jsonl': '{"text":"3"}',
       'a.json': '[{"text":"1"},{"text":"2"}]',
@@ -273,7 +273,7 @@ t.test('files, folders and iterables are read', async (t) => {
       '.hidden.json': 'x',
       'dataset_info.json': '{}',
     },
-    tables: { 'x.parquet': '' },
+    tables: { 'x.arrow': '' },
     nothing: {},
   });
   const at = (name: string): string => join(dir, name);
@@ -309,8 +309,8 @@ t.test('files, folders and iterables are read', async (t) => {
     t.rejects(all(source as DatasetSource, format), { hint: /./, ...expected } as unknown as Error);
   await fails(at('none.jsonl'), { code: 'ERR_QLORA_DATASET_NOT_FOUND', message: /none\.jsonl/ });
   await fails(at('array.json/x.json'), { code: 'ERR_QLORA_DATASET_NOT_FOUND' });
-  await fails(at('table.csv'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /\.csv.*\.jsonl/ });
-  await fails(at('tables'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /x\.parquet/ });
+  await fails(at('table.xlsx'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /\.xlsx.*\.jsonl/ });
+  await fails(at('tables'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /x\.arrow/, hint: /to_parquet/ });
   await fails(at('nothing'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /found nothing/ });
   await fails(at('object.json'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /array/ });
   await fails(at('broken.json'), { code: 'ERR_QLORA_DATASET_INVALID', message: /broken\.json/ });
