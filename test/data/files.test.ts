@@ -10,6 +10,8 @@ import { type ReadReport, readRows } from '../../lib/data/read-rows.js';
 import type { LocatedRow, Row } from '../../lib/data/rows.js';
 import { setLogger } from '../../lib/index.js';
 
+t.setTimeout(600_000); // a busy machine is slow
+
 const all = async (path: string, format?: string, limit?: number, report?: ReadReport): Promise<LocatedRow[]> => {
   const rows: LocatedRow[] = [];
   for await (const row of readRows(path, { format, limit, report })) rows.push(row);
