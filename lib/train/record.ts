@@ -2,25 +2,18 @@
 import { IGNORED } from '../data/encode.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import type { RowStore } from '../data/row-store.js';
-import type { LoraAdapter } from '../models/lora-adapter.js';
-import type { QuantizedModel } from '../quantized-model.js';
 import type { RunContext, RunSample } from '../report/run-log.js';
 import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
+import type { Trainee } from './run.js';
 
-export interface Recorded {
-  model: QuantizedModel;
-  adapter: LoraAdapter | undefined;
-  options: ResolvedTrainerOptions;
-  totalSteps: number;
-}
-
-export function contextOf({ model, adapter, options, totalSteps }: Recorded): RunContext {
-  const { core, device, sizeBytes } = model;
-  const all = [...core.weights.dense.values()].reduce((n, { size }) => n + size, 0);
+export function contextOf({ stepper, model, adapter }: Pick<Trainee, 'stepper' | 'model' | 'adapter'>): RunContext {
+  const { directory } = model.core;
+  const { options, plan, parameters } = stepper;
+  const trainableParameters = adapter?.trainableParameters ?? parameters.reduce((n, { size }) => n + size, 0);
   return {
-    options: plain({ ...options, model: core.directory }),
-    totalSteps,
-    model: { name: core.directory, device, sizeBytes, trainableParameters: adapter?.trainableParameters ?? all },
+    options: plain({ ...options, model: directory }),
+    totalSteps: plan.totalSteps,
+    model: { name: directory, device: model.device, sizeBytes: model.sizeBytes, trainableParameters },
   };
 }
 
@@ -48,9 +41,8 @@ const maxNewTokens = 64;
  * rows of which everything is trained.
  */
 export async function* answers(
-  { model, adapter }: Pick<Recorded, 'model' | 'adapter'>,
+  { model, adapter, stepper: { step } }: Pick<Trainee, 'stepper' | 'model' | 'adapter'>,
   rows: RowStore,
-  step: number,
   signal: AbortSignal,
 ): AsyncGenerator<RunSample> {
   const { tokenizer } = model.core;

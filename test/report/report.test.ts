@@ -9,6 +9,7 @@ import { clock, duration } from '../../lib/report/format.js';
 import type { RunContext } from '../../lib/report/run-log.js';
 import { type RecorderOptions, RunRecorder } from '../../lib/report/run-recorder.js';
 import type { TrainEvent } from '../../lib/train/events.js';
+import { QLoRATrainer } from '../../lib/train/trainer.js';
 import { packageRoot, readJson } from '../support/references.js';
 import { writeTensorBoardEvents } from '../support/tensorboard-events.js';
 
@@ -297,4 +298,72 @@ t.test('compare', async (t) => {
   await t.rejects(compareRuns([a, folder('empty')], out), { code: 'ERR_QLORA_RUN_NOT_FOUND', hint: /outputDir/ });
   writeFileSync(join(folder('empty'), 'metrics.jsonl'), '{"a":1}\n{"a":2}\n');
   await t.rejects(compareRuns([a, folder('empty')], out), { code: 'ERR_QLORA_RUN_INVALID', message: /line 1 / });
+});
+
+t.test('a trainer leaves them in its outputDir', async (t) => {
+  const rows = Array.from({ length: 24 }, (_, n) => ({ instruction: `Double ${n}.`, output: String(2 * n) }));
+  const options = {
+    model: join(packageRoot(), 'examples', 'demo', 'model'),
+    dataset: rows.slice(3),
+    evalDataset: [{ text: 'all of it is trained' }, ...rows.slice(0, 3)],
+    lora: { r: 8, alpha: 8, targetModules: /.*_proj/ },
+    batchSize: 7,
+    gradientAccumulationSteps: 1,
+    learningRate: 4e-3,
+    maxSteps: 6,
+    evalSteps: 3,
+    saveSteps: 4,
+    loggingSteps: 2,
+  };
+  /** The log without what takes its time. */
+  const logOf = (directory: string) =>
+    lines(directory).map(({ tokensPerSecond, memoryBytes, peakMemoryBytes, ...line }) => line);
+
+  const whole = folder();
+  await using trainer = await QLoRATrainer.create({ ...options, outputDir: whole });
+  const events: TrainEvent[] = [];
+  for await (const event of trainer.train()) events.push(event);
+  const [start, ...rest] = lines(whole);
+  t.match(start, {
+    totalSteps: 6,
+    options: { dataset: '21 rows of the program', evalDataset: '4 rows of the program', epochs: undefined, seed: 42 },
+    model: { device: 'cpu', trainableParameters: trainer.adapter?.trainableParameters },
+  });
+  t.match(start?.options, { lora: { targetModules: '/.*_proj/' }, model: options.model });
+  t.same(
+    rest.map(({ type, step }) => `${type} ${step}`),
+    [
+      ...['step 2', 'eval 3', 'sample 3', 'sample 3', 'step 4', 'checkpoint 4', 'step 6'],
+      ...['eval 6', 'sample 6', 'sample 6', 'end 6'],
+    ],
+    'of three rows, the one without a prompt is not asked',
+  );
+  t.same(rest[0], events[1], 'with what the event said');
+  const samples = rest.filter(({ type }) => type === 'sample');
+  t.match(samples[0], { prompt: /Double 0\.\n\n### Response:$/, expected: '0' });
+  const { instruction } = rows[1] as { instruction: string };
+  const asked = await trainer.model.generate({ instruction }, { doSample: false, maxNewTokens: 64 });
+  t.equal(samples[3]?.text, asked.trim(), 'what the model answers at that step');
+  t.match(page(whole), 'step 6, finished');
+
+  // Stopped and resumed: the same log.
+  const parts = folder();
+  {
+    await using first = await QLoRATrainer.create({ ...options, outputDir: parts });
+    for await (const event of first.train()) if (event.type === 'step' && event.step === 5) break;
+    t.match(lines(parts).at(-1), { type: 'end', status: 'stopped' });
+  }
+  rmSync(join(parts, 'checkpoint-5'), { recursive: true, force: true });
+  rmSync(join(parts, 'checkpoint-6'), { recursive: true, force: true });
+  await using second = await QLoRATrainer.create({ ...options, outputDir: parts });
+  await second.train({ resume: true });
+  const name = (line: Written) =>
+    line.options ? { ...line, options: { ...(line.options as object), outputDir: '' } } : line;
+  t.same(logOf(parts).map(name), logOf(whole).map(name));
+
+  const failing = folder();
+  await using bad = await QLoRATrainer.create({ ...options, outputDir: failing, learningRate: 1e30, evalSteps: 1 });
+  await t.rejects(Promise.resolve(bad.train()), { code: 'ERR_QLORA_DIVERGED' });
+  t.match(lines(failing).at(-1), { type: 'end', status: 'failed', error: /QLoRAError: 5 steps in a row/ });
+  t.match(page(failing), 'failed after step');
 });
