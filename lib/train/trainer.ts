@@ -190,6 +190,7 @@ export class QLoRATrainer implements AsyncDisposable {
     };
     return {
       stepper: this.#stepper,
+      model: this.model,
       adapter: this.adapter,
       trained: this.adapter ?? whole,
       datasets: this.#datasets,
