@@ -6,20 +6,17 @@ import { type EventStream, eventStream } from './event-stream.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
-import { readBnbConfig } from './io/bnb-checkpoint.js';
-import { openModelFolder } from './io/model-folder.js';
 import { log } from './logger.js';
-import { ConfigReader } from './models/config-reader.js';
-import { checkIds, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
-import { familyOf } from './models/families/index.js';
+import { checkIds, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
+import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { saveModel } from './models/save.js';
-import { loadWeights, type WeightOptions } from './models/weights.js';
+import type { WeightOptions } from './models/weights.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
 import { checkOptions } from './options.js';
 import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
-import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
-import { Tokenizer } from './tokenizer/tokenizer.js';
+import { type Device, type FloatDType, Tensor } from './tensor.js';
+import type { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
   /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
@@ -134,39 +131,17 @@ export class QuantizedModel implements AsyncDisposable {
     options: LoadOptions,
     storage: WeightOptions['storage'],
   ): Promise<QuantizedModel> {
-    const { quantization, computeDtype, ...rest } = resolveLoadOptions(options, 'load');
-    using folder = await openModelFolder(directory);
-    const family = familyOf(folder.config);
-    readBnbConfig(folder.config); // other ways of quantizing are refused here
-    const fields = new ConfigReader(folder.config);
-    const config = family.config(fields);
-    fields.finish(rest.allowUnknownConfig);
-    const tokenizer = await loadTokenizer(directory);
-    const stream = new Stream();
-    try {
-      const weights = await loadWeights(stream, folder, family, config, {
-        quantization,
-        storage,
-        signal: rest.signal,
-        onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
-      });
-      log('info', `loaded ${directory}`, { family: family.modelTypes[0], linears: weights.linears.length });
-      return new QuantizedModel({
-        directory,
-        stream,
-        family,
-        config,
-        configJson: folder.config,
-        generation: folder.generationConfig,
-        weights,
-        computeDtype,
-        tokenizer,
-        adapters: new Map(),
-      });
-    } catch (error) {
-      await stream.close();
-      throw error;
-    }
+    const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolveLoadOptions(options, 'load');
+    const core = await loadCore(directory, {
+      quantization,
+      storage,
+      computeDtype,
+      allowUnknownConfig,
+      signal,
+      onProgress: (done, total) => onProgress?.({ phase: 'load', done, total }),
+    });
+    log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    return new QuantizedModel(core);
   }
 
   get device(): Device {
@@ -256,8 +231,9 @@ export class QuantizedModel implements AsyncDisposable {
         const resolved = resolveGenerateOptions(this.core, options, 'text');
         checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
-        const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
-        const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
+        const { adapters, training } = this.core;
+        const record = resolved.adapter ? adapters.get(resolved.adapter)?.training : training;
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, record?.template);
         const stop = new StopStrings(resolved.stop);
         const decoder = tokenizer.stream({ context: ids });
         let text = '';
@@ -265,7 +241,7 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
+        const sampling = { ...resolved, endTokens: endTokens(this.core), signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;
@@ -284,9 +260,9 @@ export class QuantizedModel implements AsyncDisposable {
     return eventStream(
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options, 'tokens');
-        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
+        const ends = resolved.ignoreEos ? new Set<number>() : endTokens(this.core);
         const ids: number[] = [];
-        const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
+        const sampling = { ...resolved, endTokens: ends, signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, inputIds, sampling)) {
           ids.push(id);
           emit(id);
@@ -318,13 +294,8 @@ export class QuantizedModel implements AsyncDisposable {
   }
 
   /** Frees everything. What was enqueued before is finished first. */
-  async dispose(): Promise<void> {
-    const { stream, weights, adapters } = this.core;
-    if (stream.closed) return stream.close();
-    for (const adapter of [...adapters.values()]) detach(this.core, adapter);
-    for (const linear of weights.linears) linear.dispose();
-    for (const tensor of weights.dense.values()) tensor.dispose();
-    await stream.close();
+  dispose(): Promise<void> {
+    return disposeCore(this.core);
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -353,29 +324,12 @@ export class QuantizedModel implements AsyncDisposable {
       },
     );
   }
-
-  /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
-  #endTokens(): ReadonlySet<number> {
-    const { generation, configJson, tokenizer } = this.core;
-    const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
-    return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
-  }
 }
 
 function resolveQuantization(quantization: NonNullable<LoadOptions['quantization']>): WeightOptions['quantization'] {
   if (quantization === 'none') return undefined;
   const { skipModules = [], ...options } = quantization;
   return { ...resolveQuantizeOptions(options), skipModules };
-}
-
-/** undefined where the folder has none: ids work without it. */
-async function loadTokenizer(directory: string): Promise<Tokenizer | undefined> {
-  try {
-    return await Tokenizer.load(directory);
-  } catch (error) {
-    if ((error as QLoRAError).code === 'ERR_QLORA_TOKENIZER_MISSING') return undefined;
-    throw error;
-  }
 }
 
 function joined(a: AbortSignal | undefined, b: AbortSignal): AbortSignal {
