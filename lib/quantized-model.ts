@@ -1,4 +1,5 @@
 import { z } from 'zod';
+import { exportedChatTemplate } from './data/exported-template.js';
 import { encodePrompt } from './data/prompt.js';
 import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
@@ -10,6 +11,7 @@ import { log } from './logger.js';
 import { checkIds, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
+import { mergeModel } from './models/merge.js';
 import { saveModel } from './models/save.js';
 import type { WeightOptions } from './models/weights.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
@@ -84,6 +86,7 @@ export function resolveLoadOptions(options: LoadOptions, where: string) {
 }
 
 const passSchema = z.strictObject({ adapter: z.string().nullable().optional() });
+const mergeSchema = passSchema.extend({ signal: z.instanceof(AbortSignal).optional() });
 const promptSchema = z.union([
   z.string(),
   z.array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() })).min(1),
@@ -241,7 +244,11 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: endTokens(this.core), signal: joined(resolved.signal, abort.signal) };
+        const sampling = {
+          ...resolved,
+          endTokens: endTokens(this.core),
+          signal: joined(resolved.signal, abort.signal),
+        };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;
@@ -291,6 +298,30 @@ export class QuantizedModel implements AsyncDisposable {
   /** The model as a Hugging Face folder: 4-bit layers as bitsandbytes stores them, the rest in its own dtype. */
   save(outDirectory: string): Promise<void> {
     return saveModel(this.core, outDirectory);
+  }
+
+  /**
+   * Merges an adapter into the dequantized weights and writes a Hugging Face model folder, which must be new or empty:
+   * config.json, safetensors (in shards above 5 GB) in the dtype that the model's files had, tokenizer, and how the
+   * adapter was trained to be asked. Sums are made in fp32 and rounded once. Then the folder is loaded, for which memory
+   * for the unquantized model is needed, and compared. Where it fails or is aborted, nothing is left.
+   *
+   * @returns logitDrift: the largest absolute difference between the logits of this model with the adapter and of the
+   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype
+   * @throws ERR_QLORA_OUTPUT_EXISTS, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED, ERR_QLORA_NON_FINITE (a sum that the
+   *   dtype cannot hold), the signal's reason
+   */
+  async merge(
+    outDirectory: string,
+    options: { adapter?: AdapterChoice; signal?: AbortSignal } = {},
+  ): Promise<{ logitDrift: number }> {
+    const { core } = this;
+    const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
+    const adapter = chooseAdapter(core, choice);
+    const template = adapter && core.adapters.get(adapter)?.training?.template;
+    const bos = core.tokenizer?.bosTokenId !== undefined;
+    const chatTemplate = template ? exportedChatTemplate(template, { bos }) : undefined;
+    return mergeModel(core, outDirectory, { adapter, chatTemplate, signal });
   }
 
   /** Frees everything. What was enqueued before is finished first. */

@@ -3,7 +3,7 @@ import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { bytesPerElement, type FloatDType, type Tensor } from '../tensor.js';
 import { writeFileAtomic } from './atomic-file.js';
-import { writeFailed } from './folder.js';
+import { writeFailed } from './new-folder.js';
 import { fileDTypes, safetensorsHeader } from './safetensors.js';
 
 /** A tensor that is yet to be made. */
