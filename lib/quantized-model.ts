@@ -7,6 +7,7 @@ import { type EventStream, eventStream } from './event-stream.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
+import { locate } from './io/hub.js';
 import { log } from './logger.js';
 import { checkIds, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { disposeCore, loadCore } from './models/load.js';
@@ -29,7 +30,12 @@ export interface LoadOptions {
   device?: Device | 'auto';
   /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
   allowUnknownConfig?: string[];
+  /** Of a model named `owner/name`: use what the cache holds, and ask no hub. Default: whether HF_HUB_OFFLINE is set. */
+  offline?: boolean;
+  /** Of a model named `owner/name`: branch, tag or commit. Default 'main'. */
+  revision?: string;
   signal?: AbortSignal;
+  /** `phase` is 'download' (bytes) or 'load' (modules). */
   onProgress?(p: { phase: string; done: number; total: number }): void;
 }
 
@@ -65,6 +71,8 @@ const loadSchema = z.strictObject({
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
   allowUnknownConfig: z.array(z.string()).optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   signal: z.instanceof(AbortSignal).optional(),
   onProgress: z.custom<LoadOptions['onProgress']>((f) => typeof f === 'function', 'expected a function').optional(),
 });
@@ -118,11 +126,13 @@ export class QuantizedModel implements AsyncDisposable {
   }
 
   /**
-   * Loads a Hugging Face model folder: config.json, safetensors in one file or shards, and where they are there
+   * Loads a Hugging Face model folder, or where there is none of that name `owner/name` of the hub, which is downloaded
+   * into Hugging Face's cache with @huggingface/hub. Read are config.json, safetensors in one file or shards, and where they are there
    * generation_config.json, tokenizer.json and tokenizer_config.json. Each weight is quantized while it is read.
    *
    * @throws ERR_QLORA_MODEL_NOT_FOUND, ERR_QLORA_MODEL_UNSUPPORTED, ERR_QLORA_CONFIG_UNKNOWN_FIELD,
-   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY
+   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY, and of the hub
+   *   ERR_QLORA_DEPENDENCY_MISSING, ERR_QLORA_HUB_ACCESS, ERR_QLORA_HUB_OFFLINE, ERR_QLORA_DOWNLOAD_FAILED
    */
   static load(directory: string, options: LoadOptions = {}): Promise<QuantizedModel> {
     return QuantizedModel.loadWith(directory, options, 'as-in-file');
@@ -134,14 +144,18 @@ export class QuantizedModel implements AsyncDisposable {
     options: LoadOptions,
     storage: WeightOptions['storage'],
   ): Promise<QuantizedModel> {
-    const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolveLoadOptions(options, 'load');
-    const core = await loadCore(directory, {
+    const resolved = resolveLoadOptions(options, 'load');
+    const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolved;
+    const progress = (phase: string) => (done: number, total: number) => onProgress?.({ phase, done, total });
+    const folder = await locate(directory, 'model', { ...resolved, onProgress: progress('download') });
+    const core = await loadCore(folder, {
+      name: directory,
       quantization,
       storage,
       computeDtype,
       allowUnknownConfig,
       signal,
-      onProgress: (done, total) => onProgress?.({ phase: 'load', done, total }),
+      onProgress: progress('load'),
     });
     log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
     return new QuantizedModel(core);
@@ -285,9 +299,9 @@ export class QuantizedModel implements AsyncDisposable {
     return createAdapter(this.core, name, checkOptions(loraSchema, options, 'addLora'));
   }
 
-  /** An adapter from a PEFT folder. */
-  loadLora(name: string, directory: string): Promise<LoraAdapter> {
-    return loadAdapter(this.core, name, directory);
+  /** An adapter from a PEFT folder, or from the hub as load() takes a model. */
+  async loadLora(name: string, directory: string): Promise<LoraAdapter> {
+    return loadAdapter(this.core, name, await locate(directory, 'adapter'));
   }
 
   removeLora(name: string): void {

@@ -18,6 +18,8 @@ import type { LoadedWeights } from './weights.js';
 
 export interface ModelCore {
   readonly directory: string;
+  /** The folder as it was given, or owner/name of the hub. */
+  readonly name: string;
   readonly stream: Stream;
   readonly family: Family;
   readonly config: DecoderConfig;

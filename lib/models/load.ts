@@ -13,6 +13,8 @@ import { loadWeights, type WeightOptions } from './weights.js';
 
 export interface CoreOptions extends WeightOptions {
   computeDtype: FloatDType;
+  /** What users call it; default: the folder. */
+  name?: string;
   /** Fields of config.json that may be left unread. */
   allowUnknownConfig?: readonly string[];
 }
@@ -32,6 +34,7 @@ export async function loadCore(directory: string, options: CoreOptions): Promise
     const weights = await loadWeights(stream, folder, family, config, options);
     return {
       directory,
+      name: options.name ?? directory,
       stream,
       family,
       config,

@@ -90,7 +90,7 @@ function partsOf({ path, A, B, magnitude }: LoraLinear): { key: string; tensor: 
 export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
   const { targetModules = 'all-linear', seed = 42 } = options;
   const config: AdapterConfig = {
-    baseModel: core.directory,
+    baseModel: core.name,
     r: options.r ?? 64,
     alpha: options.alpha ?? 16,
     dropout: options.dropout ?? 0,
