@@ -5,13 +5,8 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { guard, type NativeTensor } from '../native.js';
 import { nativeFile } from './native-file.js';
 
-/** Beside what it will be renamed to. */
-export function temporaryPath(target: string): string {
-  const name = `.${basename(target).slice(0, 100)}.${randomBytes(8).toString('hex')}.qlora-tmp`;
-  return join(dirname(target), name);
-}
-
-const temporaryName = /^\..*\.[0-9a-f]{16}\.qlora-tmp$/;
+/** Of files, and of the folders that replaceFiles() fills. */
+const temporaryName = /^(\..*\.[0-9a-f]{16}\.qlora-tmp|\.(saving|replaced)\.[0-9a-f]{16}\.tmp)$/;
 
 /**
  * Writes `parts`, one after the other, to a temporary file beside `path`, syncs it, renames it to `path` and syncs the
@@ -21,7 +16,10 @@ const temporaryName = /^\..*\.[0-9a-f]{16}\.qlora-tmp$/;
  */
 export async function writeParts(path: string, parts: readonly (NativeTensor | ArrayBufferView)[]): Promise<void> {
   const target = resolve(path);
-  const temporary = temporaryPath(target);
+  const temporary = join(
+    dirname(target),
+    `.${basename(target).slice(0, 100)}.${randomBytes(8).toString('hex')}.qlora-tmp`,
+  );
   await guard(() => nativeFile.writeFile(target, temporary, parts));
 }
 
@@ -33,7 +31,7 @@ export function writeFileAtomic(path: string, content: string | Uint8Array): Pro
 /** Milliseconds after which a temporary file is no save under way any more. */
 const abandoned = 3_600_000;
 
-/** Removes files and folders that a killed process left half-written in a folder, once they are an hour old. */
+/** Removes what a killed process left half-written in a folder, once it is an hour old. */
 export async function removeTemporaryFiles(directory: string): Promise<void> {
   for (const name of await readdir(directory)) {
     if (!temporaryName.test(name)) continue;

@@ -9,8 +9,7 @@ import { dirname, join } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
 import { QLoRAError } from '../errors.js';
 import { writeFileAtomic } from './atomic-file.js';
-import { makeFolder } from './folder.js';
-import { writeFailed } from './new-folder.js';
+import { makeFolder, onDisk } from './folder.js';
 
 export interface Blob {
   readonly repository: string;
@@ -40,21 +39,19 @@ export async function downloadBlob(
   if (await stat(path).catch(() => undefined)) return onProgress(blob.size);
   await makeFolder(dirname(path));
   const incomplete = `${path}.incomplete`;
-  let file: FileHandle | undefined;
-  try {
+  {
     // Written by position, so that two processes that fetch the same blob write the same.
-    file = await open(incomplete, constants.O_RDWR | constants.O_CREAT);
+    const flags = constants.O_RDWR | constants.O_CREAT;
+    await using file = await onDisk(incomplete, 'create it', () => open(incomplete, flags));
     await fill(file, blob, onProgress, read);
-    await file.sync();
-  } catch (error) {
-    throw writeFailed(incomplete, 'cannot write it', error);
-  } finally {
-    await file?.close();
+    await onDisk(incomplete, 'sync it', () => file.sync());
   }
   await verify(incomplete, blob);
-  await rename(incomplete, path).catch(async (error) => {
-    if (!(await stat(path).catch(() => undefined))) throw writeFailed(path, 'cannot write it', error);
-  });
+  await onDisk(path, 'rename the download to it', () =>
+    rename(incomplete, path).catch(async (error) => {
+      if (!(await stat(path).catch(() => undefined))) throw error; // another process was as quick
+    }),
+  );
 }
 
 async function fill(
@@ -89,15 +86,15 @@ async function fill(
 
 async function writeAt(file: FileHandle, chunk: Uint8Array, at: number): Promise<void> {
   for (let done = 0; done < chunk.length; ) {
-    const { bytesWritten } = await file.write(chunk, done, chunk.length - done, at + done);
-    done += bytesWritten;
+    const write = () => file.write(chunk, done, chunk.length - done, at + done);
+    done += (await onDisk('the cache of the hub', 'write a download', write)).bytesWritten;
   }
 }
 
 /** Whether trying again would end alike: the disk failed, or the server refuses. */
 function isFinal(error: unknown): boolean {
-  const { statusCode, syscall } = error as { statusCode?: number; syscall?: string };
-  if (syscall === 'write') return true;
+  if (error instanceof QLoRAError) return true;
+  const { statusCode } = error as { statusCode?: number };
   return statusCode !== undefined && statusCode >= 400 && statusCode < 500 && statusCode !== 408 && statusCode !== 429;
 }
 
@@ -121,9 +118,11 @@ async function verify(path: string, { etag, size }: Blob): Promise<void> {
 export async function linkSnapshot(repository: string, commit: string, name: string, etag: string): Promise<void> {
   const path = join(repository, 'snapshots', commit, name);
   await makeFolder(dirname(path));
-  await symlink(join('..', '..', 'blobs', etag), path).catch((error: NodeJS.ErrnoException) => {
-    if (error.code !== 'EEXIST') throw writeFailed(path, 'cannot make this link', error);
-  });
+  await onDisk(path, 'make this link', () =>
+    symlink(join('..', '..', 'blobs', etag), path).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EEXIST') throw error;
+    }),
+  );
 }
 
 /** Remembers which commit a revision is, now that its snapshot is complete. Returns the snapshot's folder. */

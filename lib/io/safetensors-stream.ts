@@ -1,9 +1,9 @@
 /** safetensors files whose tensors are made one after the other, so that no two need to be in memory at once. */
-import { type FileHandle, open } from 'node:fs/promises';
+import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { bytesPerElement, type FloatDType, type Tensor } from '../tensor.js';
 import { writeFileAtomic } from './atomic-file.js';
-import { writeFailed } from './new-folder.js';
+import { onDisk } from './folder.js';
 import { fileDTypes, safetensorsHeader } from './safetensors.js';
 
 /** A tensor that is yet to be made. */
@@ -22,30 +22,22 @@ const bytesOf = ({ dtype, shape }: LazyTensor) => shape.reduce((n, d) => n * d, 
 /** Writes and syncs a file that was not there. It is not atomic: its folder is to be. */
 async function writeShard(path: string, items: readonly LazyTensor[], signal: AbortSignal | undefined): Promise<void> {
   const rows = items.map((item) => ({ ...item, dtype: fileDTypes[item.dtype], bytes: bytesOf(item) }));
-  let file: FileHandle | undefined;
-  try {
-    file = await open(path, 'wx');
-    await writeAll(file, safetensorsHeader(rows, { format: 'pt' }), signal);
-    for (const item of items) {
+  await using file = await onDisk(path, 'create it', () => open(path, 'wx'));
+  const writeAll = async (bytes: Uint8Array) => {
+    for (let at = 0; at < bytes.length; ) {
       signal?.throwIfAborted();
-      using tensor = await item.make();
-      const { buffer, byteOffset, byteLength } = await tensor.readBits();
-      await writeAll(file, new Uint8Array(buffer, byteOffset, byteLength), signal);
+      const length = Math.min(chunkBytes, bytes.length - at);
+      at += (await onDisk(path, 'write it', () => file.write(bytes, at, length))).bytesWritten;
     }
-    await file.sync();
-  } catch (error) {
-    throw writeFailed(path, 'cannot write it', error);
-  } finally {
-    await file?.close();
-  }
-}
-
-async function writeAll(file: FileHandle, bytes: Uint8Array, signal: AbortSignal | undefined): Promise<void> {
-  for (let at = 0; at < bytes.length; ) {
+  };
+  await writeAll(safetensorsHeader(rows, { format: 'pt' }));
+  for (const item of items) {
     signal?.throwIfAborted();
-    const { bytesWritten } = await file.write(bytes, at, Math.min(chunkBytes, bytes.length - at));
-    at += bytesWritten;
+    using tensor = await item.make();
+    const { buffer, byteOffset, byteLength } = await tensor.readBits();
+    await writeAll(new Uint8Array(buffer, byteOffset, byteLength));
   }
+  await onDisk(path, 'sync it', () => file.sync());
 }
 
 /**

@@ -244,6 +244,14 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
       );
     }
   }
+  const { keepBest, earlyStoppingPatience, evalDataset, evalSteps } = resolved;
+  const compares = keepBest ? 'keepBest' : earlyStoppingPatience && 'earlyStoppingPatience';
+  if (compares && (evalDataset === undefined || evalSteps === undefined)) {
+    throw conflict(
+      `${compares} compares losses on evaluation rows, which needs evalDataset and evalSteps`,
+      'Set both, or leave it out.',
+    );
+  }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
   }
