@@ -9,7 +9,7 @@ import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { locate } from './io/hub.js';
 import { log } from './logger.js';
-import { checkIds, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
+import { checkIds, decoderOf, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { mergeModel } from './models/merge.js';
@@ -190,8 +190,9 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** Logits [T, V] of one sequence, row-major fp32. */
   async logits(inputIds: ArrayLike<number>, options: { adapter?: AdapterChoice } = {}): Promise<Float32Array> {
-    using hidden = this.#hidden(inputIds, checkOptions(passSchema, options, 'logits').adapter);
-    using logits = logitsOf(this.core, hidden);
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'logits').adapter);
+    using hidden = this.#hidden(inputIds, adapter);
+    using logits = logitsOf(this.core, adapter, hidden);
     return logits.read();
   }
 
@@ -204,7 +205,7 @@ export class QuantizedModel implements AsyncDisposable {
     labels: ArrayLike<number> = inputIds,
     options: { adapter?: AdapterChoice } = {},
   ): Promise<number> {
-    const { adapter } = checkOptions(passSchema, options, 'loss');
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'loss').adapter);
     if (labels.length !== inputIds.length) {
       throw new QLoRAError(
         'ERR_QLORA_SHAPE',
@@ -228,7 +229,7 @@ export class QuantizedModel implements AsyncDisposable {
     checkIds(targets, this.core.config.vocabSize, 'labels');
     using hidden = this.#hidden(inputIds, adapter);
     using target = Tensor.from(this.core.stream, Int32Array.from(shifted), [shifted.length]);
-    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
+    using loss = linearCrossEntropy(undefined, hidden, decoderOf(this.core, adapter).head, target, {
       scale: 1 / targets.length,
     });
     return (await loss.read())[0] as number;
@@ -347,7 +348,7 @@ export class QuantizedModel implements AsyncDisposable {
     return this.dispose();
   }
 
-  #hidden(inputIds: ArrayLike<number>, adapter: AdapterChoice | undefined): Tensor {
+  #hidden(inputIds: ArrayLike<number>, adapter: string | undefined): Tensor {
     const { core } = this;
     checkIds(inputIds, core.config.vocabSize);
     if (inputIds.length === 0) {
@@ -356,7 +357,7 @@ export class QuantizedModel implements AsyncDisposable {
       });
     }
     const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
-    return hiddenStates(core, undefined, rows, { adapter: chooseAdapter(core, adapter), checkpointing: 'none' });
+    return hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
   }
 
   #tokenizer(): Tokenizer {
