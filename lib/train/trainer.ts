@@ -68,12 +68,11 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
-    const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
+    const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
+    const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
     const model =
-      typeof given === 'string'
-        ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
-        : given;
+      typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
     let adapter: LoraAdapter | undefined;
     let datasets: Datasets | undefined;
     try {
