@@ -1,6 +1,5 @@
 import type { Command } from 'commander';
 import { addOutputFlags, makeOutput } from '../output.js';
-import { readRunRecord } from '../run-folder.js';
 
 interface Flags {
   json?: boolean;
@@ -17,6 +16,7 @@ export function define(command: Command): void {
   addOutputFlags(command);
   command.action(async (folder: string, flags: Flags) => {
     const output = makeOutput(flags);
+    const { readRunRecord } = await import('../run-folder.js');
     const record = await readRunRecord(folder);
     const { runTraining } = await import('../run-training.js');
     process.exitCode = await runTraining(

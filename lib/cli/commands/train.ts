@@ -5,7 +5,6 @@ import { readConfiguration } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 import { requireOptions } from '../required.js';
-import { claimFolder, writeRunRecord } from '../run-folder.js';
 
 interface Flags {
   json?: boolean;
@@ -35,6 +34,7 @@ export function define(command: Command): void {
       printConfig(configuration, output);
       return;
     }
+    const { claimFolder, writeRunRecord } = await import('../run-folder.js');
     if (resume === false) await claimFolder(options.outputDir as string, overwrite);
     const { runTraining } = await import('../run-training.js');
     await writeRunRecord(options.outputDir as string, { options, exportDir });
