@@ -3,6 +3,7 @@
 import type { Tape } from '../autograd.js';
 import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
+import type { TrainingRecord } from '../io/training-record.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
@@ -17,6 +18,8 @@ import type { LoadedWeights } from './weights.js';
 
 export interface ModelCore {
   readonly directory: string;
+  /** The folder as it was given, or owner/name of the hub. */
+  readonly name: string;
   readonly stream: Stream;
   readonly family: Family;
   readonly config: DecoderConfig;
@@ -26,6 +29,8 @@ export interface ModelCore {
   readonly weights: LoadedWeights;
   readonly computeDtype: FloatDType;
   readonly tokenizer: Tokenizer | undefined;
+  /** Of a model that an adapter was merged into: how that was trained. */
+  readonly training: TrainingRecord | undefined;
   readonly adapters: Map<string, LoraAdapter>;
 }
 
@@ -119,4 +124,10 @@ export function logitsOf(core: ModelCore, hidden: Tensor, rows?: Int32Array): Te
   // Picking rows of a matrix by number is what an embedding does.
   using picked = embedding(undefined, hidden, ids, { dtype: core.computeDtype });
   return matmul(undefined, picked, head, undefined, 'f32');
+}
+
+/** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
+export function endTokens({ generation, configJson, tokenizer }: ModelCore): ReadonlySet<number> {
+  const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
+  return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
 }

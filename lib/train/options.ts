@@ -20,7 +20,7 @@ export interface MixedDataset {
 
 /** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
 export interface TrainerOptions {
-  /** A model folder, or a model. A model passed in is not disposed of with the trainer. */
+  /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
   /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
   dataset: DatasetSource | MixedDataset[];
@@ -32,6 +32,9 @@ export interface TrainerOptions {
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
   device?: LoadOptions['device'];
+  /** Of a model named `owner/name`: see LoadOptions. */
+  offline?: boolean;
+  revision?: string;
   /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
   maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
@@ -153,6 +156,8 @@ export const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   maxMemory: count.optional(),
   lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),
@@ -238,6 +243,14 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
         'Pass the path of the model.',
       );
     }
+  }
+  const { keepBest, earlyStoppingPatience, evalDataset, evalSteps } = resolved;
+  const compares = keepBest ? 'keepBest' : earlyStoppingPatience && 'earlyStoppingPatience';
+  if (compares && (evalDataset === undefined || evalSteps === undefined)) {
+    throw conflict(
+      `${compares} compares losses on evaluation rows, which needs evalDataset and evalSteps`,
+      'Set both, or leave it out.',
+    );
   }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');
