@@ -2,6 +2,7 @@
 import { type EncodeOptions, explainRow, type RowExplanation } from '../data/encode.js';
 import { readRows } from '../data/read-rows.js';
 import { describePlace } from '../data/rows.js';
+import { locate } from '../io/hub.js';
 import { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { Output } from './output.js';
 
@@ -13,7 +14,7 @@ export async function explainRows(
   which: { rows: number; skip: number },
   output: Output,
 ): Promise<void> {
-  const tokenizer = await Tokenizer.load(model);
+  const tokenizer = await Tokenizer.load(await locate(model, 'model'));
   let number = 0;
   for await (const { row, place } of readRows(data, { format: datasetFormat })) {
     number++;

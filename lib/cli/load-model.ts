@@ -7,7 +7,7 @@ import { readConfiguration } from './config/resolve.js';
 import { addSettingFlags, rulesFor } from './flags.js';
 import type { Output } from './output.js';
 
-const loadTargets = ['quantization', 'computeDtype', 'device', '@bits'];
+const loadTargets = ['quantization', 'computeDtype', 'device', 'offline', 'revision', '@bits'];
 
 export function addLoadFlags(command: Command): () => Promise<LoadOptions> {
   const flags = addSettingFlags(command, rulesFor(allRules('qlora'), loadTargets), rulesFor(ourRules, loadTargets));
@@ -22,8 +22,8 @@ export async function loadModel(directory: string, options: LoadOptions, output:
   try {
     return await Model.load(directory, {
       ...options,
-      onProgress: ({ done, total }) =>
-        process.stderr.write(`\rloading ${directory}: ${Math.floor((100 * done) / total)}%`),
+      onProgress: ({ phase, done, total }) =>
+        process.stderr.write(`\r${phase} ${directory}: ${Math.floor((100 * done) / total)}%`),
     });
   } finally {
     clear();

@@ -1,5 +1,6 @@
 /** What a model's or an adapter's folder holds, from its headers: no weight is read. */
 import { readBnbConfig, readQuantState } from '../io/bnb-checkpoint.js';
+import { locate } from '../io/hub.js';
 import { openModelFolder } from '../io/model-folder.js';
 import { openAdapterWeights, readAdapterConfig } from '../io/peft.js';
 import { readTrainingRecord } from '../io/training-record.js';
@@ -37,7 +38,7 @@ function fourBitBytes(elements: number): number {
 }
 
 export async function modelFacts(directory: string): Promise<ModelFacts> {
-  using folder = await openModelFolder(directory);
+  using folder = await openModelFolder(await locate(directory, 'model'));
   const family = familyOf(folder.config);
   const quantized = readBnbConfig(folder.config);
   const fields = new ConfigReader(folder.config);

@@ -25,6 +25,7 @@ const commands: readonly { name: string; summary: string; load: () => Promise<Co
     summary: 'write a model in 4 bits, as bitsandbytes stores it',
     load: () => import('./commands/quantize.js'),
   },
+  { name: 'merge', summary: 'write a model with an adapter merged into it', load: () => import('./commands/merge.js') },
   { name: 'info', summary: 'what a model folder or an adapter holds', load: () => import('./commands/info.js') },
   {
     name: 'doctor',

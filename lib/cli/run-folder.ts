@@ -1,5 +1,5 @@
 /** What a run's folder says of itself: run.json, from which `resume` goes on. */
-import { access, readdir, rm } from 'node:fs/promises';
+import { access, readdir } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { QLoRAError } from '../errors.js';
 import { writeFileAtomic } from '../io/atomic-file.js';
@@ -55,27 +55,19 @@ export async function readRunRecord(outputDir: string): Promise<RunRecord> {
   return { options: { ...record.options, outputDir } as PlainOptions, exportDir };
 }
 
-const ofRun = /^(checkpoint-\d+|adapter_config\.json|adapter_model\.safetensors|model\.safetensors|metrics\.jsonl)$/;
+const ofRun = /^(checkpoint-\d+|adapter_config\.json|adapter_model\.safetensors|model\.safetensors)$/;
 
 /**
- * A run never writes over another: what an earlier one left must be gone on from, or be removed by wish.
+ * A run does not begin where another lies unless asked to: what that one made would be replaced.
  *
  * @throws ERR_QLORA_OUTPUT_EXISTS
  */
-export async function claimFolder(outputDir: string, overwrite: boolean): Promise<void> {
-  const names = await readdir(outputDir).catch(() => []);
-  const left = names.filter((name) => ofRun.test(name));
+export async function requireUnused(outputDir: string): Promise<void> {
+  const left = (await readdir(outputDir).catch(() => [])).filter((name) => ofRun.test(name));
   if (left.length === 0) return;
-  if (!overwrite) {
-    throw new QLoRAError(
-      'ERR_QLORA_OUTPUT_EXISTS',
-      `${outputDir} holds an earlier run: ${left.slice(0, 5).join(', ')}`,
-      {
-        hint: '--resume goes on with it, --overwrite removes it; or choose another outputDir.',
-      },
-    );
-  }
-  for (const name of left) await rm(join(outputDir, name), { recursive: true });
+  throw new QLoRAError('ERR_QLORA_OUTPUT_EXISTS', `${outputDir} holds an earlier run: ${left.slice(0, 5).join(', ')}`, {
+    hint: '--resume goes on with it, --overwrite begins anew; or choose another outputDir.',
+  });
 }
 
 async function exists(path: string): Promise<boolean> {

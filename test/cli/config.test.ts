@@ -132,6 +132,7 @@ const ofQlora: readonly Case[] = [
 ];
 
 const ofLlamaFactory: readonly Case[] = [
+  ['model_revision', 'main', 'revision', 'main'],
   ['finetuning_type', 'lora', 'lora.r', 8],
   ['finetuning_type', 'full', 'lora', 'none'],
   ['lora_rank', '4', 'lora.r', 4],

@@ -34,10 +34,13 @@ export function define(command: Command): void {
       printConfig(configuration, output);
       return;
     }
-    const { claimFolder, writeRunRecord } = await import('../run-folder.js');
-    if (resume === false) await claimFolder(options.outputDir as string, overwrite);
+    const { requireUnused, writeRunRecord } = await import('../run-folder.js');
+    if (resume === false && !overwrite) await requireUnused(options.outputDir as string);
     const { runTraining } = await import('../run-training.js');
     await writeRunRecord(options.outputDir as string, { options, exportDir });
-    process.exitCode = await runTraining({ options, resume, places, stopOnUsr1: flags.stopOnUsr1 === true }, output);
+    process.exitCode = await runTraining(
+      { options, resume, exportDir, places, stopOnUsr1: flags.stopOnUsr1 === true },
+      output,
+    );
   });
 }

@@ -27,6 +27,7 @@ const whereMerging = 'merge with `qlora-node merge MODEL ADAPTER OUT`';
 const tuning: Readonly<Record<string, unknown>> = { lora: undefined, full: 'none' };
 
 const own: Rules = {
+  model_revision: maps('revision', text),
   stage: agrees(z.literal('sft'), 'only supervised fine-tuning is done'),
   finetuning_type: maps('lora', oneOf(tuning), 'lora; full: lora none', byName(tuning)),
   lora_rank: maps('lora.r', whole),

@@ -47,6 +47,8 @@ export const trainerRules: Rules = {
   'quantization.skipModules': maps('quantization.skipModules', list, 'modules that stay as they are', splitList),
   computeDtype: maps('computeDtype', text, 'bf16 (default), f16 or f32'),
   device: maps('device', text, 'auto (default), cpu or cuda:N'),
+  offline: maps('offline', boolean, 'take owner/name from the cache, and ask no hub'),
+  revision: maps('revision', text, 'of owner/name: branch, tag or commit; default main'),
   maxMemory: maps('maxMemory', bytes, 'most bytes on the device, as 24GB', toBytes),
   lora: maps('lora', none, "'none' trains all weights; needs quantization none"),
   'lora.r': maps('lora.r', whole, 'rank; default 64'),
@@ -117,7 +119,11 @@ export const trainerRules: Rules = {
 /** What only the command line does. */
 export const runRules: Rules = {
   resume: maps('@resume', z.union([boolean, text]), 'go on from the newest checkpoint in outputDir, or from this one'),
-  overwrite: maps('@overwrite', boolean, 'remove what an earlier run left in outputDir; default false'),
+  overwrite: maps(
+    '@overwrite',
+    boolean,
+    'begin anew where an earlier run lies, whose result is replaced; default false',
+  ),
   exportDir: maps('@exportDir', text, 'write the model with the adapter merged here when the run is done'),
 };
 
