@@ -3,8 +3,10 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
+import { exitCodes, exitCodesHelp } from '../../lib/cli/exit-codes.js';
 import { QuantizedModel } from '../../lib/index.js';
 import { cli } from '../support/cli.js';
+import { keyTables } from '../support/key-tables.js';
 import { packageRoot } from '../support/references.js';
 
 t.setTimeout(600_000); // a busy machine trains slowly
@@ -318,4 +320,17 @@ t.test('doctor', async (t) => {
     unavailable: [{ kind: 'cuda', hint: /\S/ }],
   });
   t.match(JSON.stringify(facts), 'threads:1');
+});
+
+t.test('docs/cli.md has the tables that the code has', async (t) => {
+  const page = readFileSync(join(packageRoot(), 'docs', 'cli.md'), 'utf8').split('\n');
+  for (const { head, rows } of keyTables) {
+    const begin = page.indexOf(head);
+    t.ok(begin >= 0, `${head}: node dist/test/support/key-tables.js prints the tables`);
+    const end = page.indexOf('', begin);
+    t.same(page.slice(begin + 2, end), rows, head);
+  }
+  const codes = page.flatMap((line) => /^\| (\d+) \|/.exec(line)?.[1] ?? []).map(Number);
+  t.same(codes, Object.values(exitCodes));
+  for (const code of codes) t.match(exitCodesHelp, new RegExp(`^ {2}${code} +\\S`, 'm'));
 });

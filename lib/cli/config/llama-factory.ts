@@ -23,7 +23,6 @@ import {
 /** Names of `template` whose text differs from ours of that name. */
 const templates: Readonly<Record<string, string>> = { alpaca: 'alpaca-llama-factory' };
 
-const whereMerging = 'merge with `qlora-node merge MODEL ADAPTER OUT`';
 const tuning: Readonly<Record<string, unknown>> = { lora: undefined, full: 'none' };
 
 const own: Rules = {
@@ -75,7 +74,7 @@ const own: Rules = {
   use_unsloth: agrees(z.literal(false), 'the kernels here are its own'),
   adapter_name_or_path: maps('initialAdapter', text),
   export_dir: maps('@exportDir', text, 'the merged model, after training'),
-  export_size: refuses(`the merged model is one file; ${whereMerging}`),
+  export_size: refuses('the merged model goes into files of 5 GB'),
   use_swanlab: agrees(z.literal(false), 'TensorBoard files and report.html are written'),
   ray_run_name: refuses('one process trains'),
 };
