@@ -144,7 +144,7 @@ const mixed = z.array(
   }),
 );
 
-const schema = z.strictObject({
+export const schema = z.strictObject({
   model: z.union([
     z.string(),
     z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
