@@ -46,14 +46,16 @@ export class QLoRATrainer implements AsyncDisposable {
     adapter: LoraAdapter | undefined,
     options: ResolvedTrainerOptions,
     datasets: Datasets,
+    plan: StepPlan,
+    optimizer: Optimizer,
   ) {
     this.model = model;
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
-    this.#plan = new StepPlan(datasets.train, options);
+    this.#plan = plan;
     this.#ownsModel = typeof options.model === 'string';
-    this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
+    this.#optimizer = optimizer;
     if (adapter) adapter.training = { template: options.template as string };
   }
 
@@ -78,7 +80,12 @@ export class QLoRATrainer implements AsyncDisposable {
       resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
       const datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
-      return new QLoRATrainer(model, adapter, resolved, datasets);
+      const plan = new StepPlan(datasets.train, resolved);
+      const trained = adapter?.namedParameters ?? model.core.weights.dense;
+      const { totalSteps } = plan;
+      const { computeDtype: dtype } = model.core;
+      const optimizer = await Optimizer.create(trained, resolved, { totalSteps, computeDtype: dtype });
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
     } catch (error) {
       if (typeof given === 'string') await model.dispose();
       else if (adapter) model.removeLora(adapterName);
@@ -205,13 +212,21 @@ export class QLoRATrainer implements AsyncDisposable {
       if (!previous) return;
       const { step, learningRate, result } = previous;
       previous = undefined;
-      const { loss, gradNorm, finite, tokens } = await result;
+      const { loss, gradNorm, finite, tokens, lossScale } = await result;
       const now = performance.now();
       const tokensPerSecond = (tokens * 1000) / (now - since);
       since = now;
       this.#finalLoss = loss;
-      skipped = finite ? 0 : skipped + 1;
-      if (!finite) {
+      // A scale that was too large is no fault of the run: it has been halved, until it is 1.
+      const tooLarge = !finite && lossScale > 1 && Number.isFinite(loss);
+      if (!tooLarge) skipped = finite ? 0 : skipped + 1;
+      if (tooLarge) {
+        emit({
+          type: 'warning',
+          code: 'LOSS_SCALE',
+          message: `step ${step}: a gradient overflowed f16 with the loss scaled by ${lossScale}: the step changed nothing, and the scale is ${lossScale / 2} now`,
+        });
+      } else if (!finite) {
         emit({
           type: 'warning',
           code: 'NON_FINITE_GRADIENT',
@@ -295,7 +310,7 @@ export class QLoRATrainer implements AsyncDisposable {
     signal?: AbortSignal,
     between: () => Promise<void> = async () => {},
   ): Promise<EnqueuedStep | undefined> {
-    const { batchSize, gradientCheckpointing, seed } = this.#options;
+    const { batchSize, gradientCheckpointing, seed, neftuneNoiseAlpha: alpha } = this.#options;
     const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
     // Rows of like length side by side: the sum is the same, the padding less.
     const sorted = [...rows].sort((a, b) => a.ids.length - b.ids.length);
@@ -306,12 +321,15 @@ export class QLoRATrainer implements AsyncDisposable {
         await Promise.allSettled(losses);
         return undefined;
       }
+      const key = { seed, microStep: this.#microStep++ };
       const pass = {
         adapter: this.#adapterName,
         checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
-        dropout: { seed, microStep: this.#microStep++ },
+        dropout: key,
+        neftune: alpha > 0 ? { alpha, ...key } : undefined,
       };
-      const loss = enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass);
+      const part = sorted.slice(i, i + batchSize);
+      const loss = enqueueLoss(this.model.core, new Tape(), part, 1 / targets, pass, this.#optimizer.lossScale);
       losses.push(handled(readScalar(loss)));
       if (losses.length === 1) await between();
       // At most two micro-steps wait in the queue.
@@ -320,13 +338,13 @@ export class QLoRATrainer implements AsyncDisposable {
     await losses.at(-2);
     const learningRate = this.#plan.learningRate(this.#step);
     this.#step++;
-    using norm = this.#optimizer.step(this.#step, learningRate);
-    const norms = handled(norm.read());
+    using outcome = this.#optimizer.step(learningRate);
+    const outcomes = handled(outcome.read());
     const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
     const result = (async () => {
       const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
-      const [gradNorm, finite] = (await norms) as unknown as [number, number];
-      return { loss, gradNorm, finite: finite === 1, tokens };
+      const [gradNorm, finite, lossScale] = (await outcomes) as unknown as [number, number, number];
+      return { loss, gradNorm, finite: finite === 1, lossScale, tokens };
     })();
     const step = this.#step;
     // A step that failed, for want of memory, changed nothing and does not count.
