@@ -106,6 +106,10 @@ struct OptimizerStep {
   }
 };
 
+inline void checkBetas(const char* op, double beta1, double beta2) {
+  checkThat(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op, "beta1 and beta2 must be in [0, 1)");
+}
+
 struct AdamOptions {
   double beta1, beta2, eps;
 
@@ -115,9 +119,7 @@ struct AdamOptions {
     visitor.value(beta2);
     visitor.value(eps);
   }
-  void check(const char* op) const {
-    checkThat(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op, "beta1 and beta2 must be in [0, 1)");
-  }
+  void check(const char* op) const { checkBetas(op, beta1, beta2); }
 };
 
 struct AdamW {
@@ -180,6 +182,7 @@ struct Lion {
     step.check("lion");
     step.checkState("lion", "m", m);
     step.checkPlace("lion", {&m});
+    checkBetas("lion", beta1, beta2);
   }
 };
 
@@ -200,6 +203,7 @@ struct Lion8bit {
     step.check("lion8bit");
     step.checkState("lion8bit", "m", mIndex, mAbsmax);
     step.checkPlace("lion8bit", {&mIndex, &mAbsmax});
+    checkBetas("lion8bit", beta1, beta2);
   }
 };
 

@@ -43,7 +43,7 @@ export interface StepOptions extends Partial<Record<NumberName, number>> {
  * One step of a rule, in place. Where norm says that a gradient is not finite, nothing changes.
  *
  * @param state for each of the rule's states a list parallel to params, f32; in 8 bits two lists, indices u8 and absmax
- *   f32. sgd without momentum takes an empty list.
+ *   f32. None for sgd without momentum.
  * @returns f32 [1], whether it was applied: for finishStep
  */
 export function optimizerStep(
@@ -53,9 +53,11 @@ export function optimizerStep(
   { lr, weightDecay, maxNorm, ...numbers }: StepOptions,
 ): Tensor {
   const applied = new Tensor(norm.stream, 'f32', [1]);
-  const own = ruleOf(op).numbers.map((name) => numbers[name] ?? Number.NaN);
+  const rule = ruleOf(op);
+  const own = rule.numbers.map((name) => numbers[name] ?? Number.NaN);
+  const lists = state.length ? state : rule.states.map(() => []);
   const common = [params, gradients, norm, counters, lossScale, applied, lr, weightDecay, maxNorm];
-  norm.stream.run(op, ...common, ...state, ...own);
+  norm.stream.run(op, ...common, ...lists, ...own);
   return applied;
 }
 

@@ -5,9 +5,9 @@ import { fill, zeros } from '../ops/elementwise.js';
 import { gradNorm } from '../ops/grad-norm.js';
 import { finishStep, type OptimizerOp, optimizerStep } from '../ops/optimizer.js';
 import { type FloatDType, Tensor } from '../tensor.js';
-import type { ResolvedTrainerOptions } from './options.js';
 import { openState } from './optimizer-file.js';
 import { keptState, optimizerKinds, type StatePart, stateBytes } from './optimizer-kinds.js';
+import type { ResolvedTrainerOptions } from './options.js';
 
 /** f16's loss: its scale at the start, and the good steps after which it doubles, as PyTorch's GradScaler has them. */
 const initialLossScale = 2 ** 16;
@@ -127,8 +127,7 @@ export class Optimizer {
       group.gradients.push(p.gradient as Tensor);
       parts.forEach((part: StatePart, i) => {
         const { dtype, shape } = part;
-        const tensor =
-          file && paged.has(name) ? file.tensor(dtype, shape) : zeros(p.stream, shape, dtype, 'optimizer');
+        const tensor = file && paged.has(name) ? file.tensor(dtype, shape) : zeros(p.stream, shape, dtype, 'optimizer');
         group.state[i]?.push(tensor);
         this.#state.set(`${name}.${part.name}`, tensor);
       });
