@@ -74,6 +74,7 @@ export function decode(
   let x = reshape(tape, start, [B * T, config.hiddenSize]);
   embedded.dispose();
   start.dispose();
+  pass.inspect?.(weights.embedding, x);
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
     const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
@@ -83,7 +84,9 @@ export function decode(
   });
   cache?.advance(T);
   using last = x;
-  return rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
+  const y = rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
+  pass.inspect?.(weights.norm, y);
+  return y;
 }
 
 function runBlock(
@@ -97,10 +100,12 @@ function runBlock(
 ): Tensor {
   const { eps, offset } = config.norm;
   using normed = rmsNorm(tape, x, block.attentionNorm, eps, offset);
+  pass.inspect?.(block.attentionNorm, normed);
   using attended = attend(tape, config, block, layer, normed, input, pass);
   using projected = block.o.forward(tape, attended, pass);
   using h = add(tape, x, projected);
   using mlpInput = rmsNorm(tape, h, block.mlpNorm, eps, offset);
+  pass.inspect?.(block.mlpNorm, mlpInput);
   using mlpOutput = mlp(tape, config, block, mlpInput, pass);
   return add(tape, h, mlpOutput);
 }
@@ -135,6 +140,7 @@ function attend(
     return reshape(tape, out, [B * T, H * D]);
   }
   using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });
+  pass.inspect?.(`the attention of layer ${layer}`, out);
   return reshape(tape, out, [B * T, H * D]);
 }
 
@@ -142,5 +148,6 @@ function mlp(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Ten
   using gate = block.gate.forward(tape, x, pass);
   using up = block.up.forward(tape, x, pass);
   using gated = glu(tape, gate, up, config.activation);
+  pass.inspect?.(`the activation before ${block.down.path}`, gated);
   return block.down.forward(tape, gated, pass);
 }

@@ -19,7 +19,11 @@ export interface StepResult {
 
 /** A step whose work is in the queue. */
 export interface EnqueuedStep {
+  /** From 1. */
   step: number;
+  /** What it was made of: its rows, and the number of the first of its micro-steps. */
+  rows: readonly EncodedRow[];
+  firstMicroStep: number;
   learningRate: number;
   result: Promise<StepResult>;
 }

@@ -141,16 +141,17 @@ export class Optimizer {
 
   /**
    * One step from the accumulated gradients, unscaled and clipped to maxGradNorm. Nothing changes where their norm is not
-   * finite: all of that is decided on the stream.
+   * finite, or one of `checks`: all of that is decided on the stream.
    *
+   * @param checks f32 [1] each, 0 where all is well
    * @returns f32 [3], to be disposed of: the norm before clipping, 1 where the step was applied, and the loss scale that
    *   the gradients had; a step that was not applied has halved it, unless it is 1
    */
-  step(learningRate: number): Tensor {
+  step(learningRate: number, checks: readonly Tensor[] = []): Tensor {
     const { weightDecay, maxGradNorm: maxNorm, adamBeta1, adamBeta2, adamEpsilon, momentum, ademamix } = this.#options;
     const numbers = { beta1: adamBeta1, beta2: adamBeta2, eps: adamEpsilon, momentum, ...ademamix };
     const counted = { counters: this.#counters, lossScale: this.#scale };
-    using norm = gradNorm(this.#counters.stream, this.#gradients);
+    using norm = gradNorm(this.#counters.stream, [...this.#gradients, ...checks]);
     const applied = [...this.#groups.values()].map(({ op, rate, params, gradients, state }) =>
       optimizerStep(op, { params, gradients, norm, ...counted }, state, {
         ...numbers,
