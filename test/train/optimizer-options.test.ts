@@ -201,7 +201,7 @@ t.test('a run goes on from a checkpoint with all that the optimizer holds', asyn
       // The first steps of f16 overflow.
       if (kind.computeDtype) await fillB(trainer, 1);
       await trainer.train({ resume });
-      return bitsOf(trainer);
+      return await bitsOf(trainer);
     };
     const undisturbed = await run(false);
     t.equal(await run(join(options.outputDir, 'checkpoint-3')), undisturbed, `${kind.optimizer}`);
