@@ -133,6 +133,7 @@ export class QuantizedModel implements AsyncDisposable {
     directory: string,
     options: LoadOptions,
     storage: WeightOptions['storage'],
+    purpose?: 'rehearsal',
   ): Promise<QuantizedModel> {
     const { quantization, computeDtype, ...rest } = resolveLoadOptions(options, 'load');
     using folder = await openModelFolder(directory);
@@ -142,7 +143,7 @@ export class QuantizedModel implements AsyncDisposable {
     const config = family.config(fields);
     fields.finish(rest.allowUnknownConfig);
     const tokenizer = await loadTokenizer(directory);
-    const stream = new Stream();
+    const stream = new Stream(purpose);
     try {
       const weights = await loadWeights(stream, folder, family, config, {
         quantization,

@@ -129,7 +129,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   void release();
 
   Tensor tensor_;
-  bool ownsBytes_ = true;  // a view does not count for V8's garbage collector
+  bool ownsBytes_ = true;  // a view or a rehearsal's tensor does not count for V8's garbage collector
 };
 
 /// Reads an operation's arguments from JavaScript's, in the order of its `visit`.

@@ -50,8 +50,11 @@ export interface DecoderInput {
 
 export interface DecoderPass extends Pass {
   computeDtype: FloatDType;
-  /** 'blocks' keeps only each block's input and computes the rest again in the backward pass. */
-  checkpointing: 'none' | 'blocks';
+  /**
+   * 'blocks' keeps only each block's input and computes the rest again in the backward pass; a number does so for the
+   * first so many blocks: the others are done with before the backward pass comes to them.
+   */
+  checkpointing: 'none' | 'blocks' | number;
 }
 
 /** Hidden states after the last norm, [B T, C]. */
@@ -67,10 +70,12 @@ export function decode(
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
   let x = reshape(tape, embedded, [B * T, config.hiddenSize]);
   embedded.dispose();
+  const { checkpointing } = pass;
+  const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
     const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
-    const y = tape && pass.checkpointing === 'blocks' ? checkpoint(tape, x, run, needs) : run(tape, x);
+    const y = tape && layer < again ? checkpoint(tape, x, run, needs) : run(tape, x);
     x.dispose();
     x = y;
   });

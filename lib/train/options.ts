@@ -198,8 +198,14 @@ const schema = z.strictObject({
   seed: z.int().min(0).default(42),
 });
 
-export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
-  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
+export type ResolvedTrainerOptions = Omit<
+  z.infer<typeof schema>,
+  'dataset' | 'lora' | 'quantization' | 'device' | 'gradientCheckpointing'
+> &
+  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'> & {
+    /** A number of layers, once memory was planned. */
+    gradientCheckpointing: boolean | 'auto' | number;
+  };
 
 /** Several sources, rather than rows. */
 export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {

@@ -1,7 +1,8 @@
 import { join } from 'node:path';
 import { z } from 'zod';
 import { Tape } from '../autograd.js';
-import { type EncodedRow, explainRow } from '../data/encode.js';
+import { lengthOf, type Sequence } from '../data/batch.js';
+import { explainRow } from '../data/encode.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import { MemoryRows, targetsOf } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
@@ -14,9 +15,19 @@ import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
-import { type EnqueuedStep, enqueueLoss, handled, readScalar } from './micro-step.js';
+import { planRun } from './memory-plan.js';
+import {
+  checkpointingOf,
+  type EnqueuedStep,
+  enqueueLoss,
+  evalBatches,
+  handled,
+  microBatches,
+  readScalar,
+} from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
+import type { MemoryPlan } from './rehearsal.js';
 import { StepPlan } from './step-plan.js';
 
 const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
@@ -46,12 +57,13 @@ export class QLoRATrainer implements AsyncDisposable {
     adapter: LoraAdapter | undefined,
     options: ResolvedTrainerOptions,
     datasets: Datasets,
+    plan: StepPlan,
   ) {
     this.model = model;
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
-    this.#plan = new StepPlan(datasets.train, options);
+    this.#plan = plan;
     this.#ownsModel = typeof options.model === 'string';
     this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
     if (adapter) adapter.training = { template: options.template as string };
@@ -67,6 +79,11 @@ export class QLoRATrainer implements AsyncDisposable {
     const resolved = resolveTrainerOptions(options);
     const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
     const full = lora === 'none';
+    const planned =
+      resolved.maxMemory !== undefined || resolved.gradientCheckpointing === 'auto'
+        ? await planRun(resolved, 'fit')
+        : undefined;
+    if (planned) resolved.gradientCheckpointing = planned.checkpointedLayers;
     const model =
       typeof given === 'string'
         ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
@@ -76,14 +93,23 @@ export class QLoRATrainer implements AsyncDisposable {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
       resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
-      const datasets = await prepareDatasets(model.core, resolved);
+      const datasets = planned?.datasets ?? (await prepareDatasets(model.core, resolved));
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
-      return new QLoRATrainer(model, adapter, resolved, datasets);
+      const plan = planned?.steps ?? (await StepPlan.create(datasets.train, resolved));
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan);
     } catch (error) {
       if (typeof given === 'string') await model.dispose();
       else if (adapter) model.removeLora(adapterName);
       throw error;
     }
+  }
+
+  /**
+   * Bytes of memory by class that a run with these options takes at most, before anything is loaded: the steps are gone
+   * through without being computed. The data is read and encoded; a source that can be read only once is then used up.
+   */
+  static async plan(options: TrainerOptions): Promise<MemoryPlan> {
+    return (await planRun(resolveTrainerOptions(options), 'any')).memory;
   }
 
   /** What a row becomes: tokens, which of them are trained, what was cut. */
@@ -113,8 +139,9 @@ export class QLoRATrainer implements AsyncDisposable {
   trainStep(rows: readonly Row[]): Promise<{ loss: number; gradNorm: number }> {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
-      const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
-      const step = await this.#enqueueStep(encoded);
+      const encoded = new MemoryRows(await encodeDataset(this.model.core, rows, encoding, undefined));
+      const plan = await StepPlan.create(encoded, this.#options);
+      const step = await this.#enqueueStep(await plan.load(Array.from({ length: plan.sequences.count }, (_, i) => i)));
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };
@@ -140,14 +167,14 @@ export class QLoRATrainer implements AsyncDisposable {
         },
       );
     }
-    const indices = Array.from({ length: rows.count }, (_, i) => i);
-    const targets = indices.reduce((n, i) => n + rows.targets(i), 0);
-    const { batchSize } = this.#options;
+    const batches = evalBatches(rows, this.#options.batchSize);
+    const targets = batches.flat().reduce((n, i) => n + rows.targets(i), 0);
     const pass = { adapter: this.#adapterName, checkpointing: 'none' as const };
     let loss = 0;
-    for (let i = 0; i < rows.count; i += batchSize) {
+    for (const batch of batches) {
       signal?.throwIfAborted();
-      using part = enqueueLoss(core, undefined, await rows.rows(indices.slice(i, i + batchSize)), 1 / targets, pass);
+      const sequences = (await rows.rows(batch)).map((row) => [row]);
+      using part = enqueueLoss(core, undefined, sequences, 1 / targets, pass);
       loss += (await part.read())[0] as number;
     }
     return { loss, perplexity: Math.exp(loss) };
@@ -244,7 +271,8 @@ export class QLoRATrainer implements AsyncDisposable {
     await makeFolder(this.#options.outputDir);
 
     while (this.#step < total) {
-      const enqueued = await this.#enqueueStep(await this.#plan.rowsOf(this.#step), signal, report);
+      const rows = await this.#plan.load(await this.#plan.sequencesOf(this.#step));
+      const enqueued = await this.#enqueueStep(rows, signal, report);
       if (!enqueued) {
         await report();
         return this.#stopped(emit);
@@ -285,33 +313,31 @@ export class QLoRATrainer implements AsyncDisposable {
   }
 
   /**
-   * Enqueues forward, backward and the optimizer over these rows. The loss is the sum over all of them divided by their
+   * Enqueues forward, backward and the optimizer over these sequences. The loss is the sum over all of them divided by their
    * target tokens, so that it does not depend on how they are cut into micro-steps.
    *
    * @returns undefined where the signal stopped it, which leaves the parameters as they were
    */
   async #enqueueStep(
-    rows: readonly EncodedRow[],
+    sequences: readonly Sequence[],
     signal?: AbortSignal,
     between: () => Promise<void> = async () => {},
   ): Promise<EnqueuedStep | undefined> {
-    const { batchSize, gradientCheckpointing, seed } = this.#options;
-    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
-    // Rows of like length side by side: the sum is the same, the padding less.
-    const sorted = [...rows].sort((a, b) => a.ids.length - b.ids.length);
+    const { batchSize, seed } = this.#options;
+    const targets = sequences.flat().reduce((n, row) => n + targetsOf(row), 0);
     const losses: Promise<number>[] = [];
     this.#optimizer.zeroGradients();
-    for (let i = 0; i < sorted.length; i += batchSize) {
+    for (const part of microBatches(sequences, lengthOf, batchSize)) {
       if (signal?.aborted) {
         await Promise.allSettled(losses);
         return undefined;
       }
       const pass = {
         adapter: this.#adapterName,
-        checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
+        checkpointing: checkpointingOf(this.#options),
         dropout: { seed, microStep: this.#microStep++ },
       };
-      const loss = enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass);
+      const loss = enqueueLoss(this.model.core, new Tape(), part, 1 / targets, pass);
       losses.push(handled(readScalar(loss)));
       if (losses.length === 1) await between();
       // At most two micro-steps wait in the queue.
@@ -322,7 +348,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.#step++;
     using norm = this.#optimizer.step(this.#step, learningRate);
     const norms = handled(norm.read());
-    const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
+    const tokens = sequences.reduce((n, sequence) => n + lengthOf(sequence), 0);
     const result = (async () => {
       const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
       const [gradNorm, finite] = (await norms) as unknown as [number, number];

@@ -1,0 +1,99 @@
+/**
+ * What a run takes in memory, found by going through its steps on a stream that computes nothing and counts: the same
+ * code allocates the same bytes in the same order, so nothing has to be kept in step with it.
+ */
+import { Tape } from '../autograd.js';
+import type { Sequence } from '../data/batch.js';
+import type { ModelCore } from '../models/core.js';
+import { createAdapter, type LoraAdapter, loadAdapter } from '../models/lora-adapter.js';
+import { Linear } from '../nn/linear.js';
+import { zeros } from '../ops/elementwise.js';
+import { Weight } from '../ops/weight.js';
+import { Stream, Tensor } from '../tensor.js';
+import { checkpointingOf, enqueueLoss } from './micro-step.js';
+import { Optimizer } from './optimizer.js';
+import type { ResolvedTrainerOptions } from './options.js';
+
+/** Bytes on the device at the moment of most memory; the classes add up to the total. */
+export interface MemoryPlan {
+  weights: number;
+  /** A and B, or what else an adapter trains. */
+  adapters: number;
+  /** Gradients and the optimizer's state. */
+  optimizer: number;
+  /** What is kept for the backward pass, at most. */
+  activations: number;
+  /** What operations need while they run, and what loading takes beyond all of training. */
+  scratch: number;
+  total: number;
+}
+
+/** Micro-batches that a run will meet: those that may take most memory. */
+export interface Heaviest {
+  train: readonly (readonly Sequence[])[];
+  eval: readonly (readonly Sequence[])[];
+}
+
+export const adapterName = 'default';
+
+/** The adapter that the options ask for, on `core`; undefined in full fine-tuning. */
+export async function adapterFor(core: ModelCore, options: ResolvedTrainerOptions): Promise<LoraAdapter | undefined> {
+  const { lora, initialAdapter, seed } = options;
+  if (initialAdapter) return loadAdapter(core, adapterName, initialAdapter);
+  return lora === 'none' ? undefined : createAdapter(core, adapterName, { seed, ...lora });
+}
+
+/**
+ * Trains a step and evaluates, without computing anything.
+ *
+ * @param loading the most bytes that loading the model took
+ */
+export async function rehearse(
+  core: ModelCore,
+  options: ResolvedTrainerOptions,
+  heaviest: Heaviest,
+  loading: number,
+): Promise<MemoryPlan> {
+  const stream = new Stream('rehearsal');
+  try {
+    const copy = emptyCopy(core, stream);
+    const adapter = await adapterFor(copy, options);
+    const optimizer = new Optimizer(adapter?.parameters ?? [...copy.weights.dense.values()], options);
+    const pass = { adapter: adapter?.name, checkpointing: checkpointingOf(options) };
+    const dropout = { seed: options.seed, microStep: 0 };
+    optimizer.zeroGradients();
+    for (const sequences of heaviest.train) {
+      enqueueLoss(copy, new Tape(), sequences, 1, { ...pass, dropout }).dispose();
+    }
+    optimizer.step(1, options.learningRate).dispose();
+    for (const sequences of heaviest.eval) enqueueLoss(copy, undefined, sequences, 1, pass).dispose();
+    await stream.sync();
+    const { peakBytes, byClass, peakByClass } = stream.memory();
+    const { weights, adapters, optimizer: state } = byClass as Record<keyof MemoryPlan, number>;
+    const total = Math.max(peakBytes, loading);
+    const activations = Math.min(peakByClass.activations as number, total - weights - adapters - state);
+    const scratch = total - weights - adapters - state - activations;
+    return { weights, adapters, optimizer: state, activations, scratch, total };
+  } finally {
+    await stream.close();
+  }
+}
+
+/** The model on another stream, its tensors of the same shapes, without adapters. */
+function emptyCopy(core: ModelCore, stream: Stream): ModelCore {
+  const copies = new Map<unknown, unknown>();
+  const copy = <T>(value: T): T => {
+    if (typeof value !== 'object' || value === null) return value;
+    if (!copies.has(value)) copies.set(value, make(value));
+    return copies.get(value) as T;
+  };
+  const make = (value: object): unknown => {
+    if (value instanceof Tensor) return zeros(stream, value.shape, value.dtype, value.memoryClass);
+    if (value instanceof Weight) return new Weight(value.N, value.K, copy(value.tensors));
+    if (value instanceof Linear) return new Linear(value.path, value.index, copy(value.weight), copy(value.bias));
+    if (value instanceof Map) return new Map([...value].map(([key, item]) => [key, copy(item)]));
+    if (Array.isArray(value)) return value.map(copy);
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, copy(item)]));
+  };
+  return { ...core, stream, weights: copy(core.weights), adapters: new Map() };
+}
