@@ -11,7 +11,7 @@ import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, prepareDatasets } from './dataset.js';
 import { evalBatches, microBatches } from './micro-step.js';
 import type { ResolvedTrainerOptions } from './options.js';
-import { type Heaviest, type MemoryPlan, rehearse } from './rehearsal.js';
+import { type Heaviest, type MemoryPlan, type Outside, rehearse } from './rehearsal.js';
 import { packedLength, StepPlan } from './step-plan.js';
 
 /** What is known of a run before its model is loaded. */
@@ -39,13 +39,15 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
       : given;
   try {
     const { core } = model;
-    const loading = core.stream.memory().peakBytes;
+    const { peakBytes, byClass } = core.stream.memory();
+    const outside =
+      typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
     const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
     // What an adapter was trained with it goes on with.
     options.template ??= record?.template ?? DEFAULT_TEMPLATE;
     const datasets = await prepareDatasets(core, options);
     const steps = await StepPlan.create(datasets.train, options);
-    const planned = { core, options, loading, heaviest: await heaviestOf(steps, datasets.eval, options) };
+    const planned = { core, options, outside, heaviest: await heaviestOf(steps, datasets.eval, options) };
     const chosen = await chooseMemory(planned);
     if (demand === 'fit') await refuseAbove(planned, chosen.memory);
     return { datasets, steps, ...chosen };
@@ -57,8 +59,7 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
 interface Planned {
   core: ModelCore;
   options: ResolvedTrainerOptions;
-  /** The most bytes that loading the model took. */
-  loading: number;
+  outside: Outside;
   heaviest: Heaviest;
 }
 
@@ -70,10 +71,10 @@ async function chooseMemory({
   core,
   options,
   heaviest,
-  loading,
+  outside,
 }: Planned): Promise<Omit<PlannedRun, 'datasets' | 'steps'>> {
   const layers = core.config.numLayers;
-  const planWith = (count: number) => rehearse(core, { ...options, gradientCheckpointing: count }, heaviest, loading);
+  const planWith = (count: number) => rehearse(core, { ...options, gradientCheckpointing: count }, heaviest, outside);
   const { gradientCheckpointing: wanted, maxMemory } = options;
   let most = layers;
   if (wanted === 'auto') {
@@ -117,7 +118,7 @@ async function advice(planned: Planned, maxMemory: number): Promise<string> {
   const { heaviest } = planned;
   const totalWith = async (change: Partial<ResolvedTrainerOptions>) => {
     const options = { ...planned.options, ...change };
-    return (await rehearse(planned.core, options, reduced(heaviest, options), planned.loading)).total;
+    return (await rehearse(planned.core, options, reduced(heaviest, options), planned.outside)).total;
   };
   const alone: string[] = [];
   let least = Number.POSITIVE_INFINITY;

@@ -34,6 +34,14 @@ export interface Heaviest {
   eval: readonly (readonly Sequence[])[];
 }
 
+/** Memory that is not training's. */
+export interface Outside {
+  /** The most bytes that loading the model takes. */
+  loading: number;
+  /** Bytes of adapters that the model has beside the one that is trained. */
+  others: number;
+}
+
 export const adapterName = 'default';
 
 /** The adapter that the options ask for, on `core`; undefined in full fine-tuning. */
@@ -43,16 +51,12 @@ export async function adapterFor(core: ModelCore, options: ResolvedTrainerOption
   return lora === 'none' ? undefined : createAdapter(core, adapterName, { seed, ...lora });
 }
 
-/**
- * Trains a step and evaluates, without computing anything.
- *
- * @param loading the most bytes that loading the model took
- */
+/** Trains a step and evaluates, without computing anything. */
 export async function rehearse(
   core: ModelCore,
   options: ResolvedTrainerOptions,
   heaviest: Heaviest,
-  loading: number,
+  { loading, others }: Outside,
 ): Promise<MemoryPlan> {
   const stream = new Stream('rehearsal');
   try {
@@ -61,6 +65,8 @@ export async function rehearse(
     const optimizer = new Optimizer(adapter?.parameters ?? [...copy.weights.dense.values()], options);
     const pass = { adapter: adapter?.name, checkpointing: checkpointingOf(options) };
     const dropout = { seed: options.seed, microStep: 0 };
+    // The losses of a step, which wait to be read.
+    using _losses = zeros(stream, [2 * options.gradientAccumulationSteps + 2], 'f32');
     optimizer.zeroGradients();
     for (const sequences of heaviest.train) {
       enqueueLoss(copy, new Tape(), sequences, 1, { ...pass, dropout }).dispose();
@@ -70,10 +76,17 @@ export async function rehearse(
     await stream.sync();
     const { peakBytes, byClass, peakByClass } = stream.memory();
     const { weights, adapters, optimizer: state } = byClass as Record<keyof MemoryPlan, number>;
-    const total = Math.max(peakBytes, loading);
-    const activations = Math.min(peakByClass.activations as number, total - weights - adapters - state);
-    const scratch = total - weights - adapters - state - activations;
-    return { weights, adapters, optimizer: state, activations, scratch, total };
+    const total = Math.max(peakBytes, loading) + others;
+    const rest = total - weights - adapters - others - state;
+    const activations = Math.min(peakByClass.activations as number, rest);
+    return {
+      weights,
+      adapters: adapters + others,
+      optimizer: state,
+      activations,
+      scratch: rest - activations,
+      total,
+    };
   } finally {
     await stream.close();
   }

@@ -27,11 +27,10 @@ import {
 } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
-import type { MemoryPlan } from './rehearsal.js';
+import { adapterName, type MemoryPlan } from './rehearsal.js';
 import { StepPlan } from './step-plan.js';
 
 const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
-const adapterName = 'default';
 /** Steps in a row whose gradient may be NaN or infinite before training gives up. */
 const mostSkipped = 5;
 
@@ -88,6 +87,9 @@ export class QLoRATrainer implements AsyncDisposable {
       typeof given === 'string'
         ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
         : given;
+    // What takes more than was planned is an error then, not the end of the process.
+    if (resolved.maxMemory !== undefined && typeof given === 'string')
+      model.core.stream.setMemoryLimit(resolved.maxMemory);
     let adapter: LoraAdapter | undefined;
     try {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);

@@ -102,7 +102,11 @@ t.test('the plan of a step is a function of its number', async (t) => {
       t.equal(seen.length, rows.count, `epoch ${epoch}: every row`);
       t.equal(new Set(seen).size, new Set(steps.slice(0, plan.stepsPerEpoch).flat()).size);
     }
-    t.equal((await plan.sequencesOf(plan.stepsPerEpoch - 1)).length, plan.sequences.count % 8 || 8, 'a short last step');
+    t.equal(
+      (await plan.sequencesOf(plan.stepsPerEpoch - 1)).length,
+      plan.sequences.count % 8 || 8,
+      'a short last step',
+    );
     t.notSame(steps[0], steps[plan.stepsPerEpoch], 'each epoch has an order of its own');
     // As a resumed run asks: another plan, any step, in any order.
     const resumed = await StepPlan.create(rows, resolved);
