@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import { encodePrompt } from './data/prompt.js';
 import type { Message } from './data/rows.js';
+import { templateEndTokens } from './data/templates.js';
 import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
@@ -257,8 +258,8 @@ export class QuantizedModel implements AsyncDisposable {
         const resolved = resolveGenerateOptions(this.core, options, 'text');
         checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
-        const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
-        const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
+        const trained = this.core.adapters.get(resolved.adapter ?? '')?.training;
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, trained);
         const stop = new StopStrings(resolved.stop);
         const decoder = tokenizer.stream({ context: ids });
         let text = '';
@@ -266,7 +267,11 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
+        const sampling = {
+          ...resolved,
+          endTokens: this.#endTokens(resolved.adapter),
+          signal: joined(resolved.signal, abort.signal),
+        };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;
@@ -285,7 +290,7 @@ export class QuantizedModel implements AsyncDisposable {
     return eventStream(
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options, 'tokens');
-        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
+        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens(resolved.adapter);
         const ids: number[] = [];
         const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, inputIds, sampling)) {
@@ -355,11 +360,16 @@ export class QuantizedModel implements AsyncDisposable {
     );
   }
 
-  /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
-  #endTokens(): ReadonlySet<number> {
-    const { generation, configJson, tokenizer } = this.core;
+  /**
+   * Every id that ends a text: generation_config.json's, else config.json's, the tokenizer's, and those that end an
+   * answer in the templates that the adapter was trained with.
+   */
+  #endTokens(adapter: string | undefined): ReadonlySet<number> {
+    const { generation, configJson, tokenizer, adapters } = this.core;
     const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
-    return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
+    const { template, chatTemplate } = adapters.get(adapter ?? '')?.training ?? {};
+    const learnt = tokenizer ? [template, chatTemplate].flatMap((name) => templateEndTokens(name, tokenizer)) : [];
+    return new Set([...own, tokenizer?.eosTokenId, ...learnt].filter((id): id is number => typeof id === 'number'));
   }
 }
 

@@ -70,6 +70,7 @@ export function decode(
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
   let x = reshape(tape, embedded, [B * T, config.hiddenSize]);
   embedded.dispose();
+  pass.inspect?.(weights.embedding, x);
   const { checkpointing } = pass;
   const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
   weights.layers.forEach((block, layer) => {
@@ -81,7 +82,9 @@ export function decode(
   });
   cache?.advance(T);
   using last = x;
-  return rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
+  const y = rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
+  pass.inspect?.(weights.norm, y);
+  return y;
 }
 
 function runBlock(
@@ -95,10 +98,12 @@ function runBlock(
 ): Tensor {
   const { eps, offset } = config.norm;
   using normed = rmsNorm(tape, x, block.attentionNorm, eps, offset);
+  pass.inspect?.(block.attentionNorm, normed);
   using attended = attend(tape, config, block, layer, normed, input, pass);
   using projected = block.o.forward(tape, attended, pass);
   using h = add(tape, x, projected);
   using mlpInput = rmsNorm(tape, h, block.mlpNorm, eps, offset);
+  pass.inspect?.(block.mlpNorm, mlpInput);
   using mlpOutput = mlp(tape, config, block, mlpInput, pass);
   return add(tape, h, mlpOutput);
 }
@@ -133,6 +138,7 @@ function attend(
     return reshape(tape, out, [B * T, H * D]);
   }
   using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });
+  pass.inspect?.(`the attention of layer ${layer}`, out);
   return reshape(tape, out, [B * T, H * D]);
 }
 
@@ -140,5 +146,6 @@ function mlp(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Ten
   using gate = block.gate.forward(tape, x, pass);
   using up = block.up.forward(tape, x, pass);
   using gated = glu(tape, gate, up, config.activation);
+  pass.inspect?.(`the activation before ${block.down.path}`, gated);
   return block.down.forward(tape, gated, pass);
 }

@@ -1,8 +1,10 @@
 import { QLoRAError } from '../errors.js';
 import { removeTemporaryFiles } from '../io/atomic-file.js';
+import { replaceFiles } from '../io/atomic-folder.js';
 import { makeFolder } from '../io/folder.js';
 import {
   type AdapterConfig,
+  adapterConfigName,
   adapterKey,
   adapterWeightsPath,
   openAdapterWeights,
@@ -11,7 +13,12 @@ import {
 } from '../io/peft.js';
 import { adaptedModules } from '../io/peft-targets.js';
 import { type SafetensorsFile, writeSafetensors } from '../io/safetensors.js';
-import { readTrainingRecord, type TrainingRecord, writeTrainingRecord } from '../io/training-record.js';
+import {
+  readTrainingRecord,
+  type TrainingRecord,
+  trainingRecordName,
+  writeTrainingRecord,
+} from '../io/training-record.js';
 import type { Linear } from '../nn/linear.js';
 import { LoraLinear } from '../nn/lora.js';
 import { Tensor } from '../tensor.js';
@@ -64,16 +71,27 @@ export class LoraAdapter {
     return this.layers.flatMap((layer) => layer.parameters);
   }
 
-  /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors, the configuration last. */
+  /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. It is seen whole, or as it was before. */
   async save(directory: string): Promise<void> {
     await makeFolder(directory);
     await removeTemporaryFiles(directory);
+    await replaceFiles(directory, adapterConfigName, [trainingRecordName], (folder) => this.write(folder));
+  }
+
+  /** @internal Takes the values that write() wrote, bit for bit. */
+  async restore(folder: string): Promise<void> {
+    using file = await openAdapterWeights(folder);
+    for (const { key, tensor } of this.layers.flatMap(partsOf)) await file.readFinite(key, tensor);
+  }
+
+  /** @internal The files of save(), into a folder that nobody reads yet. */
+  async write(folder: string): Promise<void> {
     const items = this.layers.flatMap((layer) =>
       partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
     );
-    await writeSafetensors(adapterWeightsPath(directory), items, { format: 'pt' });
-    await writeTrainingRecord(directory, this.training);
-    await writeAdapterConfig(directory, this.config);
+    await writeSafetensors(adapterWeightsPath(folder), items, { format: 'pt' });
+    if (this.training) await writeTrainingRecord(folder, this.training);
+    await writeAdapterConfig(folder, this.config);
   }
 }
 

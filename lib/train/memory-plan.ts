@@ -2,7 +2,7 @@
 import { lengthOf, type Sequence } from '../data/batch.js';
 import { givingWay } from '../data/give-way.js';
 import type { RowStore } from '../data/row-store.js';
-import { DEFAULT_TEMPLATE } from '../data/templates.js';
+import { templateOf } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { readTrainingRecord } from '../io/training-record.js';
 import { log } from '../logger.js';
@@ -21,6 +21,11 @@ export interface PlannedRun {
   memory: MemoryPlan;
   /** Layers that are computed again in the backward pass. */
   checkpointedLayers: number;
+}
+
+/** Whether a run cannot begin without a plan. */
+export function needsPlan({ maxMemory, gradientCheckpointing }: ResolvedTrainerOptions): boolean {
+  return maxMemory !== undefined || gradientCheckpointing === 'auto';
 }
 
 /**
@@ -44,13 +49,19 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
       typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
     const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
     // What an adapter was trained with it goes on with.
-    options.template ??= record?.template ?? DEFAULT_TEMPLATE;
+    options.template ??= templateOf(record);
     const datasets = await prepareDatasets(core, options);
-    const steps = await StepPlan.create(datasets.train, options);
-    const planned = { core, options, outside, heaviest: await heaviestOf(steps, datasets.eval, options) };
-    const chosen = await chooseMemory(planned);
-    if (demand === 'fit') await refuseAbove(planned, chosen.memory);
-    return { datasets, steps, ...chosen };
+    try {
+      const steps = await StepPlan.create(datasets.train, options);
+      const heaviest = await heaviestOf(steps, datasets.eval, options);
+      const planned = { core, options, outside, steps, heaviest };
+      const chosen = await chooseMemory(planned);
+      if (demand === 'fit') await refuseAbove(planned, chosen.memory);
+      return { datasets, steps, ...chosen };
+    } catch (error) {
+      await datasets.close();
+      throw error;
+    }
   } finally {
     if (typeof given === 'string') await model.dispose();
   }
@@ -60,6 +71,7 @@ interface Planned {
   core: ModelCore;
   options: ResolvedTrainerOptions;
   outside: Outside;
+  steps: StepPlan;
   heaviest: Heaviest;
 }
 
@@ -67,14 +79,10 @@ interface Planned {
  * The plan of a run. With `gradientCheckpointing: 'auto'` as few layers are computed again as the budget allows: that is
  * maxMemory or, without it, what the system has left for this process.
  */
-async function chooseMemory({
-  core,
-  options,
-  heaviest,
-  outside,
-}: Planned): Promise<Omit<PlannedRun, 'datasets' | 'steps'>> {
+async function chooseMemory(planned: Planned): Promise<Omit<PlannedRun, 'datasets' | 'steps'>> {
+  const { core, options } = planned;
   const layers = core.config.numLayers;
-  const planWith = (count: number) => rehearse(core, { ...options, gradientCheckpointing: count }, heaviest, outside);
+  const planWith = (count: number) => rehearsed(planned, { ...options, gradientCheckpointing: count });
   const { gradientCheckpointing: wanted, maxMemory } = options;
   let most = layers;
   if (wanted === 'auto') {
@@ -92,6 +100,10 @@ async function chooseMemory({
     most = 0;
   }
   return { memory: await planWith(most), checkpointedLayers: most };
+}
+
+function rehearsed({ core, steps, heaviest, outside }: Planned, options: ResolvedTrainerOptions): Promise<MemoryPlan> {
+  return rehearse(core, options, steps, heaviest, outside);
 }
 
 /** @throws ERR_QLORA_MEMORY_PLAN where the plan is above maxMemory, with changes that would fit */
@@ -118,7 +130,7 @@ async function advice(planned: Planned, maxMemory: number): Promise<string> {
   const { heaviest } = planned;
   const totalWith = async (change: Partial<ResolvedTrainerOptions>) => {
     const options = { ...planned.options, ...change };
-    return (await rehearse(planned.core, options, reduced(heaviest, options), planned.outside)).total;
+    return (await rehearsed({ ...planned, heaviest: reduced(heaviest, options) }, options)).total;
   };
   const alone: string[] = [];
   let least = Number.POSITIVE_INFINITY;

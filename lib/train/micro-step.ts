@@ -18,7 +18,11 @@ export interface StepResult {
 
 /** A step whose work is in the queue. */
 export interface EnqueuedStep {
+  /** From 1. */
   step: number;
+  /** What it was made of: its sequences, and the number of the first of its micro-steps. */
+  sequences: readonly Sequence[];
+  firstMicroStep: number;
   learningRate: number;
   result: Promise<StepResult>;
 }

@@ -1,3 +1,4 @@
+import { openSafetensors, writeSafetensors } from '../io/safetensors.js';
 import { fill, zeros } from '../ops/elementwise.js';
 import { gradNorm } from '../ops/grad-norm.js';
 import { adamw, sgd } from '../ops/optimizer.js';
@@ -31,14 +32,16 @@ export class Optimizer {
   }
 
   /**
-   * One step from the accumulated gradients, clipped to maxGradNorm. Nothing changes where their norm is not finite.
+   * One step from the accumulated gradients, clipped to maxGradNorm. Nothing changes where their norm is not finite, or
+   * one of `checks`.
    *
    * @param step from 1
+   * @param checks [1] each, 0 where all is well
    * @returns [norm before clipping, 1 where it is finite]
    */
-  step(step: number, learningRate: number): Tensor {
+  step(step: number, learningRate: number, checks: readonly Tensor[]): Tensor {
     const o = this.#options;
-    const norm = gradNorm((this.#parameters[0] as Tensor).stream, this.#gradients);
+    const norm = gradNorm((this.#parameters[0] as Tensor).stream, [...this.#gradients, ...checks]);
     const common = { lr: learningRate, weightDecay: o.weightDecay, step, maxNorm: o.maxGradNorm };
     if (o.optimizer === 'sgd') {
       const [momentum = []] = this.#states;
@@ -49,6 +52,25 @@ export class Optimizer {
       adamw(this.#parameters, this.#gradients, { m, v }, norm, { ...common, ...adam });
     }
     return norm;
+  }
+
+  /** Writes all of its state to one safetensors file. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
+  async save(path: string): Promise<void> {
+    await writeSafetensors(
+      path,
+      this.#named().map(([name, data]) => ({ name, data })),
+    );
+  }
+
+  /** Reads what save() wrote, bit for bit. @throws ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_SHAPE, ERR_QLORA_READ_FAILED */
+  async load(path: string): Promise<void> {
+    using file = await openSafetensors(path);
+    for (const [name, tensor] of this.#named()) await file.read(name, tensor);
+  }
+
+  /** By the parameter's number and the state's. */
+  #named(): [string, Tensor][] {
+    return this.#states.flatMap((tensors, k) => tensors.map((t, i): [string, Tensor] => [`${i}.state${k + 1}`, t]));
   }
 
   dispose(): void {

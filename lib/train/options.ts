@@ -1,7 +1,7 @@
 import { z } from 'zod';
 import type { DatasetSource } from '../data/read-rows.js';
 import { formatNames } from '../data/rows.js';
-import { promptTemplate } from '../data/templates.js';
+import { checkTemplate } from '../data/templates.js';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { LoraOptions } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
@@ -223,7 +223,7 @@ export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is Mix
 /** Defaults filled in; wrong options and wrong combinations are errors. */
 export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
   const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
-  promptTemplate(resolved.template);
+  checkTemplate(resolved.template);
   const { dataset, datasetFormat, lora, initialAdapter, quantization, computeDtype, device, model } = resolved;
   resolveLoadOptions({ quantization, computeDtype, device }, 'QLoRATrainer');
   if (isMixed(dataset)) checkOptions(z.strictObject({ dataset: mixed }), { dataset }, 'QLoRATrainer');
@@ -250,6 +250,14 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
         'Pass the path of the model.',
       );
     }
+  }
+  const { keepBest, earlyStoppingPatience, evalDataset, evalSteps } = resolved;
+  const compares = keepBest ? 'keepBest' : earlyStoppingPatience && 'earlyStoppingPatience';
+  if (compares && (evalDataset === undefined || evalSteps === undefined)) {
+    throw conflict(
+      `${compares} compares losses on evaluation rows, which needs evalDataset and evalSteps`,
+      'Set both, or leave it out.',
+    );
   }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');

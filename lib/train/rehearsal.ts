@@ -2,7 +2,6 @@
  * What a run takes in memory, found by going through its steps on a stream that computes nothing and counts: the same
  * code allocates the same bytes in the same order, so nothing has to be kept in step with it.
  */
-import { Tape } from '../autograd.js';
 import type { Sequence } from '../data/batch.js';
 import type { ModelCore } from '../models/core.js';
 import { createAdapter, type LoraAdapter, loadAdapter } from '../models/lora-adapter.js';
@@ -10,9 +9,11 @@ import { Linear } from '../nn/linear.js';
 import { zeros } from '../ops/elementwise.js';
 import { Weight } from '../ops/weight.js';
 import { Stream, Tensor } from '../tensor.js';
-import { checkpointingOf, enqueueLoss } from './micro-step.js';
+import { enqueueLoss } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import type { ResolvedTrainerOptions } from './options.js';
+import type { StepPlan } from './step-plan.js';
+import { Stepper } from './stepper.js';
 
 /** Bytes on the device at the moment of most memory; the classes add up to the total. */
 export interface MemoryPlan {
@@ -55,6 +56,7 @@ export async function adapterFor(core: ModelCore, options: ResolvedTrainerOption
 export async function rehearse(
   core: ModelCore,
   options: ResolvedTrainerOptions,
+  steps: StepPlan,
   heaviest: Heaviest,
   { loading, others }: Outside,
 ): Promise<MemoryPlan> {
@@ -62,17 +64,14 @@ export async function rehearse(
   try {
     const copy = emptyCopy(core, stream);
     const adapter = await adapterFor(copy, options);
-    const optimizer = new Optimizer(adapter?.parameters ?? [...copy.weights.dense.values()], options);
-    const pass = { adapter: adapter?.name, checkpointing: checkpointingOf(options) };
-    const dropout = { seed: options.seed, microStep: 0 };
+    const parameters = adapter?.parameters ?? [...copy.weights.dense.values()];
+    const stepper = new Stepper(copy, adapter?.name, parameters, new Optimizer(parameters, options), steps, options);
     // The losses of a step, which wait to be read.
-    using _losses = zeros(stream, [2 * options.gradientAccumulationSteps + 2], 'f32');
-    optimizer.zeroGradients();
-    for (const sequences of heaviest.train) {
-      enqueueLoss(copy, new Tape(), sequences, 1, { ...pass, dropout }).dispose();
+    using _losses = zeros(stream, [2 * options.gradientAccumulationSteps], 'f32');
+    for (const sequences of heaviest.train) await (await stepper.enqueue(sequences))?.result;
+    for (const sequences of heaviest.eval) {
+      enqueueLoss(copy, undefined, sequences, 1, { adapter: adapter?.name, checkpointing: 'none' }).dispose();
     }
-    optimizer.step(1, options.learningRate).dispose();
-    for (const sequences of heaviest.eval) enqueueLoss(copy, undefined, sequences, 1, pass).dispose();
     await stream.sync();
     const { peakBytes, byClass, peakByClass } = stream.memory();
     const { weights, adapters, optimizer: state } = byClass as Record<keyof MemoryPlan, number>;

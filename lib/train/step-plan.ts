@@ -1,6 +1,6 @@
 import type { EncodedRow } from '../data/encode.js';
 import { lengthGroupedOrder, shuffledOrder } from '../data/order.js';
-import type { RowStore } from '../data/row-store.js';
+import { MemoryRows, type RowStore } from '../data/row-store.js';
 import { oneRowEach, packRows, type Sequences } from '../data/sequences.js';
 import type { ResolvedTrainerOptions } from './options.js';
 import { learningRateAt } from './schedule.js';
@@ -13,6 +13,15 @@ export function packedLength({ maxLength, sourceMaxLength, targetMaxLength }: Re
 /** The sequences that rows form under the options. */
 export function sequencesOf(rows: RowStore, options: ResolvedTrainerOptions): Promise<Sequences> | Sequences {
   return options.packing ? packRows(rows, packedLength(options), options.seed) : oneRowEach(rows);
+}
+
+/** Rows from the program as the sequences that they form. */
+export async function asSequences(
+  rows: readonly EncodedRow[],
+  options: ResolvedTrainerOptions,
+): Promise<EncodedRow[][]> {
+  const plan = await StepPlan.create(new MemoryRows(rows), options);
+  return plan.load([...Array(plan.sequences.count).keys()]);
 }
 
 /** What each step trains on and at which rate: a function of options, rows and the step's number alone. Steps count from 0. */
@@ -57,6 +66,11 @@ export class StepPlan {
     return this.#order.order.subarray(begin, begin + this.#size);
   }
 
+  /** The step's rows, sequence by sequence. */
+  async rowsOf(step: number): Promise<EncodedRow[][]> {
+    return this.load(await this.sequencesOf(step));
+  }
+
   /** The rows of these sequences, sequence by sequence. */
   async load(sequences: ArrayLike<number>): Promise<EncodedRow[][]> {
     const numbers = Array.from(sequences, (i) => this.sequences.rowsOf(i));
@@ -68,9 +82,8 @@ export class StepPlan {
     });
   }
 
-  learningRate(step: number): number {
+  learningRate(step: number, totalSteps = this.totalSteps): number {
     const { lrScheduler, learningRate, warmupRatio, schedulerOptions } = this.options;
-    const { totalSteps } = this;
     const warmupSteps = this.options.warmupSteps ?? Math.ceil(warmupRatio * totalSteps);
     return learningRateAt(lrScheduler, learningRate, step, { ...schedulerOptions, warmupSteps, totalSteps });
   }
