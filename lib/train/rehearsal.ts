@@ -4,11 +4,10 @@
  */
 import type { Sequence } from '../data/batch.js';
 import type { ModelCore } from '../models/core.js';
+import { emptyCopy } from '../models/empty-copy.js';
 import { createAdapter, type LoraAdapter, loadAdapter } from '../models/lora-adapter.js';
-import { Linear } from '../nn/linear.js';
 import { zeros } from '../ops/elementwise.js';
-import { Weight } from '../ops/weight.js';
-import { Stream, Tensor } from '../tensor.js';
+import { Stream } from '../tensor.js';
 import { enqueueLoss } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import type { ResolvedTrainerOptions } from './options.js';
@@ -89,23 +88,4 @@ export async function rehearse(
   } finally {
     await stream.close();
   }
-}
-
-/** The model on another stream, its tensors of the same shapes, without adapters. */
-function emptyCopy(core: ModelCore, stream: Stream): ModelCore {
-  const copies = new Map<unknown, unknown>();
-  const copy = <T>(value: T): T => {
-    if (typeof value !== 'object' || value === null) return value;
-    if (!copies.has(value)) copies.set(value, make(value));
-    return copies.get(value) as T;
-  };
-  const make = (value: object): unknown => {
-    if (value instanceof Tensor) return zeros(stream, value.shape, value.dtype, value.memoryClass);
-    if (value instanceof Weight) return new Weight(value.N, value.K, copy(value.tensors));
-    if (value instanceof Linear) return new Linear(value.path, value.index, copy(value.weight), copy(value.bias));
-    if (value instanceof Map) return new Map([...value].map(([key, item]) => [key, copy(item)]));
-    if (Array.isArray(value)) return value.map(copy);
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, copy(item)]));
-  };
-  return { ...core, stream, weights: copy(core.weights), adapters: new Map() };
 }
