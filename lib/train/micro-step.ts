@@ -13,6 +13,8 @@ export interface StepResult {
   loss: number;
   gradNorm: number;
   finite: boolean;
+  /** What f16's loss was scaled by in this step; 1 otherwise. */
+  lossScale: number;
   tokens: number;
 }
 
@@ -44,7 +46,7 @@ export function evalBatches(rows: RowStore, batchSize: number): number[][] {
 }
 
 /**
- * Enqueues the loss of some sequences, times `scale`, and with a tape its gradients.
+ * Enqueues the loss of some sequences, times `scale`, and with a tape its gradients, times `lossScale` [1] as well.
  *
  * @returns the loss [1], to be read and disposed of
  */
@@ -54,6 +56,7 @@ export function enqueueLoss(
   sequences: readonly Sequence[],
   scale: number,
   pass: Omit<DecoderPass, 'computeDtype'>,
+  lossScale?: Tensor,
 ): Tensor {
   const batch = collate(sequences, { padId: core.tokenizer?.padTokenId ?? 0 });
   // A row by itself has neither padding nor neighbours: its tokens are one segment.
@@ -61,7 +64,7 @@ export function enqueueLoss(
   const { tokens, batch: B, length, positions } = batch;
   using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
   using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
-  const loss = linearCrossEntropy(tape, hidden, core.weights.decoder.head, labels, { scale });
+  const loss = linearCrossEntropy(tape, hidden, core.weights.decoder.head, labels, { scale, lossScale });
   if (tape) {
     using one = new Tensor(core.stream, 'f32', [1]);
     fill(one, 1);

@@ -2,6 +2,7 @@
  * What a run takes in memory, found by going through its steps on a stream that computes nothing and counts: the same
  * code allocates the same bytes in the same order, so nothing has to be kept in step with it.
  */
+import { tmpdir } from 'node:os';
 import type { Sequence } from '../data/batch.js';
 import type { ModelCore } from '../models/core.js';
 import { emptyCopy } from '../models/empty-copy.js';
@@ -9,7 +10,8 @@ import { createAdapter, type LoraAdapter, loadAdapter } from '../models/lora-ada
 import { zeros } from '../ops/elementwise.js';
 import { Stream } from '../tensor.js';
 import { enqueueLoss } from './micro-step.js';
-import { Optimizer } from './optimizer.js';
+import { Optimizer, type Paging } from './optimizer.js';
+import { stateBytes } from './optimizer-kinds.js';
 import type { ResolvedTrainerOptions } from './options.js';
 import type { StepPlan } from './step-plan.js';
 import { Stepper } from './stepper.js';
@@ -51,20 +53,34 @@ export async function adapterFor(core: ModelCore, options: ResolvedTrainerOption
   return lora === 'none' ? undefined : createAdapter(core, adapterName, { seed, ...lora });
 }
 
-/** Trains a step and evaluates, without computing anything. */
-export async function rehearse(
-  core: ModelCore,
-  options: ResolvedTrainerOptions,
-  steps: StepPlan,
-  heaviest: Heaviest,
-  { loading, others }: Outside,
-): Promise<MemoryPlan> {
+/** What is gone through. */
+export interface Rehearsal {
+  core: ModelCore;
+  options: ResolvedTrainerOptions;
+  steps: StepPlan;
+  heaviest: Heaviest;
+  outside: Outside;
+  paging?: Pick<Paging, 'residentBytes' | 'slotBytes'>;
+}
+
+/**
+ * Trains on each of the heaviest micro-batches and evaluates, without computing anything.
+ *
+ * @returns the plan, and the bytes of the optimizer's state, paged or not
+ */
+export async function rehearse({ core, options, steps, heaviest, outside, paging }: Rehearsal) {
   const stream = new Stream('rehearsal');
   try {
     const copy = emptyCopy(core, stream);
     const adapter = await adapterFor(copy, options);
-    const parameters = adapter?.parameters ?? [...copy.weights.dense.values()];
-    const stepper = new Stepper(copy, adapter?.name, parameters, new Optimizer(parameters, options), steps, options);
+    const trained = adapter?.namedParameters ?? copy.weights.dense;
+    const parameters = [...trained.values()];
+    const optimizer = await Optimizer.create(trained, options, {
+      totalSteps: steps.totalSteps,
+      computeDtype: core.computeDtype,
+      paging: paging && { ...paging, directory: tmpdir() }, // where nothing is written
+    });
+    const stepper = new Stepper(copy, adapter?.name, parameters, optimizer, steps, options);
     // The losses of a step, which wait to be read.
     using _losses = zeros(stream, [2 * options.gradientAccumulationSteps], 'f32');
     for (const sequences of heaviest.train) await (await stepper.enqueue(sequences))?.result;
@@ -72,20 +88,24 @@ export async function rehearse(
       enqueueLoss(copy, undefined, sequences, 1, { adapter: adapter?.name, checkpointing: 'none' }).dispose();
     }
     await stream.sync();
-    const { peakBytes, byClass, peakByClass } = stream.memory();
-    const { weights, adapters, optimizer: state } = byClass as Record<keyof MemoryPlan, number>;
-    const total = Math.max(peakBytes, loading) + others;
-    const rest = total - weights - adapters - others - state;
-    const activations = Math.min(peakByClass.activations as number, rest);
-    return {
-      weights,
-      adapters: adapters + others,
-      optimizer: state,
-      activations,
-      scratch: rest - activations,
-      total,
-    };
+    const shapes = parameters.map(({ shape }) => shape);
+    return { plan: planOf(stream.memory(), outside), stateBytes: stateBytes(options, shapes) };
   } finally {
     await stream.close();
   }
+}
+
+function planOf({ peakBytes, byClass, peakByClass }: ReturnType<Stream['memory']>, outside: Outside): MemoryPlan {
+  const { weights, adapters, optimizer } = byClass as Record<keyof MemoryPlan, number>;
+  const training = Math.max(peakBytes, outside.loading);
+  const rest = training - weights - adapters - optimizer;
+  const activations = Math.min(peakByClass.activations as number, rest);
+  return {
+    weights,
+    adapters: adapters + outside.others,
+    optimizer,
+    activations,
+    scratch: rest - activations,
+    total: training + outside.others,
+  };
 }

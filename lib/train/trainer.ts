@@ -13,9 +13,9 @@ import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
-import { needsPlan, planRun } from './memory-plan.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
+import { needsPlan, planRun } from './planned-run.js';
 import { adapterName, type MemoryPlan } from './rehearsal.js';
 import { type Progress, Run, type Trainee } from './run.js';
 import { asSequences, StepPlan } from './step-plan.js';
@@ -47,6 +47,7 @@ export class QLoRATrainer implements AsyncDisposable {
     options: ResolvedTrainerOptions,
     datasets: Datasets,
     plan: StepPlan,
+    optimizer: Optimizer,
   ) {
     this.model = model;
     this.adapter = adapter;
@@ -55,7 +56,6 @@ export class QLoRATrainer implements AsyncDisposable {
     this.preflight = datasets.preflight;
     this.#ownsModel = typeof options.model === 'string';
     const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
-    const optimizer = new Optimizer(parameters, options);
     this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
     this.#progress = { loss: Number.NaN, skipped: 0, run: undefined, saved: undefined };
     if (adapter) adapter.training = trainingRecord(options.template);
@@ -93,7 +93,14 @@ export class QLoRATrainer implements AsyncDisposable {
       datasets ??= await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       const plan = planned?.steps ?? (await StepPlan.create(datasets.train, resolved));
-      return new QLoRATrainer(model, adapter, resolved, datasets, plan);
+      const trained = adapter?.namedParameters ?? model.core.weights.dense;
+      const setting = {
+        totalSteps: plan.totalSteps,
+        computeDtype: model.core.computeDtype,
+        paging: planned?.paging && { ...planned.paging, directory: resolved.outputDir },
+      };
+      const optimizer = await Optimizer.create(trained, resolved, setting);
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
     } catch (error) {
       await datasets?.close();
       if (typeof given === 'string') await model?.dispose();

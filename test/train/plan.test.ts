@@ -1,4 +1,5 @@
 /** Memory: what plan() says is what a run takes; maxMemory; layers that are computed again because it demands it. */
+import { createHash } from 'node:crypto';
 import { readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
@@ -47,6 +48,14 @@ t.test('counted peak bytes are what was planned', async (t) => {
     'full fine-tuning': { lora: 'none', quantization: 'none' },
     'full fine-tuning, SGD': { lora: 'none', quantization: 'none', optimizer: 'sgd', batchSize: 4 },
     'SGD with momentum': { optimizer: 'sgd', momentum: 0.9, lora: { r: 64 } },
+    'AdamW in 8 bits': { optimizer: 'adamw_8bit', lora: { r: 64 } },
+    'AdEMAMix, LoRA+, NEFTune, f16': {
+      optimizer: 'ademamix',
+      lora: { r: 32 },
+      loraPlusRatio: 4,
+      neftuneNoiseAlpha: 5,
+      computeDtype: 'f16',
+    },
     packing: { packing: true, maxLength: 512, batchSize: 2 },
     'rows in any order': { groupByLength: false, batchSize: 3 },
     'long rows to evaluate': { evalDataset: [rowOf(700, 3), rowOf(600, 4)], batchSize: 2 },
@@ -189,4 +198,34 @@ t.test("gradientCheckpointing 'auto' computes as few layers again as memory dema
     t.ok(again.trained.text === kept.trained.text, `${name}: the same adapter`);
     t.equal(again.trained.finalLoss, kept.trained.finalLoss);
   }
+});
+
+t.test('a paged optimizer keeps as much of its state on the disk as maxMemory demands, to the same bits', async (t) => {
+  const options = { lora: { r: 256 }, maxSteps: 2 } as const;
+  const plan = (more: Partial<TrainerOptions> = {}) => QLoRATrainer.plan(optionsOf(t, { ...options, ...more }));
+  const whole = await plan();
+  const state = (2 / 3) * whole.optimizer;
+  t.equal((await plan({ maxMemory: whole.total })).total, whole.total, 'where all fits, nothing is paged');
+  const maxMemory = Math.floor(whole.total - state / 2);
+  const paged = await plan({ maxMemory });
+  t.ok(
+    paged.total <= maxMemory && paged.total > 0.95 * maxMemory,
+    `${paged.total} of ${maxMemory}: no more than it must`,
+  );
+  t.ok(paged.optimizer < whole.optimizer - 0.45 * state, 'what was saved is state');
+  const trained = async (more: Partial<TrainerOptions> = {}) => {
+    await using trainer = await QLoRATrainer.create(optionsOf(t, { ...options, ...more }));
+    const { finalLoss } = await trainer.train();
+    const tensors = await Promise.all((trainer.adapter?.layers ?? []).flatMap((l) => [l.read('A'), l.read('B')]));
+    const hash = createHash('sha256').update(Buffer.concat(tensors.map((values) => Buffer.from(values.buffer))));
+    return { peak: trainer.model.memory().peakBytes, result: { finalLoss, adapter: hash.digest('hex') } };
+  };
+  const there = await trained({ maxMemory });
+  t.ok(there.peak <= maxMemory && there.peak > 0.9 * paged.total, `${there.peak} of ${paged.total}`);
+  t.same(there.result, (await trained()).result);
+  // Without one it is advised.
+  await t.rejects(QLoRATrainer.create(optionsOf(t, { ...options, maxMemory, optimizer: 'adamw_32bit' })), {
+    code: 'ERR_QLORA_MEMORY_PLAN',
+    hint: /optimizer: 'paged_adamw_32bit'/,
+  });
 });
