@@ -20,7 +20,7 @@ export interface MixedDataset {
 
 /** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
 export interface TrainerOptions {
-  /** A model folder, or a model. A model passed in is not disposed of with the trainer. */
+  /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
   /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
   dataset: DatasetSource | MixedDataset[];
@@ -32,6 +32,9 @@ export interface TrainerOptions {
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
   device?: LoadOptions['device'];
+  /** Of a model named `owner/name`: see LoadOptions. */
+  offline?: boolean;
+  revision?: string;
   /**
    * Bytes on the device: a plan above it is an error before anything is loaded, and a model that the trainer loads takes
    * no more. Default: no limit.
@@ -147,7 +150,7 @@ const mixed = z.array(
   }),
 );
 
-const schema = z.strictObject({
+export const schema = z.strictObject({
   model: z.union([
     z.string(),
     z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
@@ -159,6 +162,8 @@ const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   maxMemory: count.optional(),
   lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),

@@ -2,6 +2,7 @@
 import { givingWay } from '../data/give-way.js';
 import type { RowStore } from '../data/row-store.js';
 import { templateOf } from '../data/templates.js';
+import { locate } from '../io/hub.js';
 import { readTrainingRecord } from '../io/training-record.js';
 import { log } from '../logger.js';
 import { QuantizedModel } from '../quantized-model.js';
@@ -32,17 +33,18 @@ export function needsPlan({ maxMemory, gradientCheckpointing }: ResolvedTrainerO
  * @throws ERR_QLORA_MEMORY_PLAN, with changes that would fit
  */
 export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | 'any'): Promise<PlannedRun> {
-  const { model: given, quantization, computeDtype, device, lora, initialAdapter } = options;
-  const storage = lora === 'none' ? 'masters' : 'as-in-file';
+  const { model: given, quantization, computeDtype, device, offline, revision, lora } = options;
+  const load = { quantization, computeDtype, device, offline, revision };
   const model =
     typeof given === 'string'
-      ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, storage, 'rehearsal')
+      ? await QuantizedModel.loadWith(given, load, lora === 'none' ? 'masters' : 'as-in-file', 'rehearsal')
       : given;
   try {
     const { core } = model;
     const { peakBytes, byClass } = core.stream.memory();
     const outside =
       typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
+    const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter'));
     const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
     // What an adapter was trained with it goes on with.
     options.template ??= templateOf(record);
@@ -50,7 +52,7 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
     try {
       const steps = await StepPlan.create(datasets.train, options);
       const heaviest = await heaviestOf(steps, datasets.eval, options);
-      const run = { core, options, outside, steps, heaviest };
+      const run = { core, options: { ...options, initialAdapter }, outside, steps, heaviest };
       const choice = await chooseMemory(run);
       const { memory, checkpointedLayers, paging } = choice;
       if (demand === 'fit') await refuseAbove(run, memory);

@@ -69,7 +69,8 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
-    const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
+    const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
+    const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
     const planned = needsPlan(resolved) ? await planRun(resolved, 'fit') : undefined;
     if (planned) resolved.gradientCheckpointing = planned.checkpointedLayers;
@@ -78,13 +79,7 @@ export class QLoRATrainer implements AsyncDisposable {
     let datasets = planned?.datasets;
     try {
       model =
-        typeof given === 'string'
-          ? await QuantizedModel.loadWith(
-              given,
-              { quantization, computeDtype, device },
-              full ? 'masters' : 'as-in-file',
-            )
-          : given;
+        typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
       // What takes more than was planned is an error then, not the end of the process.
       if (typeof given === 'string') model.core.stream.setMemoryLimit(resolved.maxMemory ?? 0);
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
