@@ -4,7 +4,7 @@ import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { ChatFormat } from './chat-formats.js';
 
 /** The text that ends an answer in this form, as this tokenizer can write it with one token. */
-function endOf({ end }: ChatFormat, tokenizer: Pick<Tokenizer, 'idOf' | 'templateTokens'>): string {
+export function endOf({ end }: ChatFormat, tokenizer: Pick<Tokenizer, 'idOf' | 'templateTokens'>): string {
   const eos = tokenizer.templateTokens.eos_token;
   return end !== undefined && (eos === undefined || tokenizer.idOf(end) !== undefined) ? end : (eos ?? '');
 }

@@ -9,6 +9,7 @@ import { add } from '../ops/elementwise.js';
 import { embedding } from '../ops/embedding.js';
 import { glu } from '../ops/glu.js';
 import { appendKeyValue } from '../ops/key-value-cache.js';
+import { type NeftuneKey, neftune } from '../ops/neftune.js';
 import { reshape } from '../ops/reshape.js';
 import { rmsNorm } from '../ops/rms-norm.js';
 import { type RopeTable, rope } from '../ops/rope.js';
@@ -46,12 +47,19 @@ export interface DecoderInput {
   /** i32 [B, T]: tokens attend within equal ids only; left out where each row is one sequence. */
   segments?: Tensor;
   cache?: KeyValueCache;
+  /** Noise on the embeddings: f32 [B, T], the magnitude of each token's. */
+  noise?: NeftuneKey & { magnitude: Tensor };
 }
 
 export interface DecoderPass extends Pass {
   computeDtype: FloatDType;
-  /** 'blocks' keeps only each block's input and computes the rest again in the backward pass. */
-  checkpointing: 'none' | 'blocks';
+  /**
+   * 'blocks' keeps only each block's input and computes the rest again in the backward pass; a number does so for the
+   * first so many blocks: the others are done with before the backward pass comes to them.
+   */
+  checkpointing: 'none' | 'blocks' | number;
+  /** While training: NEFTune's alpha, and the key of this micro-step's noise. */
+  neftune?: { alpha: number; seed: number; microStep: number };
 }
 
 /** Hidden states after the last norm, [B T, C]. */
@@ -62,16 +70,20 @@ export function decode(
   input: DecoderInput,
   pass: DecoderPass,
 ): Tensor {
-  const { tokens, cache } = input;
+  const { tokens, cache, noise } = input;
   const [B, T] = tokens.shape as [number, number];
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
-  let x = reshape(tape, embedded, [B * T, config.hiddenSize]);
+  const start = noise ? neftune(tape, embedded, noise.magnitude, noise) : embedded;
+  let x = reshape(tape, start, [B * T, config.hiddenSize]);
   embedded.dispose();
+  start.dispose();
   pass.inspect?.(weights.embedding, x);
+  const { checkpointing } = pass;
+  const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
     const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
-    const y = tape && pass.checkpointing === 'blocks' ? checkpoint(tape, x, run, needs) : run(tape, x);
+    const y = tape && layer < again ? checkpoint(tape, x, run, needs) : run(tape, x);
     x.dispose();
     x = y;
   });

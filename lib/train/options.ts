@@ -23,7 +23,7 @@ export interface MixedDataset {
 
 /** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
 export interface TrainerOptions {
-  /** A model folder, or a model. A model passed in is not disposed of with the trainer. */
+  /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
   /** A file (JSON, JSONL, CSV, TSV, parquet; also .gz), a folder of such, rows, or several of these. */
   dataset: DatasetSource | MixedDataset[];
@@ -35,7 +35,13 @@ export interface TrainerOptions {
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
   device?: LoadOptions['device'];
-  /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
+  /** Of a model named `owner/name`: see LoadOptions. */
+  offline?: boolean;
+  revision?: string;
+  /**
+   * Bytes on the device: a plan above it is an error before anything is loaded, and a model that the trainer loads takes
+   * no more. Default: no limit.
+   */
   maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
   lora?: LoraOptions | 'none';
@@ -80,12 +86,15 @@ export interface TrainerOptions {
   optimizer?: (typeof optimizerNames)[number];
   /**
    * Keep only each layer's input for the backward pass, and compute the rest again; default true. 'auto' does so for as
-   * many layers as maxMemory demands.
+   * many layers as maxMemory demands or, without it, what the system has free. The bits are the same.
    */
   gradientCheckpointing?: boolean | 'auto';
   /** Rows of like length, in tokens, come in one step; default true. */
   groupByLength?: boolean;
-  /** Several rows in one sequence of maxLength, none of which attends to another; default false. */
+  /**
+   * Several rows in one sequence of at most maxLength tokens, none of which attends to another; batchSize then counts
+   * sequences. Default false.
+   */
   packing?: boolean;
   /** Train on the prompt too; default false. */
   trainOnSource?: boolean;
@@ -116,7 +125,7 @@ export interface TrainerOptions {
   seed?: number;
 }
 
-const optimizerNames = [
+export const optimizerNames = [
   'paged_adamw_32bit',
   'paged_adamw_8bit',
   'adamw_32bit',
@@ -144,7 +153,7 @@ const mixed = z.array(
   }),
 );
 
-const schema = z.strictObject({
+export const schema = z.strictObject({
   model: z.union([
     z.string(),
     z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
@@ -156,6 +165,8 @@ const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   maxMemory: count.optional(),
   lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),
@@ -201,8 +212,14 @@ const schema = z.strictObject({
   seed: z.int().min(0).default(42),
 });
 
-export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
-  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
+export type ResolvedTrainerOptions = Omit<
+  z.infer<typeof schema>,
+  'dataset' | 'lora' | 'quantization' | 'device' | 'gradientCheckpointing'
+> &
+  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'> & {
+    /** A number of layers, once memory was planned. */
+    gradientCheckpointing: boolean | 'auto' | number;
+  };
 
 /** Several sources, rather than rows. */
 export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {
