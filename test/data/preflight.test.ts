@@ -270,3 +270,53 @@ t.test("an answer ends at the token that ends it in the adapter's template", asy
   t.same(await count('alpaca'), [ids.length, 'string']);
   t.same(await count('chatml'), [0, 'string']);
 });
+
+t.test('every option of data reaches the rows', async (t) => {
+  const lines = (count: number) =>
+    Array.from({ length: count }, (_, i) => JSON.stringify({ text: `row ${i}` })).join('\n');
+  const dir = t.testdir({ cache: {}, 'a.jsonl': lines(9), 'b.jsonl': lines(7) });
+  useCache(t, join(dir, 'cache'));
+  await using model = await QuantizedModel.load(demo);
+  const { core } = model;
+  const base = { model, outputDir: join(dir, 'out'), dataset: join(dir, 'a.jsonl') };
+  const counts = async (options: object) => {
+    const { train, eval: apart, close } = await prepareDatasets(core, resolveTrainerOptions({ ...base, ...options }));
+    await close();
+    return [train.count, apart?.count];
+  };
+  t.same(await counts({}), [9, undefined]);
+  t.same(await counts({ maxTrainSamples: 4 }), [4, undefined]);
+  t.same(await counts({ evalDataset: join(dir, 'b.jsonl'), maxTrainSamples: 4, maxEvalSamples: 3 }), [4, 3]);
+  t.same(await counts({ evalDataset: 5, maxTrainSamples: 3, maxEvalSamples: 2 }), [3, 2], 'of what was split');
+  t.same(await counts({ evalDataset: 0.25 }), [7, 2]);
+
+  const shown = async (options: object, row: Row) => {
+    await using trainer = await QLoRATrainer.create({ ...base, ...options, lora: { r: 1 } });
+    model.removeLora('default');
+    return trainer.explain(row);
+  };
+  const words = 'add the numbers '.repeat(40);
+  const long = { prompt: words, completion: words };
+  const trained = ({ trained }: { trained: boolean[] }) => trained.filter(Boolean).length;
+  const limited = await shown({ sourceMaxLength: 20, targetMaxLength: 10 }, long);
+  t.same([limited.ids.length, trained(limited)], [30, 10], 'sourceMaxLength, targetMaxLength');
+  t.equal((await shown({ maxLength: 24 }, long)).ids.length, 24, 'maxLength');
+  const all = await shown({ trainOnSource: true }, { prompt: '1 + 1 = ', completion: '2' });
+  t.ok(all.trained.every(Boolean), 'trainOnSource');
+  const talk: Row = {
+    messages: [1, 2].flatMap(() => [
+      { role: 'user' as const, content: '1 + 1' },
+      { role: 'assistant' as const, content: '2' },
+    ]),
+  };
+  t.equal(2 * trained(await shown({ maskHistory: true }, talk)), trained(await shown({}, talk)), 'maskHistory');
+  const completion = await QLoRATrainer.create({ ...base, datasetFormat: 'oasst1', lora: { r: 1 } });
+  const text = await QLoRATrainer.create({ ...base, datasetFormat: 'text', model: demo, lora: { r: 1 } });
+  t.equal(completion.preflight.tokens, text.preflight.tokens, 'datasetFormat: the same tokens');
+  await completion.dispose();
+  await text.dispose();
+  await t.rejects(QLoRATrainer.create({ ...base, datasetFormat: 'chip2', model: demo }), {
+    code: 'ERR_QLORA_ROW_INVALID',
+    message: /<bot>/,
+  });
+});
