@@ -99,7 +99,7 @@ export async function replaceFiles(
     await onDisk(directory, 'make a folder in it', () => mkdir(temporary));
     await write(temporary);
     const names = await readdir(temporary);
-    const companions = [...names, ...optional].filter((name) => !name.endsWith('.safetensors'));
+    const companions = [...new Set([...names, ...optional])].filter((name) => !name.endsWith('.safetensors'));
     const same = await Promise.all(companions.map((name) => sameBytes(join(directory, name), join(temporary, name))));
     const weightsOnly = same.every(Boolean);
     if (!weightsOnly && (await readdir(directory)).includes(marker)) {
