@@ -204,7 +204,9 @@ t.test('a step that is not finite changes nothing; five in a row name the layer'
     ['backward', 'B', 3e38],
   ] as const) {
     const out = outOf(t, name);
-    await using trainer = await QLoRATrainer.create(tinyRun(out, { ...plainRun, maxSteps: 20, saveSteps: 1, saveTotalLimit: 9 }));
+    await using trainer = await QLoRATrainer.create(
+      tinyRun(out, { ...plainRun, maxSteps: 20, saveSteps: 1, saveTotalLimit: 9 }),
+    );
     for await (const e of trainer.train()) if (e.type === 'step' && e.step === 2) break;
     const layers = trainer.adapter?.layers ?? [];
     const layer = layers.find((l) => l.path === path);
