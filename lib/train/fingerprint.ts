@@ -96,8 +96,11 @@ async function modelHash({ configJson, weights }: ModelCore, trainedWhole: boole
   return short(hash);
 }
 
-function adapterHash({ layers }: LoraAdapter): string {
-  const shapes = layers.map(({ path, r, scale, dropout, magnitude }) => [path, r, scale, dropout, !!magnitude]);
+function adapterHash({ layers, whole }: LoraAdapter): string {
+  const shapes = [
+    ...layers.map(({ path, r, scale, dropout, magnitude }) => [path, r, scale, dropout, !!magnitude]),
+    ...[...whole.tensors].map(([name, { shape }]) => [name, shape]),
+  ];
   return `${layers.length} layers, ${short(createHash('sha256').update(JSON.stringify(shapes)))}`;
 }
 
