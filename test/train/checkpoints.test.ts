@@ -273,3 +273,21 @@ t.test('calls from outside see the parameters of one step', async (t) => {
   }
   for (const loss of await Promise.all(outside)) t.ok(seen.has(loss), `${loss} is the loss after a step`);
 });
+
+t.test('a disk that fails while a run stops is an error', async (t) => {
+  const out = join(t.testdir({ out: {} }), 'out');
+  await using trainer = await QLoRATrainer.create(tinyRun(out, { ...plainRun, saveSteps: 100 }));
+  const leaving = (async () => {
+    for await (const e of trainer.train()) {
+      if (e.type !== 'step' || e.step < 3) continue;
+      rmSync(out, { recursive: true });
+      writeFileSync(out, 'a file');
+      break;
+    }
+  })();
+  await t.rejects(leaving, { name: 'QLoRAError', code: 'ERR_QLORA_WRITE_FAILED', hint: String });
+  rmSync(out);
+  const { steps, stopped } = await trainer.train({ signal: AbortSignal.abort() });
+  t.ok(stopped && steps >= 3, 'nothing that was trained is lost: another try saves it');
+  t.same(checkpointsIn(out), [`checkpoint-${steps}`]);
+});

@@ -8,7 +8,7 @@ import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { randomBits } from '../../lib/data/order.js';
-import type { TrainEvent, TrainResult } from '../../lib/index.js';
+import { backends, type TrainEvent, type TrainResult } from '../../lib/index.js';
 import { faultOf } from '../../lib/io/manifest.js';
 import type { SaveOutcome } from '../support/checkpoint-child.js';
 import { packageRoot } from '../support/references.js';
@@ -189,4 +189,14 @@ t.test('what a power cut may undo is synced in order', { skip: cannotInject }, a
   const lastFile = files.at(-1)?.at as number;
   t.ok(calls.slice(lastFile, moved).includes(`fsync ${temporary}`), 'the folder is synced before it is renamed');
   t.ok(calls.slice(moved).includes(`fsync ${out}`), 'and the one above it afterwards');
+});
+
+t.test('on a processor with other instructions it goes on, and says so', async (t) => {
+  const folder = t.testdir({});
+  const stop = ({ type }: Line) => (type === 'checkpoint' ? 0 : undefined);
+  await life(folder, { env: { QLORA_CPU: 'scalar' }, kill: stop });
+  const [first] = await life(folder, { kill: stop });
+  const [feature] = backends().available[0]?.features.filter((name) => name.startsWith('path:')) ?? [];
+  const warns = first?.type === 'warning' && first.code === 'INSTRUCTION_SET';
+  t.equal(warns, feature !== 'path:scalar', JSON.stringify(first));
 });
