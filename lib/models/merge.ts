@@ -13,15 +13,14 @@ import { cast } from '../ops/elementwise.js';
 import { addProduct } from '../ops/low-rank.js';
 import { dequantizeWeight } from '../ops/quantize.js';
 import { type FloatDType, Tensor } from '../tensor.js';
-import { copyCompanions, writeManners } from './companions.js';
+import { copyCompanions, type Manners, writeManners } from './companions.js';
 import { decoderOf, hiddenStates, logitsOf, type ModelCore } from './core.js';
 import { disposeCore, loadCore } from './load.js';
 
 export interface MergeOptions {
   /** Name of the adapter; undefined: the base alone. */
   adapter: string | undefined;
-  /** Of the adapter's training; undefined: the tokenizer's own stays the only one. */
-  chatTemplate: string | undefined;
+  manners: Manners;
   signal?: AbortSignal;
   /** Most bytes of a file; default 5 GB, as transformers has it. */
   shardBytes?: number;
@@ -40,15 +39,14 @@ const probeLength = 16;
 export async function mergeModel(
   core: ModelCore,
   directory: string,
-  { adapter, chatTemplate, signal, shardBytes = 5e9 }: MergeOptions,
+  { adapter, manners, signal, shardBytes = 5e9 }: MergeOptions,
 ): Promise<{ logitDrift: number }> {
-  const training = adapter === undefined ? core.training : core.adapters.get(adapter)?.training;
   return writeNewFolder(directory, async (folder) => {
     signal?.throwIfAborted();
     await writeModelTensors(folder, mergedTensors(core, adapter), { shardBytes, signal });
     await writeFileAtomic(join(folder, 'config.json'), `${pythonJson(mergedConfig(core, adapter), 2)}\n`);
     await copyCompanions(core, folder);
-    await writeManners(core, folder, training, chatTemplate);
+    await writeManners(core, folder, manners);
     return { logitDrift: await logitDrift(core, adapter, folder, signal) };
   });
 }
