@@ -23,7 +23,7 @@ import { type Device, type FloatDType, Tensor } from './tensor.js';
 import type { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
-  /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
+  /** 'none' keeps the dtype of the file. A checkpoint that is quantized already keeps its own. Default nf4 with double quantization. */
   quantization?: (QuantizeOptions & { skipModules?: string[] }) | 'none';
   /** What is computed in; 'f32' is IEEE fp32. Default bf16. */
   computeDtype?: FloatDType;
@@ -313,7 +313,7 @@ export class QuantizedModel implements AsyncDisposable {
     detach(this.core, adapter);
   }
 
-  /** The model as a Hugging Face folder: 4-bit layers as bitsandbytes stores them, the rest in its own dtype. */
+  /** The model as a Hugging Face folder: 4- and 8-bit layers as bitsandbytes stores them, the rest in its own dtype. */
   save(outDirectory: string): Promise<void> {
     return saveModel(this.core, outDirectory);
   }

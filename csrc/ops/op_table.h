@@ -14,6 +14,7 @@
 #include "ops/key_value_cache.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/lora_linear.h"
+#include "ops/low_rank.h"
 #include "ops/matmul.h"
 #include "ops/neftune.h"
 #include "ops/optimizer.h"
@@ -71,6 +72,8 @@
   X(loraRowNorm, LoraRowNorm) \
   X(doraScaleForward, DoraScaleForward) \
   X(doraScaleBackward, DoraScaleBackward) \
+  X(orthonormalizeRows, OrthonormalizeRows) \
+  X(singularFactors, SingularFactors) \
   X(roofline, Roofline) \
   /* the end */
 // clang-format on
