@@ -4,7 +4,7 @@ import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
-import { StopStrings } from './generate/stop-strings.js';
+import { endsWithStop, StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { readBnbConfig } from './io/bnb-checkpoint.js';
 import { openModelFolder } from './io/model-folder.js';
@@ -265,7 +265,12 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
+        const sampling = {
+          ...resolved,
+          endTokens: this.#endTokens(),
+          isWhole: (made: readonly number[]) => endsWithStop(tokenizer, resolved.stop, made),
+          signal: joined(resolved.signal, abort.signal),
+        };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;

@@ -13,6 +13,8 @@
 #include "ops/grad_norm.h"
 #include "ops/key_value_cache.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/logits_choose.h"
+#include "ops/logits_process.h"
 #include "ops/lora_linear.h"
 #include "ops/matmul.h"
 #include "ops/optimizer.h"
@@ -21,7 +23,6 @@
 #include "ops/rms_norm.h"
 #include "ops/roofline.h"
 #include "ops/rope.h"
-#include "ops/sample.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
@@ -50,12 +51,18 @@
   X(gradNorm, GradNorm) \
   X(adamw, AdamW) \
   X(sgd, Sgd) \
+  X(logSoftmax, LogSoftmax) \
+  X(constrainLogits, ConstrainLogits) \
+  X(warpLogits, WarpLogits) \
+  X(argmax, Argmax) \
   X(sample, Sample) \
+  X(beamCandidates, BeamCandidates) \
   X(ropeTable, RopeTable) \
   X(rope, Rope) \
   X(attentionForward, AttentionForward) \
   X(attentionBackward, AttentionBackward) \
   X(appendKeyValue, AppendKeyValue) \
+  X(gatherKeyValue, GatherKeyValue) \
   X(matmulForward, MatmulForward) \
   X(matmulBackward, MatmulBackward) \
   X(matmulBackwardWeight, MatmulBackwardWeight) \
