@@ -37,6 +37,11 @@ export class Stream {
     guard(() => call(this.#native, ...natives));
   }
 
+  /** What its kernels are compiled for: another one may give other bits. */
+  get instructionSet(): string {
+    return native.cpu().inUse;
+  }
+
   /** Resolves when everything enqueued so far has run. */
   sync(): Promise<void> {
     return guard(() => this.#native.sync());

@@ -17,6 +17,7 @@
 #include "ops/logits_process.h"
 #include "ops/lora_linear.h"
 #include "ops/matmul.h"
+#include "ops/neftune.h"
 #include "ops/optimizer.h"
 #include "ops/quantize.h"
 #include "ops/random_uniform.h"
@@ -50,11 +51,17 @@
   X(linearCrossEntropy, LinearCrossEntropy) \
   X(gradNorm, GradNorm) \
   X(adamw, AdamW) \
+  X(adamw8bit, AdamW8bit) \
+  X(lion, Lion) \
+  X(lion8bit, Lion8bit) \
+  X(ademamix, AdEMAMix) \
   X(sgd, Sgd) \
   X(logSoftmax, LogSoftmax) \
   X(constrainLogits, ConstrainLogits) \
   X(warpLogits, WarpLogits) \
   X(argmax, Argmax) \
+  X(finishStep, FinishStep) \
+  X(neftune, Neftune) \
   X(sample, Sample) \
   X(beamCandidates, BeamCandidates) \
   X(ropeTable, RopeTable) \

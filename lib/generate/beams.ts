@@ -143,6 +143,7 @@ async function step(
   using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' }, cache);
   using logits = logitsOf(
     core,
+    adapter,
     hidden,
     Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1),
   );

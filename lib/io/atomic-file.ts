@@ -5,7 +5,8 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { guard, type NativeTensor } from '../native.js';
 import { nativeFile } from './native-file.js';
 
-const temporaryName = /^\..*\.[0-9a-f]{16}\.qlora-tmp$/;
+/** Of files, and of the folders that replaceFiles() fills. */
+const temporaryName = /^(\..*\.[0-9a-f]{16}\.qlora-tmp|\.(saving|replaced)\.[0-9a-f]{16}\.tmp)$/;
 
 /**
  * Writes `parts`, one after the other, to a temporary file beside `path`, syncs it, renames it to `path` and syncs the
@@ -36,6 +37,6 @@ export async function removeTemporaryFiles(directory: string): Promise<void> {
     if (!temporaryName.test(name)) continue;
     const path = join(directory, name);
     const { mtimeMs } = await stat(path).catch(() => ({ mtimeMs: Date.now() }));
-    if (Date.now() - mtimeMs > abandoned) await rm(path, { force: true });
+    if (Date.now() - mtimeMs > abandoned) await rm(path, { recursive: true, force: true });
   }
 }

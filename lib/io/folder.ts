@@ -1,20 +1,41 @@
-import { mkdir } from 'node:fs/promises';
+import { mkdir, open } from 'node:fs/promises';
 import { QLoRAError } from '../errors.js';
+
+/** What a failed call on the disk becomes. `what` completes 'cannot ...'. */
+function diskError(path: string, what: string, cause: unknown): QLoRAError {
+  const { code, message } = cause as NodeJS.ErrnoException;
+  const full = code === 'ENOSPC' || code === 'EDQUOT';
+  return new QLoRAError(
+    full ? 'ERR_QLORA_DISK_FULL' : 'ERR_QLORA_WRITE_FAILED',
+    `${path}: cannot ${what}: ${message}`,
+    {
+      hint: full ? 'Free space on this disk or write elsewhere.' : 'Check the path and the permissions.',
+      cause,
+    },
+  );
+}
+
+/** Runs a call on the disk. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
+export async function onDisk<T>(path: string, what: string, call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (error) {
+    throw diskError(path, what, error);
+  }
+}
 
 /** Makes the folder, and those above it, where they are not there yet. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
 export async function makeFolder(path: string): Promise<void> {
-  try {
-    await mkdir(path, { recursive: true });
-  } catch (cause) {
-    const { code, message } = cause as NodeJS.ErrnoException;
-    const full = code === 'ENOSPC' || code === 'EDQUOT';
-    throw new QLoRAError(
-      full ? 'ERR_QLORA_DISK_FULL' : 'ERR_QLORA_WRITE_FAILED',
-      `${path}: cannot make this folder: ${message}`,
-      {
-        hint: full ? 'Free space on this disk or write elsewhere.' : 'Check the path and the permissions.',
-        cause,
-      },
-    );
-  }
+  await onDisk(path, 'make this folder', () => mkdir(path, { recursive: true }));
+}
+
+/** Makes the names in a folder outlive a power cut. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
+export async function syncFolder(path: string): Promise<void> {
+  await onDisk(path, 'sync this folder', async () => {
+    await using folder = await open(path, 'r');
+    // Some network file systems cannot sync a folder and say so by EINVAL.
+    await folder.sync().catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EINVAL') throw error;
+    });
+  });
 }

@@ -30,7 +30,8 @@ export interface AdapterConfig {
   readonly useDora: boolean;
 }
 
-const configName = 'adapter_config.json';
+/** Without it a folder is no adapter. */
+export const adapterConfigName = 'adapter_config.json';
 const weightsName = 'adapter_model.safetensors';
 
 /** Fields of PEFT 0.21 with what it writes where they are not used. What is not named in AdapterConfig must be so. */
@@ -97,8 +98,8 @@ const changesBase = /^(pissa|olora|corda|loftq|lora_ga)/;
  *   field whose value we cannot represent), ERR_QLORA_CONFIG_INVALID, ERR_QLORA_JSON, ERR_QLORA_UNSAFE_PATH
  */
 export async function readAdapterConfig(directory: string): Promise<AdapterConfig> {
-  await requireFile(directory, configName);
-  const path = await fileInside(directory, configName);
+  await requireFile(directory, adapterConfigName);
+  const path = await fileInside(directory, adapterConfigName);
   const fields = new Fields(path, await readJsonObject(path));
   refuseUnsupported(fields);
   const r = fields.count('r') ?? 8;
@@ -191,7 +192,7 @@ export function adapterConfigJson(config: AdapterConfig): string {
 
 /** Writes adapter_config.json, atomically. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
 export function writeAdapterConfig(directory: string, config: AdapterConfig): Promise<void> {
-  return writeFileAtomic(join(directory, configName), adapterConfigJson(config));
+  return writeFileAtomic(join(directory, adapterConfigName), adapterConfigJson(config));
 }
 
 /** Opens adapter_model.safetensors of a PEFT folder. @throws ERR_QLORA_ADAPTER_NOT_FOUND, ERR_QLORA_PICKLE and openSafetensors' */
@@ -208,7 +209,7 @@ async function requireFile(directory: string, name: string): Promise<void> {
     names = await readdir(directory);
   } catch (cause) {
     throw new QLoRAError('ERR_QLORA_ADAPTER_NOT_FOUND', `${directory}: there is no such folder`, {
-      hint: `Pass the path of a folder that holds ${configName} and ${weightsName}.`,
+      hint: `Pass the path of a folder that holds ${adapterConfigName} and ${weightsName}.`,
       cause,
     });
   }

@@ -1,33 +1,34 @@
 /** What an adapter remembers of its training, beside PEFT's files: qlora_node.json. */
-import { readFile, rm } from 'node:fs/promises';
+import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeFileAtomic } from './atomic-file.js';
 
 export interface TrainingRecord {
   /** The template that instructions were trained with. */
   template: string;
+  /** The template that conversations were trained with; left out, it was the model's own. */
+  chatTemplate?: string;
 }
 
-const fileName = 'qlora_node.json';
+export const trainingRecordName = 'qlora_node.json';
 
-/** Without a record, one that an earlier adapter left there is removed. */
-export async function writeTrainingRecord(directory: string, record: TrainingRecord | undefined): Promise<void> {
-  if (!record) return rm(join(directory, fileName), { force: true });
-  await writeFileAtomic(join(directory, fileName), `${JSON.stringify(record, undefined, 2)}\n`);
+export async function writeTrainingRecord(directory: string, record: TrainingRecord): Promise<void> {
+  await writeFileAtomic(join(directory, trainingRecordName), `${JSON.stringify(record, undefined, 2)}\n`);
 }
 
 /** undefined for an adapter that was made elsewhere. */
 export async function readTrainingRecord(directory: string): Promise<TrainingRecord | undefined> {
   let text: string;
   try {
-    text = await readFile(join(directory, fileName), 'utf8');
+    text = await readFile(join(directory, trainingRecordName), 'utf8');
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;
   }
   try {
-    const { template } = JSON.parse(text) as Partial<TrainingRecord>;
-    return typeof template === 'string' ? { template } : undefined;
+    const { template, chatTemplate } = JSON.parse(text) as Partial<TrainingRecord>;
+    if (typeof template !== 'string') return undefined;
+    return { template, ...(typeof chatTemplate === 'string' && { chatTemplate }) };
   } catch {
     return undefined;
   }

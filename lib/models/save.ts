@@ -2,44 +2,33 @@
 import { join } from 'node:path';
 import { QLoRAError } from '../errors.js';
 import { removeTemporaryFiles, writeFileAtomic } from '../io/atomic-file.js';
+import { replaceFiles } from '../io/atomic-folder.js';
 import { bnbConfigJson } from '../io/bnb-checkpoint.js';
 import { makeFolder } from '../io/folder.js';
-import { readText } from '../io/json.js';
 import { pythonJson } from '../io/python-json.js';
-import { type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
+import { openSafetensors, type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
+import type { Linear } from '../nn/linear.js';
 import type { FourBitType } from '../ops/quantize.js';
-import type { FloatDType } from '../tensor.js';
+import { companions, copyCompanions } from './companions.js';
 import type { ModelCore } from './core.js';
 import { quantizedItems } from './quantized-weight.js';
 
-/** Files that go with the weights as they are. */
-const companions = [
-  'generation_config.json',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'chat_template.jinja',
-];
+const weightsName = 'model.safetensors';
 
 export async function saveModel(core: ModelCore, directory: string): Promise<void> {
-  const { linears, dense } = core.weights;
-  const eightBit = linears.find((linear) => linear.weight.tensors.data.dtype === 'i8');
-  if (eightBit) {
-    throw new QLoRAError(
-      'ERR_QLORA_SAVE_UNSUPPORTED',
-      `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`,
-      {
-        hint: "Load the model with quantization 'none' or a 4-bit type.",
-      },
-    );
-  }
+  refuseEightBit(core.weights.linears);
   await makeFolder(directory);
   await removeTemporaryFiles(directory);
-  const dtype = checkpointDtype(core);
+  await replaceFiles(directory, 'config.json', [], (folder) => writeModel(core, folder));
+}
+
+/** The files of a saved model, into a folder that nobody reads yet. */
+export async function writeModel(core: ModelCore, directory: string): Promise<void> {
+  const { linears, dense } = core.weights;
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
-  for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight, dtype));
-  await writeSafetensors(join(directory, 'model.safetensors'), items, { format: 'pt' });
+  for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight));
+  await writeSafetensors(join(directory, weightsName), items, { format: 'pt' });
   const config: Record<string, unknown> = { ...core.configJson, ...dtypeFields(core) };
   const [first] = quantized;
   if (first) {
@@ -53,13 +42,7 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
     });
   }
   await writeFileAtomic(join(directory, 'config.json'), `${pythonJson(config, 2)}\n`);
-  for (const name of companions) {
-    const text = await readText(join(core.directory, name)).catch((error: QLoRAError) => {
-      if (error.code === 'ERR_QLORA_FILE_NOT_FOUND') return undefined;
-      throw error;
-    });
-    if (text !== undefined) await writeFileAtomic(join(directory, name), text);
-  }
+  await copyCompanions(core, directory, ['generation_config.json', ...companions]);
 }
 
 /** After full fine-tuning the weights are fp32 masters, whatever the files had. */
@@ -68,7 +51,21 @@ function dtypeFields({ configJson, weights }: ModelCore): Record<string, unknown
   return masters ? { ['torch_dtype' in configJson ? 'torch_dtype' : 'dtype']: 'float32' } : {};
 }
 
-/** What the 4-bit weights were before: the dtype of the rest of the model. */
-function checkpointDtype(core: ModelCore): FloatDType {
-  return core.weights.decoder.norm.dtype as FloatDType;
+/** Takes the values that writeModel() wrote of a model that is trained whole, bit for bit: they are fp32 masters. */
+export async function restoreModel(core: ModelCore, directory: string): Promise<void> {
+  using file = await openSafetensors(join(directory, weightsName));
+  for (const [name, tensor] of core.weights.dense) await file.readFinite(name, tensor);
+}
+
+function refuseEightBit(linears: readonly Linear[]): void {
+  const eightBit = linears.find((linear) => linear.weight.tensors.data.dtype === 'i8');
+  if (eightBit) {
+    throw new QLoRAError(
+      'ERR_QLORA_SAVE_UNSUPPORTED',
+      `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`,
+      {
+        hint: "Load the model with quantization 'none' or a 4-bit type.",
+      },
+    );
+  }
 }

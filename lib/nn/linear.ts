@@ -12,6 +12,8 @@ export interface Pass {
   adapter: string | undefined;
   /** While training: the key of this micro-step's dropout masks. */
   dropout?: { seed: number; microStep: number };
+  /** Is shown what each part of the model computes: a linear layer's output with its path, another's with its weight or name. */
+  inspect?: (part: string | Tensor, y: Tensor) => void;
 }
 
 /** A linear layer over a base of any kind, with the adapters that were added to it. */
@@ -29,6 +31,12 @@ export class Linear {
 
   /** x [.., K] to [.., N] */
   forward(tape: Tape | undefined, x: Tensor, pass: Pass): Tensor {
+    const y = this.#forward(tape, x, pass);
+    pass.inspect?.(this.path, y);
+    return y;
+  }
+
+  #forward(tape: Tape | undefined, x: Tensor, pass: Pass): Tensor {
     const lora = pass.adapter === undefined ? undefined : this.adapters.get(pass.adapter);
     if (!lora) return matmul(tape, x, this.weight, this.bias);
     const { A, B, scale, magnitude } = lora;

@@ -33,9 +33,8 @@ export class StepPlan {
     return this.#rows.rows(this.#order.order.subarray(begin, begin + size));
   }
 
-  learningRate(step: number): number {
+  learningRate(step: number, totalSteps = this.totalSteps): number {
     const { lrScheduler, learningRate, warmupRatio, schedulerOptions } = this.#options;
-    const { totalSteps } = this;
     const warmupSteps = this.#options.warmupSteps ?? Math.ceil(warmupRatio * totalSteps);
     return learningRateAt(lrScheduler, learningRate, step, { ...schedulerOptions, warmupSteps, totalSteps });
   }

@@ -1,43 +1,42 @@
-import { join } from 'node:path';
 import { z } from 'zod';
-import { Tape } from '../autograd.js';
-import { type EncodedRow, explainRow } from '../data/encode.js';
+import { explainRow } from '../data/explain.js';
+import type { Preflight } from '../data/preflight.js';
 import type { DatasetSource } from '../data/read-rows.js';
-import { MemoryRows, targetsOf } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
-import { DEFAULT_TEMPLATE } from '../data/templates.js';
+import { templateOf, trainingRecord } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { type EventStream, eventStream } from '../event-stream.js';
-import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
+import { restoreModel, writeModel } from '../models/save.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
-import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
+import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
+import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
-import { type EnqueuedStep, enqueueLoss, handled, readScalar } from './micro-step.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
+import { type Progress, Run, type Trainee } from './run.js';
 import { StepPlan } from './step-plan.js';
+import { Stepper } from './stepper.js';
+import { Turns } from './turns.js';
 
 const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
+const trainSchema = signalSchema.extend({ resume: z.union([z.boolean(), z.string().min(1)]).optional() });
 const adapterName = 'default';
-/** Steps in a row whose gradient may be NaN or infinite before training gives up. */
-const mostSkipped = 5;
 
 /** Fine-tunes a model on rows: an adapter over a frozen, usually 4-bit base, or all weights. */
 export class QLoRATrainer implements AsyncDisposable {
   readonly model: QuantizedModel;
   /** What is being trained; undefined in full fine-tuning. */
   readonly adapter: LoraAdapter | undefined;
+  /** What the data set is like: rows, tokens, what is cut, what comes twice, what teaches nothing. */
+  readonly preflight: Preflight;
   readonly #options: ResolvedTrainerOptions;
   readonly #datasets: Datasets;
-  readonly #plan: StepPlan;
-  readonly #optimizer: Optimizer;
+  readonly #stepper: Stepper;
+  readonly #progress: Progress;
+  readonly #turns = new Turns();
   readonly #ownsModel: boolean;
-  #step = 0;
-  #microStep = 0;
-  /** Of the last step that was reported; NaN before the first. */
-  #finalLoss = Number.NaN;
   #running: Promise<unknown> | undefined;
   #abort: AbortController | undefined;
 
@@ -46,15 +45,19 @@ export class QLoRATrainer implements AsyncDisposable {
     adapter: LoraAdapter | undefined,
     options: ResolvedTrainerOptions,
     datasets: Datasets,
+    plan: StepPlan,
+    optimizer: Optimizer,
   ) {
     this.model = model;
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
-    this.#plan = new StepPlan(datasets.train, options);
+    this.preflight = datasets.preflight;
     this.#ownsModel = typeof options.model === 'string';
-    this.#optimizer = new Optimizer(adapter?.parameters ?? [...model.core.weights.dense.values()], options);
-    if (adapter) adapter.training = { template: options.template as string };
+    const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
+    this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
+    this.#progress = { loss: Number.NaN, skipped: 0, run: undefined, saved: undefined };
+    if (adapter) adapter.training = trainingRecord(options.template);
   }
 
   /**
@@ -65,21 +68,26 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
-    const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
+    const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
+    const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
     const model =
-      typeof given === 'string'
-        ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
-        : given;
+      typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
     let adapter: LoraAdapter | undefined;
+    let datasets: Datasets | undefined;
     try {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
-      resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
-      const datasets = await prepareDatasets(model.core, resolved);
+      resolved.template ??= templateOf(adapter?.training);
+      datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
-      return new QLoRATrainer(model, adapter, resolved, datasets);
+      const plan = new StepPlan(datasets.train, resolved);
+      const trained = adapter?.namedParameters ?? model.core.weights.dense;
+      const setting = { totalSteps: plan.totalSteps, computeDtype: model.core.computeDtype };
+      const optimizer = await Optimizer.create(trained, resolved, setting);
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
     } catch (error) {
+      await datasets?.close();
       if (typeof given === 'string') await model.dispose();
       else if (adapter) model.removeLora(adapterName);
       throw error;
@@ -91,19 +99,26 @@ export class QLoRATrainer implements AsyncDisposable {
     return explainRow(toRow(row, { row: 1 }), this.model.core.tokenizer, encodeOptionsOf(this.#options));
   }
 
-  /** Trains to the end of maxSteps or epochs, and saves into outputDir. */
-  train(options: { signal?: AbortSignal } = {}): TrainRun {
+  /**
+   * Trains to the end of maxSteps or epochs, or until earlyStoppingPatience ends it, and saves into outputDir.
+   * `resume: true` goes on from the newest whole checkpoint in outputDir, and starts anew where there is none; a string
+   * names a checkpoint.
+   *
+   * @throws ERR_QLORA_CHECKPOINT_INVALID, ERR_QLORA_CHECKPOINT_MISMATCH, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED,
+   *   ERR_QLORA_DIVERGED, ERR_QLORA_BUSY
+   */
+  train(options: { signal?: AbortSignal; resume?: boolean | string } = {}): TrainRun {
     const abort = new AbortController();
     const stop = () => {
       abort.abort();
       return run as Promise<TrainResult>;
     };
     const run: EventStream<TrainEvent, TrainResult> = eventStream(async (emit) => {
-      const { signal } = checkOptions(signalSchema, options, 'train');
+      const { signal, resume = false } = checkOptions(trainSchema, options, 'train');
       const either = signal ? AbortSignal.any([signal, abort.signal]) : abort.signal;
       return this.#exclusive(() => {
         this.#abort = abort;
-        return this.#train(emit, either);
+        return new Run(this.#trainee, emit, either).train(resume);
       });
     }, stop);
     return Object.assign(run, { stop });
@@ -113,24 +128,21 @@ export class QLoRATrainer implements AsyncDisposable {
   trainStep(rows: readonly Row[]): Promise<{ loss: number; gradNorm: number }> {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
-      const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
-      const step = await this.#enqueueStep(encoded);
+      const encoded = await encodeRows(this.model.core, rows, encoding);
+      const step = await this.#turns.take(() => this.#stepper.enqueue(encoded));
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };
     });
   }
 
-  /** Mean loss over all target tokens, without dropout. Default: the eval data set. */
-  async evaluate(
-    dataset?: DatasetSource,
-    options: { signal?: AbortSignal } = {},
-  ): Promise<{ loss: number; perplexity: number }> {
+  /** Mean loss over all target tokens, without dropout. Default: the eval data set. During a run it waits for a step's end. */
+  async evaluate(dataset?: DatasetSource, options: { signal?: AbortSignal } = {}): Promise<Evaluation> {
     const { signal } = checkOptions(signalSchema, options, 'evaluate');
     const { core } = this.model;
-    const rows = dataset
-      ? new MemoryRows(await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat))
-      : this.#datasets.eval;
+    const encoding = encodeOptionsOf(this.#options);
+    await using given = dataset ? await encodeDataset(core, dataset, encoding, this.#options.datasetFormat) : undefined;
+    const rows = given ? given.rows : this.#datasets.eval;
     if (!rows) {
       throw new QLoRAError(
         'ERR_QLORA_NO_EVAL_DATASET',
@@ -140,35 +152,32 @@ export class QLoRATrainer implements AsyncDisposable {
         },
       );
     }
-    const indices = Array.from({ length: rows.count }, (_, i) => i);
-    const targets = indices.reduce((n, i) => n + rows.targets(i), 0);
     const { batchSize } = this.#options;
-    const pass = { adapter: this.#adapterName, checkpointing: 'none' as const };
-    let loss = 0;
-    for (let i = 0; i < rows.count; i += batchSize) {
-      signal?.throwIfAborted();
-      using part = enqueueLoss(core, undefined, await rows.rows(indices.slice(i, i + batchSize)), 1 / targets, pass);
-      loss += (await part.read())[0] as number;
-    }
-    return { loss, perplexity: Math.exp(loss) };
+    return this.#turns.take(() => evaluateRows(core, this.adapter?.name, rows, batchSize, signal));
   }
 
-  /** Writes the adapter, or after full fine-tuning the model; default into outputDir. Returns where. */
-  async save(directory = this.#options.outputDir): Promise<string> {
-    if (this.adapter) {
-      if (this.#step > 0) await this.#checkTrained(this.adapter);
-      await this.adapter.save(directory);
-    } else {
-      await this.model.save(directory);
-    }
-    return directory;
+  /**
+   * Writes the adapter, or after full fine-tuning the model; default into outputDir. Returns where. During a run it waits
+   * for a step's end.
+   */
+  save(directory = this.#options.outputDir): Promise<string> {
+    return this.#turns.take(async () => {
+      if (this.adapter) {
+        if (this.#stepper.step > 0) await this.#checkTrained(this.adapter);
+        await this.adapter.save(directory);
+      } else {
+        await this.model.save(directory);
+      }
+      return directory;
+    });
   }
 
   /** Frees the optimizer, and the model where the trainer loaded it. A run under way is stopped first, as stop() does. */
   async dispose(): Promise<void> {
     this.#abort?.abort();
     await this.#running?.catch(() => {});
-    this.#optimizer.dispose();
+    this.#stepper.optimizer.dispose();
+    await this.#datasets.close();
     if (this.#ownsModel) await this.model.dispose();
   }
 
@@ -176,8 +185,22 @@ export class QLoRATrainer implements AsyncDisposable {
     return this.dispose();
   }
 
-  get #adapterName(): string | undefined {
-    return this.adapter?.name;
+  get #trainee(): Trainee {
+    const { core } = this.model;
+    const whole = {
+      write: (folder: string) => writeModel(core, folder),
+      restore: (folder: string) => restoreModel(core, folder),
+    };
+    return {
+      stepper: this.#stepper,
+      model: this.model,
+      adapter: this.adapter,
+      trained: this.adapter ?? whole,
+      datasets: this.#datasets,
+      turns: this.#turns,
+      save: () => this.save(),
+      progress: this.#progress,
+    };
   }
 
   async #exclusive<T>(work: () => Promise<T>): Promise<T> {
@@ -194,148 +217,6 @@ export class QLoRATrainer implements AsyncDisposable {
     }
   }
 
-  async #train(emit: (event: TrainEvent) => void, signal: AbortSignal): Promise<TrainResult> {
-    const total = this.#plan.totalSteps;
-    const { evalSteps } = this.#options;
-    let skipped = 0;
-    let since = performance.now();
-    // A step's numbers are awaited after the next step was enqueued, so that the stream never runs dry.
-    let previous: EnqueuedStep | undefined;
-    const report = async () => {
-      if (!previous) return;
-      const { step, learningRate, result } = previous;
-      previous = undefined;
-      const { loss, gradNorm, finite, tokens } = await result;
-      const now = performance.now();
-      const tokensPerSecond = (tokens * 1000) / (now - since);
-      since = now;
-      this.#finalLoss = loss;
-      skipped = finite ? 0 : skipped + 1;
-      if (!finite) {
-        emit({
-          type: 'warning',
-          code: 'NON_FINITE_GRADIENT',
-          message: `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing`,
-        });
-        if (skipped >= mostSkipped) {
-          throw new QLoRAError(
-            'ERR_QLORA_DIVERGED',
-            `${mostSkipped} steps in a row had a loss or gradient that is not finite, the last at step ${step}`,
-            {
-              hint: 'Use a lower learningRate, or computeDtype bf16 instead of f16.',
-            },
-          );
-        }
-      }
-      const { liveBytes } = this.model.memory();
-      const epoch = step / this.#plan.stepsPerEpoch;
-      emit({ type: 'step', step, epoch, loss, learningRate, gradNorm, tokensPerSecond, memoryBytes: liveBytes });
-    };
-    const evaluate = async () => {
-      const step = this.#step;
-      try {
-        emit({ type: 'eval', step, ...(await this.evaluate(undefined, { signal })) });
-      } catch (error) {
-        if (!signal.aborted) throw error;
-      }
-      since = performance.now();
-    };
-    // Where nothing can be saved, that is known before the first step.
-    await makeFolder(this.#options.outputDir);
-
-    while (this.#step < total) {
-      const enqueued = await this.#enqueueStep(await this.#plan.rowsOf(this.#step), signal, report);
-      if (!enqueued) {
-        await report();
-        return this.#stopped(emit);
-      }
-      await report();
-      previous = enqueued;
-      if (evalSteps && this.#datasets.eval && this.#step % evalSteps === 0 && this.#step < total) {
-        await report();
-        await evaluate();
-      }
-    }
-    await report();
-    if (this.#datasets.eval) await evaluate();
-    if (signal.aborted) return this.#stopped(emit);
-    const outputDir = await this.save();
-    return {
-      steps: this.#step,
-      finalLoss: this.#finalLoss,
-      outputDir,
-      ...(this.adapter ? { adapterDir: outputDir } : {}),
-      stopped: false,
-    };
-  }
-
-  /** The last whole step is kept; outputDir itself stays for finished runs. */
-  async #stopped(emit: (event: TrainEvent) => void): Promise<TrainResult> {
-    const path = join(this.#options.outputDir, `checkpoint-${this.#step}`);
-    if (this.adapter) await this.adapter.save(path);
-    else await this.model.save(path);
-    emit({ type: 'checkpoint', step: this.#step, path });
-    return {
-      steps: this.#step,
-      finalLoss: this.#finalLoss,
-      outputDir: path,
-      ...(this.adapter ? { adapterDir: path } : {}),
-      stopped: true,
-    };
-  }
-
-  /**
-   * Enqueues forward, backward and the optimizer over these rows. The loss is the sum over all of them divided by their
-   * target tokens, so that it does not depend on how they are cut into micro-steps.
-   *
-   * @returns undefined where the signal stopped it, which leaves the parameters as they were
-   */
-  async #enqueueStep(
-    rows: readonly EncodedRow[],
-    signal?: AbortSignal,
-    between: () => Promise<void> = async () => {},
-  ): Promise<EnqueuedStep | undefined> {
-    const { batchSize, gradientCheckpointing, seed } = this.#options;
-    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
-    // Rows of like length side by side: the sum is the same, the padding less.
-    const sorted = [...rows].sort((a, b) => a.ids.length - b.ids.length);
-    const losses: Promise<number>[] = [];
-    this.#optimizer.zeroGradients();
-    for (let i = 0; i < sorted.length; i += batchSize) {
-      if (signal?.aborted) {
-        await Promise.allSettled(losses);
-        return undefined;
-      }
-      const pass = {
-        adapter: this.#adapterName,
-        checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
-        dropout: { seed, microStep: this.#microStep++ },
-      };
-      const loss = enqueueLoss(this.model.core, new Tape(), sorted.slice(i, i + batchSize), 1 / targets, pass);
-      losses.push(handled(readScalar(loss)));
-      if (losses.length === 1) await between();
-      // At most two micro-steps wait in the queue.
-      await losses.at(-3);
-    }
-    await losses.at(-2);
-    const learningRate = this.#plan.learningRate(this.#step);
-    this.#step++;
-    using norm = this.#optimizer.step(this.#step, learningRate);
-    const norms = handled(norm.read());
-    const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
-    const result = (async () => {
-      const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
-      const [gradNorm, finite] = (await norms) as unknown as [number, number];
-      return { loss, gradNorm, finite: finite === 1, tokens };
-    })();
-    const step = this.#step;
-    // A step that failed, for want of memory, changed nothing and does not count.
-    result.catch(() => {
-      this.#step = step - 1;
-    });
-    return { step, learningRate, result };
-  }
-
   /** An adapter whose B is all zero learnt nothing: saving it would hide that. */
   async #checkTrained(adapter: LoraAdapter): Promise<void> {
     for (const layer of adapter.layers) {
@@ -343,7 +224,7 @@ export class QLoRATrainer implements AsyncDisposable {
     }
     throw new QLoRAError(
       'ERR_QLORA_ADAPTER_UNTRAINED',
-      `after ${this.#step} steps every B of the adapter is still zero: it changes nothing`,
+      `after ${this.#stepper.step} steps every B of the adapter is still zero: it changes nothing`,
       {
         hint: 'Is learningRate 0, or were all steps skipped?',
       },

@@ -4,8 +4,7 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import t from 'tap';
 import { promptTemplate } from '../../lib/data/templates.js';
-import { BeamSearch } from '../../lib/generate/beams.js';
-import { endsWithStop, StopStrings } from '../../lib/generate/stop-strings.js';
+import { StopStrings } from '../../lib/generate/stop-strings.js';
 import { QuantizedModel } from '../../lib/index.js';
 import { packageRoot, referencesDir } from '../support/references.js';
 
@@ -276,127 +275,6 @@ t.test('generation_config.json', async (t) => {
   configure({ penalty_alpha: null, bad_words_ids: [], num_beam_groups: 1, diversity_penalty: 0, use_cache: true });
   await using neutral = await QuantizedModel.load(directory);
   t.equal((await neutral.generateTokens([9], { maxNewTokens: 2, ignoreEos: true })).length, 2, 'what changes nothing');
-});
-
-t.test('beams, penalties and lengths', async (t) => {
-  await using model = await QuantizedModel.load(demo);
-  const start = [5, 17, 33, 60];
-  const likelihood = async (ids: number[]) => {
-    const labels = [...start.map(() => -100), ...ids];
-    return -(await model.loss([...start, ...ids], labels)) * ids.length;
-  };
-  const eight = { maxNewTokens: 8, ignoreEos: true };
-  const greedy = await model.generateTokens(start, eight);
-  const found = await model.generateTokens(start, { ...eight, numBeams: 6, lengthPenalty: 0 });
-  t.equal(found.length, 8);
-  t.ok((await likelihood(found)) >= (await likelihood(greedy)) - 0.02, 'beams find what is at least as likely');
-
-  const options = { numBeams: 3, maxNewTokens: 12 };
-  const text = await model.generate(prompt, options);
-  t.equal((await pieces(model.generate(prompt, options))).join(''), text, 'the stream gives it when it is whole');
-  t.match(text, /42/);
-
-  const ids = await model.generateTokens(start, { maxNewTokens: 20, noRepeatNgramSize: 1, ignoreEos: true });
-  t.equal(new Set([...start, ...ids]).size, 24, 'no token twice');
-  const { tokenizer } = model.core;
-  if (!tokenizer) return t.fail('no tokenizer');
-  t.ok(tokenizer.encode(await model.generate(question, { minNewTokens: 6 })).length >= 5, 'at least so long');
-
-  const sampled = { numBeams: 3, doSample: true, temperature: 2, topK: 0, maxNewTokens: 10, ignoreEos: true };
-  const draws = await Promise.all([1, 1, 2, 3].map((seed) => model.generateTokens(start, { ...sampled, seed })));
-  t.same(draws[0], draws[1], 'the same seed, the same text');
-  t.ok(
-    draws.slice(2).some((ids) => `${ids}` !== `${draws[0]}`),
-    'another seed, another text',
-  );
-
-  await t.test('a stop string ends a beam', async (t) => {
-    const open = { numBeams: 3, maxNewTokens: 40, minNewTokens: 40 };
-    const long = await model.generate('The numbers are', open);
-    const stop = long.slice(6, 9);
-    const cut = await model.generate('The numbers are', { ...open, stop: [stop, 'never there'] });
-    t.notMatch(cut, stop);
-    const encoded = tokenizer.encode('one two three');
-    t.equal(endsWithStop(tokenizer, ['three'], encoded), true);
-    t.equal(endsWithStop(tokenizer, ['two x'], encoded), false);
-    t.equal(endsWithStop(tokenizer, [], encoded), false);
-    const search = new BeamSearch({
-      numBeams: 2,
-      maxNewTokens: 9,
-      lengthPenalty: 1,
-      earlyStopping: false,
-      endTokens: new Set([0]),
-      isWhole: (ids) => ids.at(-1) === 7,
-    });
-    t.same(search.advance([7, 5, 0, 6].map((id, i) => ({ beam: 0, id, score: -1 - i }))), [0, 0]);
-    t.same(search.whole, [{ ids: [7], score: -1 }], 'what is not among the best is only there to go on with');
-    t.same(
-      search.growing.map(({ ids, score }) => ({ ids, score })),
-      [
-        { ids: [5], score: -2 },
-        { ids: [6], score: -4 },
-      ],
-    );
-    t.same(
-      search.advance([{ beam: 1, id: 7, score: -4.5 }, ...[1, 2].map((id) => ({ beam: 0, id, score: -5 }))]),
-      [0, 0],
-    );
-    t.same(
-      [search.whole, search.done],
-      [
-        [
-          { ids: [7], score: -1 },
-          { ids: [6, 7], score: -2.25 },
-        ],
-        true,
-      ],
-      'and nothing that grows could be better than -2.25',
-    );
-  });
-
-  await t.test('aborted', async (t) => {
-    const abort = new AbortController();
-    const reason = new Error('enough');
-    const running = model.generateTokens(start, {
-      numBeams: 4,
-      maxNewTokens: 400,
-      ignoreEos: true,
-      signal: abort.signal,
-    });
-    setTimeout(() => abort.abort(reason), 20);
-    t.equal(await running.catch((e: unknown) => e), reason);
-    await model.core.stream.sync();
-    t.equal(model.memory().byClass.activations, 0, 'caches are freed');
-  });
-
-  await t.test('options that cannot be', async (t) => {
-    for (const [wrong, message] of [
-      [{ numBeams: 0 }, /'numBeams': .*>=1, got 0/],
-      [{ numBeams: 1.5 }, /'numBeams': .*int.*, got 1.5/],
-      [{ typicalP: 0 }, /'typicalP': .*>0, got 0/],
-      [{ typicalP: 1.1 }, /'typicalP': .*<=1, got 1.1/],
-      [{ repetitionPenalty: 0 }, /'repetitionPenalty': .*>0, got 0/],
-      [{ noRepeatNgramSize: -1 }, /'noRepeatNgramSize': .*>=0, got -1/],
-      [{ minNewTokens: -1 }, /'minNewTokens': .*>=0, got -1/],
-      [{ lengthPenalty: '1' }, /'lengthPenalty': .*number, got "1"/],
-    ] as const) {
-      const expected = { name: 'QLoRAError', code: 'ERR_QLORA_OPTION_INVALID', message, hint: String };
-      await t.rejects(async () => model.generate('a', wrong as object), expected, JSON.stringify(wrong));
-      await t.rejects(async () => model.generateTokens([1], wrong as object), expected);
-    }
-    await t.rejects(async () => model.generate('a', { minNewTokens: 9, maxNewTokens: 8 }), {
-      code: 'ERR_QLORA_OPTION_CONFLICT',
-      message: /minNewTokens must be at most maxNewTokens, 8, got 9/,
-      hint: String,
-    });
-    await t.rejects(
-      async () => model.generateTokens(start, { noRepeatNgramSize: 1, maxNewTokens: 600, ignoreEos: true }),
-      {
-        code: 'ERR_QLORA_NO_TOKEN_LEFT',
-        message: /every token of row 0 is forbidden; noRepeatNgramSize/,
-      },
-    );
-  });
 });
 
 t.test('without a tokenizer, and without a chat template', async (t) => {

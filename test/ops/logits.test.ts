@@ -1,9 +1,23 @@
+import { join } from 'node:path';
 import t from 'tap';
 import { argmax, beamCandidates, sample } from '../../lib/ops/logits-choose.js';
-import { constrainLogits, logSoftmax, type WarpOptions, warpLogits } from '../../lib/ops/logits-process.js';
+import {
+  type ConstrainOptions,
+  constrainLogits,
+  logSoftmax,
+  type WarpOptions,
+  warpLogits,
+} from '../../lib/ops/logits-process.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
-import { checkMisuse, forEachIsa, normalNumbers } from '../support/op-harness.js';
+import { checkMisuse, forEachIsa, largestError, normalNumbers } from '../support/op-harness.js';
 import { philox } from '../support/philox.js';
+import { readJson, referencesDir } from '../support/references.js';
+import { readSafetensors, type StoredTensor, valuesOf } from '../support/safetensors.js';
+
+interface Processed {
+  options: WarpOptions & Omit<ConstrainOptions, 'seen' | 'forbidden'> & { forbidden?: number[] };
+  tensor: string;
+}
 
 const key = { seed: 2 ** 45 + 3, stream: 11 };
 
@@ -93,6 +107,35 @@ await forEachIsa(t, import.meta.url, async () => {
       t.same(wrong, []);
     });
   }
+
+  await t.test('what is left of logits, and with which probability, by transformers', async (t) => {
+    const folder = referencesDir('generation');
+    const { processed } = readJson<{ processed: Processed[] }>(folder, 'index.json');
+    t.ok(processed.length > 20);
+    const stored = readSafetensors(join(folder, 'processed.safetensors'));
+    const tensor = (name: string) => stored.get(name) as StoredTensor;
+    const { shape, data } = tensor('logits');
+    const stream = new Stream();
+    const logits = Tensor.from(stream, data as Float32Array, shape);
+    const seen = Tensor.from(stream, tensor('seen').data as Int32Array, tensor('seen').shape);
+    for (const { options, tensor: name } of processed) {
+      const { forbidden, ...rest } = options;
+      const constraints = {
+        ...rest,
+        seen,
+        seenLength: seen.dim(1),
+        forbidden: forbidden && Tensor.from(stream, Int32Array.from(forbidden), [forbidden.length]),
+      };
+      const left = await warpLogits(constrainLogits(logits, constraints), rest).read();
+      const V = shape[1] as number;
+      const actual = [0, 1, 2].flatMap((row) => probabilities([...left.subarray(row * V, (row + 1) * V)], {}));
+      const expected = valuesOf(tensor(name));
+      const kept = (p: ArrayLike<number>) => Array.from(p, (x) => x > 0);
+      t.same(kept(actual), kept(expected), `${JSON.stringify(options)}: the same tokens`);
+      t.ok(largestError(actual, expected, 1) < 2e-6, 'the same probabilities');
+    }
+    await stream.close();
+  });
 
   await t.test('greedy', async (t) => {
     t.equal(await likeliest(Float32Array.of(1, 5, 2, 5)), 1, 'the lowest id among equals');
