@@ -4,12 +4,13 @@ import { encodePrompt } from './data/prompt.js';
 import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
+import { endTokensOf, recordOf } from './generate/end-tokens.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { locate } from './io/hub.js';
 import { log } from './logger.js';
-import { checkIds, endTokens, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
+import { checkIds, decoderOf, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { mergeModel } from './models/merge.js';
@@ -190,8 +191,9 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** Logits [T, V] of one sequence, row-major fp32. */
   async logits(inputIds: ArrayLike<number>, options: { adapter?: AdapterChoice } = {}): Promise<Float32Array> {
-    using hidden = this.#hidden(inputIds, checkOptions(passSchema, options, 'logits').adapter);
-    using logits = logitsOf(this.core, hidden);
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'logits').adapter);
+    using hidden = this.#hidden(inputIds, adapter);
+    using logits = logitsOf(this.core, adapter, hidden);
     return logits.read();
   }
 
@@ -204,7 +206,7 @@ export class QuantizedModel implements AsyncDisposable {
     labels: ArrayLike<number> = inputIds,
     options: { adapter?: AdapterChoice } = {},
   ): Promise<number> {
-    const { adapter } = checkOptions(passSchema, options, 'loss');
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'loss').adapter);
     if (labels.length !== inputIds.length) {
       throw new QLoRAError(
         'ERR_QLORA_SHAPE',
@@ -228,7 +230,7 @@ export class QuantizedModel implements AsyncDisposable {
     checkIds(targets, this.core.config.vocabSize, 'labels');
     using hidden = this.#hidden(inputIds, adapter);
     using target = Tensor.from(this.core.stream, Int32Array.from(shifted), [shifted.length]);
-    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
+    using loss = linearCrossEntropy(undefined, hidden, decoderOf(this.core, adapter).head, target, {
       scale: 1 / targets.length,
     });
     return (await loss.read())[0] as number;
@@ -248,9 +250,8 @@ export class QuantizedModel implements AsyncDisposable {
         const resolved = resolveGenerateOptions(this.core, options, 'text');
         checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
-        const { adapters, training } = this.core;
-        const record = resolved.adapter ? adapters.get(resolved.adapter)?.training : training;
-        const ids = encodePrompt(prompt as string | Message[], tokenizer, record?.template);
+        const record = recordOf(this.core, resolved.adapter);
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, record);
         const stop = new StopStrings(resolved.stop);
         const decoder = tokenizer.stream({ context: ids });
         let text = '';
@@ -260,7 +261,7 @@ export class QuantizedModel implements AsyncDisposable {
         };
         const sampling = {
           ...resolved,
-          endTokens: endTokens(this.core),
+          endTokens: endTokensOf(this.core, record),
           signal: joined(resolved.signal, abort.signal),
         };
         for await (const id of generateIds(this.core, ids, sampling)) {
@@ -281,7 +282,8 @@ export class QuantizedModel implements AsyncDisposable {
     return eventStream(
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options, 'tokens');
-        const ends = resolved.ignoreEos ? new Set<number>() : endTokens(this.core);
+        const record = recordOf(this.core, resolved.adapter);
+        const ends = resolved.ignoreEos ? new Set<number>() : endTokensOf(this.core, record);
         const ids: number[] = [];
         const sampling = { ...resolved, endTokens: ends, signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, inputIds, sampling)) {
@@ -332,10 +334,13 @@ export class QuantizedModel implements AsyncDisposable {
     const { core } = this;
     const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
     const adapter = chooseAdapter(core, choice);
-    const template = adapter && core.adapters.get(adapter)?.training?.template;
-    const bos = core.tokenizer?.bosTokenId !== undefined;
-    const chatTemplate = template ? exportedChatTemplate(template, { bos }) : undefined;
-    return mergeModel(core, outDirectory, { adapter, chatTemplate, signal });
+    const training = recordOf(core, adapter);
+    const manners = {
+      training,
+      chatTemplate: core.tokenizer && exportedChatTemplate(training, core.tokenizer),
+      endTokens: endTokensOf(core, training),
+    };
+    return mergeModel(core, outDirectory, { adapter, manners, signal });
   }
 
   /** Frees everything. What was enqueued before is finished first. */
@@ -347,7 +352,7 @@ export class QuantizedModel implements AsyncDisposable {
     return this.dispose();
   }
 
-  #hidden(inputIds: ArrayLike<number>, adapter: AdapterChoice | undefined): Tensor {
+  #hidden(inputIds: ArrayLike<number>, adapter: string | undefined): Tensor {
     const { core } = this;
     checkIds(inputIds, core.config.vocabSize);
     if (inputIds.length === 0) {
@@ -356,7 +361,7 @@ export class QuantizedModel implements AsyncDisposable {
       });
     }
     const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
-    return hiddenStates(core, undefined, rows, { adapter: chooseAdapter(core, adapter), checkpointing: 'none' });
+    return hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
   }
 
   #tokenizer(): Tokenizer {

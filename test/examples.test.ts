@@ -31,7 +31,13 @@ t.test('train-on-rows', async (t) => {
     lines.some((l) => l.startsWith(`Double ${n}:`) && l.endsWith(`the adapter ${2 * n}`)),
   );
   t.ok(right.length >= 3, `${right.length} of 4 held-out numbers are doubled`);
-  t.same(readdirSync(directory).sort(), ['adapter_config.json', 'adapter_model.safetensors', 'qlora_node.json']);
+  t.same(readdirSync(directory).sort(), [
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'metrics.jsonl',
+    'qlora_node.json',
+    'report.html',
+  ]);
 });
 
 t.test('stream-answers', async (t) => {

@@ -34,7 +34,7 @@ const layers: Record<string, readonly string[]> = {
   io: ['errors.ts', 'native.ts', 'tensor.ts'],
   nn: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops'],
   tokenizer: ['errors.ts'],
-  data: ['errors.ts', 'tokenizer'],
+  data: ['errors.ts', 'logger.ts', 'io', 'tokenizer'],
   'quantization.ts': ['errors.ts', 'tensor.ts', 'ops'],
   models: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops', 'nn', 'io', 'tokenizer'],
   generate: ['errors.ts', 'options.ts', 'tensor.ts', 'ops', 'models', 'data', 'tokenizer'],
@@ -43,9 +43,10 @@ const layers: Record<string, readonly string[]> = {
     'models', 'generate',
   ],
   'devices.ts': ['errors.ts', 'native.ts'],
+  report: ['errors.ts', 'logger.ts', 'io'],
   train: [
     'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'autograd.ts', 'ops', 'io', 'data', 'models',
-    'quantized-model.ts',
+    'quantized-model.ts', 'report',
   ],
   // Its tables and its parsing of files are below; what it runs is imported when it is asked for.
   cli: [
@@ -60,6 +61,7 @@ const typesOnly = new Set([
   'devices.ts -> tensor.ts',
   'ops -> quantization.ts',
   'models -> quantization.ts',
+  'report -> train',
 ]);
 /** Only they know the addon. */
 const knowTheAddon = /^lib\/(tensor\.ts|devices\.ts|native\.ts|ops\/|io\/)/;

@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-/** The demo's folder of sources, with the model and the report's style, wherever the compiled demo lies below the package. */
+/** The demo's folder of sources, with the model, wherever the compiled demo lies below the package. */
 export function sourceFolder(): string {
   for (let folder = dirname(fileURLToPath(import.meta.url)); ; folder = dirname(folder)) {
     const sources = join(folder, 'examples', 'demo');

@@ -8,14 +8,14 @@ import { mkdir, rm, stat, writeFile } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { type Device, QLoRATrainer, QuantizedModel } from '../../lib/index.js';
+import { bytes, duration, percent, thousands } from '../../lib/report/format.js';
 import { type DemoData, makeData } from './data.js';
 import { sourceFolder } from './folder.js';
-import { bytes, duration, percent, thousands } from './format.js';
 import { accuracy, ask } from './measure.js';
 import { progress } from './progress.js';
-import type { Sample } from './report/page.js';
 import { writeReport } from './report.js';
 import { type Measurement, makeReportData } from './report-data.js';
+import type { Sample } from './report-page.js';
 import * as settings from './settings.js';
 import { train } from './train.js';
 
@@ -24,8 +24,7 @@ async function main(): Promise<number> {
     options: { device: { type: 'string', default: 'auto' }, out: { type: 'string', default: 'demo-output' } },
   });
   const out = resolve(values.out);
-  const sources = sourceFolder();
-  const modelDir = join(sources, 'model');
+  const modelDir = join(sourceFolder(), 'model');
   const adapterDir = join(out, 'adapter');
   const signal = interruptSignal();
   const start = performance.now();
@@ -104,7 +103,7 @@ async function main(): Promise<number> {
   };
   await mkdir(out, { recursive: true });
   await writeFile(join(out, 'result.json'), `${JSON.stringify(result, null, 2)}\n`);
-  await writeReport(join(out, 'report.html'), reportData, sources);
+  await writeReport(join(out, 'report.html'), adapterDir, reportData);
 
   printSamples(reportData.samples);
   const lines = [

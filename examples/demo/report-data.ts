@@ -2,7 +2,7 @@
 import { availableParallelism, cpus } from 'node:os';
 import { type Answer, accuracy } from './measure.js';
 import type { Question } from './old-skills.js';
-import type { ReportData, Sample, SkillScore } from './report/page.js';
+import type { ReportData, Sample, SkillScore } from './report-page.js';
 import type { training } from './settings.js';
 import type { TrainingLog } from './train.js';
 
@@ -35,12 +35,6 @@ export function makeReportData(m: Measured): ReportData {
   return {
     subtraction: { ...subtraction, questions: after.subtractions.length },
     oldSkills: { ...oldSkills, questions: after.oldSkills.length, kinds: kindsOf(before.oldSkills, after.oldSkills) },
-    steps: log.steps.map(({ step, loss, learningRate, tokensPerSecond }) => ({
-      step,
-      loss,
-      learningRate,
-      tokensPerSecond,
-    })),
     accuracy: [start, ...log.checks, end],
     samples: samplesOf(before.subtractions, after.subtractions, 12),
     rows: m.rows,

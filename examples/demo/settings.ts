@@ -19,6 +19,7 @@ export const training = {
   warmupRatio: 0.03,
   maxGradNorm: 1,
   gradientCheckpointing: false,
+  loggingSteps: 5,
   seed: 42,
 } as const;
 

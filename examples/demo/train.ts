@@ -1,6 +1,6 @@
 import type { QLoRATrainer, TrainEvent, TrainResult } from '../../lib/index.js';
+import { percent, thousands } from '../../lib/report/format.js';
 import type { DemoData } from './data.js';
-import { percent, thousands } from './format.js';
 import { accuracy, ask } from './measure.js';
 import { progress } from './progress.js';
 

@@ -7,7 +7,7 @@ import { fileInside } from '../io/model-folder.js';
 import { pythonJson } from '../io/python-json.js';
 import type { TrainingRecord } from '../io/training-record.js';
 import { writeTrainingRecord } from '../io/training-record.js';
-import { endTokens, type ModelCore } from './core.js';
+import type { ModelCore } from './core.js';
 
 /** Copied as they are. */
 export const companions = [
@@ -30,27 +30,33 @@ export async function copyCompanions(core: ModelCore, directory: string, names =
   }
 }
 
+export interface Manners {
+  training: TrainingRecord | undefined;
+  /** Jinja; undefined where the tokenizer's own stays. */
+  chatTemplate: string | undefined;
+  /** Ids that end a text. */
+  endTokens: ReadonlySet<number>;
+}
+
 /**
  * How a model that an adapter was merged into is to be asked, and where its answers end: the ids that ended a text while
- * it was trained, in generation_config.json; the template of its instructions; and where the tokenizer has no chat
- * template of its own, one that writes what a user says as that template does.
+ * it was trained, in generation_config.json; the template of its instructions; and the chat template that goes with it.
  */
 export async function writeManners(
   core: ModelCore,
   directory: string,
-  training: TrainingRecord | undefined,
-  chatTemplate: string | undefined,
+  { training, chatTemplate, endTokens }: Manners,
 ): Promise<void> {
   const names = new Set(await readdir(core.directory));
   const path = 'generation_config.json';
   const own = names.has(path) ? await readJsonObject(await fileInside(core.directory, path)) : {};
-  const ends = [...endTokens(core)];
+  const ends = [...endTokens];
   const generation = { ...own, ...(ends.length ? { eos_token_id: ends.length === 1 ? ends[0] : ends } : {}) };
   if (Object.keys(generation).length) {
     await writeFileAtomic(join(directory, path), `${pythonJson(generation, 2)}\n`);
   }
   if (training) await writeTrainingRecord(directory, training);
-  if (chatTemplate && core.tokenizer && core.tokenizer.chatTemplates.size === 0) {
+  if (chatTemplate !== undefined) {
     await writeFileAtomic(join(directory, 'chat_template.jinja'), chatTemplate);
   }
 }

@@ -10,9 +10,10 @@ import { type RopeTable, ropeTable } from '../ops/rope.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { DecoderConfig, Family } from './config.js';
-import { type DecoderPass, decode } from './decoder.js';
+import { type DecoderPass, type DecoderWeights, decode } from './decoder.js';
 import type { KeyValueCache } from './key-value-cache.js';
 import type { LoraAdapter } from './lora-adapter.js';
+import { noiseMagnitudes, noiseStream } from './neftune.js';
 import { dependsOnLength, ropeFrequencies } from './rope.js';
 import type { LoadedWeights } from './weights.js';
 
@@ -41,7 +42,7 @@ export interface TokenRows {
   length: number;
   /** Default: 0, 1, ... in each row, after what the cache holds. */
   positions?: Int32Array;
-  /** Default: each row is one sequence. */
+  /** Below 0 in padding. Default: each row is one sequence. */
   segmentIds?: Int32Array;
 }
 
@@ -74,12 +75,19 @@ export function hiddenStates(
   }
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
+  const { neftune } = pass;
+  using magnitude =
+    neftune && Tensor.from(core.stream, noiseMagnitudes(neftune.alpha, core.config.hiddenSize, rows), [batch, length]);
+  const noise = neftune && magnitude && { magnitude, seed: neftune.seed, stream: noiseStream(neftune.microStep) };
   const start = cache?.length ?? 0;
   const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
   const table = makeRopeTable(core, positions, length);
   try {
-    const input = { tokens, rope: table, ...(segments ? { segments } : {}), ...(cache ? { cache } : {}) };
-    return decode(tape, core.config, core.weights.decoder, input, { ...pass, computeDtype: core.computeDtype });
+    const input = { tokens, rope: table, segments, cache, noise };
+    return decode(tape, core.config, decoderOf(core, pass.adapter), input, {
+      ...pass,
+      computeDtype: core.computeDtype,
+    });
   } finally {
     table.cos.dispose();
     table.sin.dispose();
@@ -116,9 +124,17 @@ function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): 
   return { cos: Tensor.from(core.stream, cos, shape), sin: Tensor.from(core.stream, sin, shape) };
 }
 
-/** Logits of the chosen rows of `hidden` [M, C], fp32 [rows.length, V]; of all rows where none are named. */
-export function logitsOf(core: ModelCore, hidden: Tensor, rows?: Int32Array): Tensor {
-  const { head } = core.weights.decoder;
+/** The weights that a pass with this adapter goes through: the model's, but for modules that the adapter trained whole. */
+export function decoderOf(core: ModelCore, adapter: string | undefined): DecoderWeights {
+  return (adapter === undefined ? undefined : core.adapters.get(adapter)?.whole.decoder) ?? core.weights.decoder;
+}
+
+/**
+ * Logits of the chosen rows of `hidden` [M, C], which a pass with this adapter made, fp32 [rows.length, V]; of all rows
+ * where none are named.
+ */
+export function logitsOf(core: ModelCore, adapter: string | undefined, hidden: Tensor, rows?: Int32Array): Tensor {
+  const { head } = decoderOf(core, adapter);
   if (!rows) return matmul(undefined, hidden, head, undefined, 'f32');
   using ids = Tensor.from(core.stream, rows, [rows.length]);
   // Picking rows of a matrix by number is what an embedding does.

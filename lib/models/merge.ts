@@ -14,15 +14,14 @@ import { matmul } from '../ops/matmul.js';
 import { dequantizeWeight } from '../ops/quantize.js';
 import { Weight } from '../ops/weight.js';
 import { type FloatDType, Tensor } from '../tensor.js';
-import { copyCompanions, writeManners } from './companions.js';
-import { hiddenStates, logitsOf, type ModelCore } from './core.js';
+import { copyCompanions, type Manners, writeManners } from './companions.js';
+import { decoderOf, hiddenStates, logitsOf, type ModelCore } from './core.js';
 import { disposeCore, loadCore } from './load.js';
 
 export interface MergeOptions {
   /** Name of the adapter; undefined: the base alone. */
   adapter: string | undefined;
-  /** Of the adapter's training; undefined: the tokenizer's own stays the only one. */
-  chatTemplate: string | undefined;
+  manners: Manners;
   signal?: AbortSignal;
   /** Most bytes of a file; default 5 GB, as transformers has it. */
   shardBytes?: number;
@@ -41,25 +40,46 @@ const probeLength = 16;
 export async function mergeModel(
   core: ModelCore,
   directory: string,
-  { adapter, chatTemplate, signal, shardBytes = 5e9 }: MergeOptions,
+  { adapter, manners, signal, shardBytes = 5e9 }: MergeOptions,
 ): Promise<{ logitDrift: number }> {
-  const training = adapter === undefined ? core.training : core.adapters.get(adapter)?.training;
   return writeNewFolder(directory, async (folder) => {
     signal?.throwIfAborted();
     await writeModelTensors(folder, mergedTensors(core, adapter), { shardBytes, signal });
-    await writeFileAtomic(join(folder, 'config.json'), `${pythonJson(mergedConfig(core), 2)}\n`);
+    await writeFileAtomic(join(folder, 'config.json'), `${pythonJson(mergedConfig(core, adapter), 2)}\n`);
     await copyCompanions(core, folder);
-    await writeManners(core, folder, training, chatTemplate);
+    await writeManners(core, folder, manners);
     return { logitDrift: await logitDrift(core, adapter, folder, signal) };
   });
 }
 
+/** The tensors that the adapter trained whole, and those that this takes a second copy of, by their names. */
+function wholeTensors(core: ModelCore, adapter: string | undefined): Map<string, Tensor> {
+  const tensors = new Map(adapter === undefined ? undefined : core.adapters.get(adapter)?.whole.tensors);
+  // Trained apart, a head and an embedding are no longer one.
+  if (separates(core, adapter)) {
+    const { places, decoder } = core.weights;
+    for (const [path, place] of places) {
+      const name = `${path}.weight`;
+      if (place === 'head' && !tensors.has(name)) tensors.set(name, decoder.head.tensors.data);
+    }
+  }
+  return tensors;
+}
+
+/** Whether the adapter trained a head or an embedding that share one matrix in the model. */
+function separates(core: ModelCore, adapter: string | undefined): boolean {
+  const { head, embedding } = decoderOf(core, adapter);
+  return core.config.tiedHead && head.tensors.data !== embedding;
+}
+
 /** config.json without quantization_config. */
-function mergedConfig(core: ModelCore): Record<string, unknown> {
+function mergedConfig(core: ModelCore, adapter: string | undefined): Record<string, unknown> {
   const { quantization_config: _, ...config } = core.configJson;
   const names = { f32: 'float32', bf16: 'bfloat16', f16: 'float16' };
+  const tied = separates(core, adapter) ? { tie_word_embeddings: false } : {};
   return {
     ...config,
+    ...tied,
     ['dtype' in config ? 'dtype' : 'torch_dtype']: names[(core.weights.linears[0] as Linear).weight.originalDtype],
   };
 }
@@ -83,6 +103,10 @@ function mergedTensors(core: ModelCore, adapter: string | undefined): LazyTensor
       return cast(undefined, merged, dtype);
     };
     tensors.set(name, { name, dtype, shape: [weight.N, weight.K], make });
+  }
+  for (const [name, whole] of wholeTensors(core, adapter)) {
+    const dtype = tensors.get(name)?.dtype ?? (core.weights.decoder.embedding.dtype as FloatDType);
+    tensors.set(name, { name, dtype, shape: whole.shape, make: async () => cast(undefined, whole, dtype) });
   }
   return [...tensors.values()].sort((a, b) => (a.name < b.name ? -1 : 1));
 }
@@ -150,6 +174,6 @@ async function probe(core: ModelCore, adapter: string | undefined): Promise<Floa
   const tokens = Int32Array.from({ length: probeLength }, (_, i) => Math.floor(((i + 0.5) * vocabSize) / probeLength));
   const rows = { tokens, batch: 1, length: probeLength };
   using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
-  using logits = logitsOf(core, hidden);
+  using logits = logitsOf(core, adapter, hidden);
   return logits.read();
 }

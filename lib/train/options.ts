@@ -1,7 +1,7 @@
 import { z } from 'zod';
 import type { DatasetSource } from '../data/read-rows.js';
 import { formatNames } from '../data/rows.js';
-import { promptTemplate } from '../data/templates.js';
+import { checkTemplate } from '../data/templates.js';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { LoraOptions } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
@@ -116,7 +116,7 @@ export interface TrainerOptions {
   seed?: number;
 }
 
-const optimizerNames = [
+export const optimizerNames = [
   'paged_adamw_32bit',
   'paged_adamw_8bit',
   'adamw_32bit',
@@ -216,7 +216,7 @@ export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is Mix
 /** Defaults filled in; wrong options and wrong combinations are errors. */
 export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
   const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
-  promptTemplate(resolved.template);
+  checkTemplate(resolved.template);
   const { dataset, datasetFormat, lora, initialAdapter, quantization, computeDtype, device, model } = resolved;
   resolveLoadOptions({ quantization, computeDtype, device }, 'QLoRATrainer');
   if (isMixed(dataset)) checkOptions(z.strictObject({ dataset: mixed }), { dataset }, 'QLoRATrainer');

@@ -1,9 +1,12 @@
 /** One run of a trainer: steps, evaluations, checkpoints, and where it goes on from. */
 import { resolve } from 'node:path';
+import type { RowStore } from '../data/row-store.js';
 import { QLoRAError } from '../errors.js';
 import { removeTemporaryFolders } from '../io/atomic-folder.js';
 import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
+import type { QuantizedModel } from '../quantized-model.js';
+import { RunRecorder } from '../report/run-recorder.js';
 import {
   type Checkpoint,
   checkpointPath,
@@ -22,6 +25,7 @@ import { evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult } from './events.js';
 import { differences, rowsHash, type Settings, settingsOf } from './fingerprint.js';
 import type { EnqueuedStep } from './micro-step.js';
+import { answers, contextOf } from './record.js';
 import type { Stepper } from './stepper.js';
 import type { Turns } from './turns.js';
 
@@ -31,6 +35,7 @@ const mostSkipped = 5;
 /** What a trainer's runs share. */
 export interface Trainee {
   stepper: Stepper;
+  model: QuantizedModel;
   adapter: LoraAdapter | undefined;
   trained: Trained;
   datasets: Datasets;
@@ -53,8 +58,11 @@ export type Progress = Pick<TrainerState, 'evaluated' | 'best' | 'skipped'> & {
 
 export class Run {
   readonly #t: Trainee;
-  readonly #emit: (event: TrainEvent) => void;
+  readonly #tell: (event: TrainEvent) => void;
   readonly #signal: AbortSignal;
+  #recorder: RunRecorder | undefined;
+  /** Told before there was a recorder. */
+  readonly #early: TrainEvent[] = [];
   #settings: Settings | undefined;
   #evalRows: string | undefined;
   /** When the step that is being computed began, in milliseconds. */
@@ -64,7 +72,7 @@ export class Run {
 
   constructor(trainee: Trainee, emit: (event: TrainEvent) => void, signal: AbortSignal) {
     this.#t = trainee;
-    this.#emit = emit;
+    this.#tell = emit;
     this.#signal = signal;
   }
 
@@ -76,7 +84,23 @@ export class Run {
     await makeFolder(outputDir);
     await removeTemporaryFolders(outputDir);
     if (resume !== false) await this.#resume(resume);
+    const goesOn = progress.run !== undefined || progress.saved === stepper.step;
     progress.run ??= await nextRun(outputDir);
+    const recorder = await this.#record(goesOn ? stepper.step : undefined);
+    try {
+      const result = await this.#steps();
+      recorder.finish(result, stepper.core.stream.memory().peakBytes);
+      return result;
+    } catch (error) {
+      recorder.fail(error);
+      throw error;
+    } finally {
+      await recorder.close();
+    }
+  }
+
+  async #steps(): Promise<TrainResult> {
+    const { stepper, progress } = this.#t;
     this.#since = performance.now();
     while (!this.#signal.aborted) {
       if (await this.#boundary()) return this.#finish();
@@ -89,6 +113,21 @@ export class Run {
       if (progress.skipped > 0) await this.#report();
     }
     return this.#stopped();
+  }
+
+  #emit(event: TrainEvent): void {
+    if (this.#recorder) this.#recorder.event(event);
+    else this.#early.push(event);
+    this.#tell(event);
+  }
+
+  /** @param resumeAt the step that it goes on from, where the log in outputDir is of this run */
+  async #record(resumeAt: number | undefined): Promise<RunRecorder> {
+    const onWarning = (warning: { code: string; message: string }) => this.#emit({ type: 'warning', ...warning });
+    const recorder = await RunRecorder.open(this.#outputDir, contextOf(this.#t), { resumeAt, onWarning });
+    for (const event of this.#early) recorder.event(event);
+    this.#recorder = recorder;
+    return recorder;
   }
 
   get #outputDir(): string {
@@ -118,13 +157,19 @@ export class Run {
     this.#previous = undefined;
     const { stepper, progress } = this.#t;
     const { step, learningRate } = enqueued;
-    const { loss, gradNorm, finite, tokens } = await enqueued.result;
+    const { loss, gradNorm, finite, tokens, lossScale } = await enqueued.result;
     const now = performance.now();
     const tokensPerSecond = (tokens * 1000) / (now - this.#since);
     this.#since = now;
     progress.loss = loss;
-    progress.skipped = finite ? 0 : progress.skipped + 1;
-    if (!finite) {
+    // A scale that was too large is no fault of the run: it has been halved, until it is 1.
+    const overflowed = !finite && lossScale > 1 && Number.isFinite(loss);
+    if (!overflowed) progress.skipped = finite ? 0 : progress.skipped + 1;
+    if (overflowed) {
+      const what = `a gradient overflowed f16 with the loss scaled by ${lossScale}`;
+      const message = `step ${step}: ${what}: the step changed nothing, and the scale is ${lossScale / 2} now`;
+      this.#emit({ type: 'warning', code: 'LOSS_SCALE', message });
+    } else if (!finite) {
       const message = `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing`;
       this.#emit({ type: 'warning', code: 'NON_FINITE_GRADIENT', message });
     }
@@ -159,16 +204,33 @@ export class Run {
       if (best && !(result.loss < best.loss)) progress.best = { ...best, since: best.since + 1 };
       else if (Number.isFinite(result.loss)) progress.best = { step, loss: result.loss, since: 0 };
       this.#emit({ type: 'eval', step, ...result });
+      await this.#ask(datasets.eval);
     } catch (error) {
       if (!this.#signal.aborted) throw error;
     }
     this.#since = performance.now();
   }
 
+  /** What the model says now is recorded to be read; that it cannot answer is no reason to end. */
+  async #ask(rows: RowStore): Promise<void> {
+    try {
+      for await (const answer of answers(this.#t, rows, this.#signal)) this.#recorder?.sample(answer);
+    } catch (error) {
+      if (this.#signal.aborted) return;
+      this.#emit({
+        type: 'warning',
+        code: 'NO_SAMPLES',
+        message: `the model could not answer: ${(error as Error).message}`,
+      });
+    }
+  }
+
   /** Writes a checkpoint of this step; then older ones may go. */
   async #save(): Promise<string> {
     const { stepper, trained, progress } = this.#t;
     const state = await this.#state();
+    // Its log is written before it, so that a run that goes on from it has the whole.
+    await this.#recorder?.flush();
     const path = await writeCheckpoint(this.#outputDir, trained, stepper.optimizer, state);
     progress.saved = state.step;
     this.#emit({ type: 'checkpoint', step: state.step, path });

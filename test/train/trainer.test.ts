@@ -330,7 +330,9 @@ t.test('what is saved is what was trained', async (t) => {
     t.same(readdirSync(adapterDir as string).sort(), [
       'adapter_config.json',
       'adapter_model.safetensors',
+      'metrics.jsonl',
       'qlora_node.json',
+      'report.html',
     ]);
   });
   await t.test('all weights', async (t) => {

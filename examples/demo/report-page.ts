@@ -1,6 +1,8 @@
-/** The demo's report: one page that needs nothing beside itself. */
-import { bytes, duration, percent, thousands } from '../format.js';
-import { embeddedJson, type Html, html, raw } from './html.js';
+/** What the demo adds to the report of its run: accuracy before and after, answers side by side, what all of it means. */
+import { bytes, duration, percent, thousands } from '../../lib/report/format.js';
+import { type Html, html } from '../../lib/report/html.js';
+import { type Chart, section, type Tile, table } from '../../lib/report/page.js';
+import { bars, type Extras } from '../../lib/report/run-page.js';
 
 export interface Score {
   before: number;
@@ -24,8 +26,6 @@ export interface SkillScore extends Score {
 export interface ReportData {
   subtraction: Score & { questions: number };
   oldSkills: Score & { questions: number; kinds: readonly SkillScore[] };
-  /** One an optimizer step. */
-  steps: readonly { step: number; loss: number; learningRate: number; tokensPerSecond: number }[];
   /** Shares of right answers, measured on a few questions while training went on, and on all at both ends. */
   accuracy: readonly { step: number; subtraction: number; oldSkills: number }[];
   samples: readonly Sample[];
@@ -40,45 +40,67 @@ export interface ReportData {
   machine: string;
 }
 
-/** What is put into the page: uPlot's script and style, the page's own. */
-export interface ReportAssets {
-  chartLibrary: string;
-  chartStyle: string;
-  style: string;
-  script: string;
+export function reportExtras(data: ReportData): Extras {
+  const { subtraction } = data;
+  return {
+    title: `qlora-node demo: subtraction ${percent(subtraction.before)} → ${percent(subtraction.after)}`,
+    header: hero(data),
+    tiles: tiles(data),
+    story: story(data),
+    charts: [accuracyChart(data)],
+    sections: [samples(data), skills(data), memory(data)],
+    options: settings(data),
+    footer: next(data),
+  };
 }
 
-export function renderReport(data: ReportData, assets: ReportAssets): string {
-  const { subtraction } = data;
-  const curves = { steps: data.steps, accuracy: data.accuracy };
-  return html`<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>qlora-node demo: subtraction ${percent(subtraction.before)} → ${percent(subtraction.after)}</title>
-<style>${raw(assets.chartStyle)}</style>
-<style>${raw(assets.style)}</style>
-</head>
-<body>
-<main>
-${hero(data)}
-${tiles(data)}
-${story(data)}
-${charts()}
-${samples(data)}
-${skills(data)}
-${memory(data)}
-${settings(data)}
-${next(data)}
-</main>
-<script type="application/json" id="curves">${embeddedJson(curves)}</script>
-<script>${raw(assets.chartLibrary)}</script>
-<script>${raw(assets.script)}</script>
-</body>
-</html>
-`.html;
+function tiles({ subtraction, oldSkills, seconds, tokensPerSecond, memory }: ReportData): Tile[] {
+  const tile = (label: string, value: string, note: string) => ({ label, value, note });
+  return [
+    tile(
+      'Subtraction',
+      percent(subtraction.after),
+      `was ${percent(subtraction.before)}; ${subtraction.questions} questions never trained on`,
+    ),
+    tile('Old skills', percent(oldSkills.after), `was ${percent(oldSkills.before)}; ${oldSkills.questions} questions`),
+    tile('Time', `${Math.round(seconds.total)} s`, `${Math.round(seconds.training)} s of it training`),
+    tile('Speed', thousands(tokensPerSecond), 'tokens a second, training'),
+    tile('Memory', bytes(memory.process), 'most the whole process took'),
+    tile('Adapter', bytes(memory.adapter), 'all that has to be shared'),
+  ];
+}
+
+function accuracyChart({ accuracy }: ReportData): Chart {
+  const x = accuracy.map(({ step }) => step);
+  return {
+    id: 'chart-accuracy',
+    title: 'Right answers',
+    text: 'Of all held-out questions at the start and the end, and of a few of them while it was learning.',
+    format: 'percent',
+    tall: true,
+    lines: [
+      { label: 'Subtraction', color: 'new', x, y: accuracy.map((a) => a.subtraction), width: 3, points: true },
+      { label: 'Old skills', color: 'old', x, y: accuracy.map((a) => a.oldSkills), dash: [7, 4], points: true },
+    ],
+  };
+}
+
+function memory({ memory }: ReportData): Html {
+  return html`${section(
+    'Memory',
+    bars([
+      { name: 'Model, 16 bits', size: memory.file, meaning: 'as it lies on disk', kind: 'was' },
+      { name: 'Model, 4 bits', size: memory.model, meaning: 'as it is kept while training', kind: 'is' },
+      { name: 'Adapter on disk', size: memory.adapter, meaning: 'what was learnt', kind: 'is' },
+      {
+        name: 'Training',
+        size: memory.training,
+        meaning: 'adapter, its gradients, the optimizer’s memory and intermediate results: the most at one time',
+        kind: 'extra',
+      },
+    ]),
+  )}
+<p class="note">The whole process, Node.js included, took at most ${bytes(memory.process)}. This model is tiny, so what training needs outweighs its weights; in a model of a billion weights it is the other way round, and 4 bits decide whether it fits.</p>`;
 }
 
 function hero({ subtraction, oldSkills, seconds, parameters, samples }: ReportData): Html {
@@ -107,19 +129,6 @@ function spotlight(samples: readonly Sample[]): Html {
 </div>`;
 }
 
-function tiles({ subtraction, oldSkills, seconds, tokensPerSecond, memory }: ReportData): Html {
-  const tile = (label: string, value: string, note: string) =>
-    html`<div class="tile"><dt>${label}</dt><dd><b>${value}</b><span>${note}</span></dd></div>`;
-  return html`<dl class="tiles">
-${tile('Subtraction', percent(subtraction.after), `was ${percent(subtraction.before)}; ${subtraction.questions} questions never trained on`)}
-${tile('Old skills', percent(oldSkills.after), `was ${percent(oldSkills.before)}; ${oldSkills.questions} questions`)}
-${tile('Time', `${Math.round(seconds.total)} s`, `${Math.round(seconds.training)} s of it training`)}
-${tile('Speed', thousands(tokensPerSecond), 'tokens a second, training')}
-${tile('Memory', bytes(memory.process), 'most the whole process took')}
-${tile('Adapter', bytes(memory.adapter), 'all that has to be shared')}
-</dl>`;
-}
-
 function story({ subtraction, rows, memory }: ReportData): Html {
   return html`<section>
 <h2>What happened</h2>
@@ -132,43 +141,17 @@ function story({ subtraction, rows, memory }: ReportData): Html {
 </section>`;
 }
 
-function charts(): Html {
-  const figure = (id: string, title: string, text: string, wide = '') => html`<figure class="card ${wide}">
-<figcaption><h3>${title}</h3><p>${text}</p></figcaption>
-<div class="chart" id="${id}" role="img" aria-label="${title}. ${text}"></div>
-</figure>`;
-  return html`<section>
-<h2>How it learnt</h2>
-<div class="charts">
-${figure('chart-accuracy', 'Right answers', 'Of all held-out questions at the start and the end, and of a few of them while it was learning.', 'wide')}
-${figure('chart-loss', 'Loss', 'How surprised the model is by the right answer; lower is better. Thin: every step. Thick: smoothed.', 'wide')}
-${figure('chart-rate', 'Learning rate', 'How large a step the optimizer takes: it warms up, then slows down to settle.')}
-${figure('chart-speed', 'Tokens a second', 'How fast the rows went through. Dips are pauses in which it was asked questions.')}
-</div>
-<noscript><p class="note">The charts need JavaScript; everything else on this page does not.</p></noscript>
-</section>`;
-}
-
 function samples({ samples }: ReportData): Html {
-  return html`<section>
-<h2>Before and after</h2>
-<p class="note">Questions that it was never trained on. It always gives its likeliest answer.</p>
-<div class="scroll card"><table class="answers">
-<thead><tr><th scope="col">Question</th><th scope="col" class="num">Right</th><th scope="col">Before</th><th scope="col">After</th></tr></thead>
-<tbody>
-${samples.map(
-  (
-    s,
-  ) => html`<tr><th scope="row">${s.question}</th><td class="num">${s.expected}</td>${answer(s.before, s.expected)}${answer(s.after, s.expected)}</tr>
-`,
-)}</tbody></table></div>
-</section>`;
+  const rows = samples.map((s) => [s.question, s.expected, answer(s.before, s.expected), answer(s.after, s.expected)]);
+  return section(
+    'Before and after',
+    table(['Question', '#Right', 'Before', 'After'], rows, 'answers'),
+    'Questions that it was never trained on. It always gives its likeliest answer.',
+  );
 }
 
 function answer(given: string, expected: string): Html {
-  return given === expected
-    ? html`<td>${rightMark} ${given}</td>`
-    : html`<td>${wrongMark} ${given || '(nothing)'}</td>`;
+  return given === expected ? html`${rightMark} ${given}` : html`${wrongMark} ${given || '(nothing)'}`;
 }
 
 const rightMark = html`<span class="mark yes" role="img" aria-label="right">✓</span>`;
@@ -194,31 +177,11 @@ ${oldSkills.kinds.map(
 </section>`;
 }
 
-function memory({ memory }: ReportData): Html {
-  const largest = Math.max(memory.file, memory.model, memory.adapter, memory.training);
-  const row = (name: string, size: number, meaning: string, kind = '') =>
-    html`<tr><th scope="row">${name}<small>${meaning}</small></th><td class="share"><span class="meter long ${kind}"><i style="width:${((100 * size) / largest).toFixed(1)}%"></i></span></td><td class="num"><b>${bytes(size)}</b></td></tr>
-`;
-  return html`<section>
-<h2>Memory</h2>
-<div class="card scroll"><table class="memory"><tbody>
-${row('Model, 16 bits', memory.file, 'as it lies on disk', 'was')}${row('Model, 4 bits', memory.model, 'as it is kept while training', 'is')}${row('Adapter on disk', memory.adapter, 'what was learnt', 'is')}${row('Training', memory.training, 'adapter, its gradients, the optimizer’s memory and intermediate results: the most at one time', 'extra')}</tbody></table></div>
-<p class="note">The whole process, Node.js included, took at most ${bytes(memory.process)}. This model is tiny, so what training needs outweighs its weights; in a model of a billion weights it is the other way round, and 4 bits decide whether it fits.</p>
-</section>`;
-}
-
 function settings({ settings, machine }: ReportData): Html {
-  return html`<section>
-<h2>Settings</h2>
-<div class="card scroll"><table class="settings">
-<thead><tr><th scope="col">Option</th><th scope="col">Value</th><th scope="col">What it means</th></tr></thead>
-<tbody>
-${settings.map(
-  (s) => html`<tr><th scope="row"><code>${s.name}</code></th><td><code>${s.value}</code></td><td>${s.meaning}</td></tr>
-`,
-)}</tbody></table></div>
-<p class="note">Run on ${machine}.</p>
-</section>`;
+  const code = (text: string) => html`<code>${text}</code>`;
+  const rows = settings.map(({ name, value, meaning }) => [code(name), code(value), meaning]);
+  return html`${section('Settings', table(['Option', 'Value', 'What it means'], rows, 'settings'))}
+<p class="note">Run on ${machine}.</p>`;
 }
 
 function next({ adapterDir }: ReportData): Html {

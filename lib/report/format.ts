@@ -16,7 +16,17 @@ export function bytes(n: number): string {
 export function duration(seconds: number): string {
   if (seconds < 10) return `${seconds.toFixed(1)} seconds`;
   const whole = Math.round(seconds);
-  return whole < 100 ? `${whole} seconds` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  if (whole < 100) return `${whole} seconds`;
+  const minutes = Math.floor(whole / 60);
+  return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** As a clock counts: 0:07, 1:02:03. */
+export function clock(seconds: number): string {
+  const whole = Math.round(seconds);
+  const [h, m, s] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (n: number) => String(n).padStart(2, '0');
+  return h > 0 ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
 }
 
 export function thousands(n: number): string {
