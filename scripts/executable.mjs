@@ -1,12 +1,4 @@
-// In a checkout `npx qlora-node` shall run what was built here. The compiler writes plain files, and without a link of
-// its own npx would install the folder, and so build it, once more.
-import { chmodSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
-import { fileURLToPath } from 'node:url';
+// What package.json's bin names is run by name in a checkout too; the compiler writes plain files.
+import { chmodSync } from 'node:fs';
 
-const path = (name) => fileURLToPath(new URL(`../${name}`, import.meta.url));
-
-chmodSync(path('dist/lib/cli/main.js'), 0o755);
-mkdirSync(path('node_modules/.bin'), { recursive: true });
-const link = path('node_modules/.bin/qlora-node');
-rmSync(link, { force: true });
-symlinkSync('../../dist/lib/cli/main.js', link);
+chmodSync(new URL('../dist/lib/cli/main.js', import.meta.url), 0o755);
