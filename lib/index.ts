@@ -1,5 +1,6 @@
 /** The public face of qlora-node. */
 
+export type { Preflight } from './data/preflight.js';
 export type { DatasetSource } from './data/read-rows.js';
 export type { Message, Row } from './data/rows.js';
 export { backends, memory } from './devices.js';

@@ -1,25 +1,26 @@
 import { z } from 'zod';
+import { exportedChatTemplate } from './data/exported-template.js';
 import { encodePrompt } from './data/prompt.js';
 import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
+import { endTokensOf, recordOf } from './generate/end-tokens.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
-import { readBnbConfig } from './io/bnb-checkpoint.js';
-import { openModelFolder } from './io/model-folder.js';
+import { locate } from './io/hub.js';
 import { log } from './logger.js';
-import { ConfigReader } from './models/config-reader.js';
-import { checkIds, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
-import { familyOf } from './models/families/index.js';
+import { checkIds, decoderOf, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
+import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
+import { mergeModel } from './models/merge.js';
 import { saveModel } from './models/save.js';
-import { loadWeights, type WeightOptions } from './models/weights.js';
+import type { WeightOptions } from './models/weights.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
 import { checkOptions } from './options.js';
 import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
-import { type Device, type FloatDType, Stream, Tensor } from './tensor.js';
-import { Tokenizer } from './tokenizer/tokenizer.js';
+import { type Device, type FloatDType, Tensor } from './tensor.js';
+import type { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
   /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
@@ -30,7 +31,12 @@ export interface LoadOptions {
   device?: Device | 'auto';
   /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
   allowUnknownConfig?: string[];
+  /** Of a model named `owner/name`: use what the cache holds, and ask no hub. Default: whether HF_HUB_OFFLINE is set. */
+  offline?: boolean;
+  /** Of a model named `owner/name`: branch, tag or commit. Default 'main'. */
+  revision?: string;
   signal?: AbortSignal;
+  /** `phase` is 'download' (bytes) or 'load' (modules). */
   onProgress?(p: { phase: string; done: number; total: number }): void;
 }
 
@@ -66,6 +72,8 @@ const loadSchema = z.strictObject({
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.union([z.enum(['auto', 'cpu']), z.string().regex(/^cuda:\d+$/)]).optional(),
   allowUnknownConfig: z.array(z.string()).optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   signal: z.instanceof(AbortSignal).optional(),
   onProgress: z.custom<LoadOptions['onProgress']>((f) => typeof f === 'function', 'expected a function').optional(),
 });
@@ -87,6 +95,7 @@ export function resolveLoadOptions(options: LoadOptions, where: string) {
 }
 
 const passSchema = z.strictObject({ adapter: z.string().nullable().optional() });
+const mergeSchema = passSchema.extend({ signal: z.instanceof(AbortSignal).optional() });
 const promptSchema = z.union([
   z.string(),
   z.array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() })).min(1),
@@ -118,11 +127,13 @@ export class QuantizedModel implements AsyncDisposable {
   }
 
   /**
-   * Loads a Hugging Face model folder: config.json, safetensors in one file or shards, and where they are there
+   * Loads a Hugging Face model folder, or where there is none of that name `owner/name` of the hub, which is downloaded
+   * into Hugging Face's cache with @huggingface/hub. Read are config.json, safetensors in one file or shards, and where they are there
    * generation_config.json, tokenizer.json and tokenizer_config.json. Each weight is quantized while it is read.
    *
    * @throws ERR_QLORA_MODEL_NOT_FOUND, ERR_QLORA_MODEL_UNSUPPORTED, ERR_QLORA_CONFIG_UNKNOWN_FIELD,
-   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY
+   *   ERR_QLORA_SAFETENSORS, ERR_QLORA_TENSOR_NOT_FOUND, ERR_QLORA_NON_FINITE, ERR_QLORA_OUT_OF_MEMORY, and of the hub
+   *   ERR_QLORA_DEPENDENCY_MISSING, ERR_QLORA_HUB_ACCESS, ERR_QLORA_HUB_OFFLINE, ERR_QLORA_DOWNLOAD_FAILED
    */
   static load(directory: string, options: LoadOptions = {}): Promise<QuantizedModel> {
     return QuantizedModel.loadWith(directory, options, 'as-in-file');
@@ -134,39 +145,21 @@ export class QuantizedModel implements AsyncDisposable {
     options: LoadOptions,
     storage: WeightOptions['storage'],
   ): Promise<QuantizedModel> {
-    const { quantization, computeDtype, ...rest } = resolveLoadOptions(options, 'load');
-    using folder = await openModelFolder(directory);
-    const family = familyOf(folder.config);
-    readBnbConfig(folder.config); // other ways of quantizing are refused here
-    const fields = new ConfigReader(folder.config);
-    const config = family.config(fields);
-    fields.finish(rest.allowUnknownConfig);
-    const tokenizer = await loadTokenizer(directory);
-    const stream = new Stream();
-    try {
-      const weights = await loadWeights(stream, folder, family, config, {
-        quantization,
-        storage,
-        signal: rest.signal,
-        onProgress: (done, total) => rest.onProgress?.({ phase: 'load', done, total }),
-      });
-      log('info', `loaded ${directory}`, { family: family.modelTypes[0], linears: weights.linears.length });
-      return new QuantizedModel({
-        directory,
-        stream,
-        family,
-        config,
-        configJson: folder.config,
-        generation: folder.generationConfig,
-        weights,
-        computeDtype,
-        tokenizer,
-        adapters: new Map(),
-      });
-    } catch (error) {
-      await stream.close();
-      throw error;
-    }
+    const resolved = resolveLoadOptions(options, 'load');
+    const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolved;
+    const progress = (phase: string) => (done: number, total: number) => onProgress?.({ phase, done, total });
+    const folder = await locate(directory, 'model', { ...resolved, onProgress: progress('download') });
+    const core = await loadCore(folder, {
+      name: directory,
+      quantization,
+      storage,
+      computeDtype,
+      allowUnknownConfig,
+      signal,
+      onProgress: progress('load'),
+    });
+    log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    return new QuantizedModel(core);
   }
 
   get device(): Device {
@@ -198,8 +191,9 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** Logits [T, V] of one sequence, row-major fp32. */
   async logits(inputIds: ArrayLike<number>, options: { adapter?: AdapterChoice } = {}): Promise<Float32Array> {
-    using hidden = this.#hidden(inputIds, checkOptions(passSchema, options, 'logits').adapter);
-    using logits = logitsOf(this.core, hidden);
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'logits').adapter);
+    using hidden = this.#hidden(inputIds, adapter);
+    using logits = logitsOf(this.core, adapter, hidden);
     return logits.read();
   }
 
@@ -212,7 +206,7 @@ export class QuantizedModel implements AsyncDisposable {
     labels: ArrayLike<number> = inputIds,
     options: { adapter?: AdapterChoice } = {},
   ): Promise<number> {
-    const { adapter } = checkOptions(passSchema, options, 'loss');
+    const adapter = chooseAdapter(this.core, checkOptions(passSchema, options, 'loss').adapter);
     if (labels.length !== inputIds.length) {
       throw new QLoRAError(
         'ERR_QLORA_SHAPE',
@@ -236,7 +230,7 @@ export class QuantizedModel implements AsyncDisposable {
     checkIds(targets, this.core.config.vocabSize, 'labels');
     using hidden = this.#hidden(inputIds, adapter);
     using target = Tensor.from(this.core.stream, Int32Array.from(shifted), [shifted.length]);
-    using loss = linearCrossEntropy(undefined, hidden, this.core.weights.decoder.head, target, {
+    using loss = linearCrossEntropy(undefined, hidden, decoderOf(this.core, adapter).head, target, {
       scale: 1 / targets.length,
     });
     return (await loss.read())[0] as number;
@@ -256,8 +250,8 @@ export class QuantizedModel implements AsyncDisposable {
         const resolved = resolveGenerateOptions(this.core, options, 'text');
         checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
         const tokenizer = this.#tokenizer();
-        const template = resolved.adapter && this.core.adapters.get(resolved.adapter)?.training?.template;
-        const ids = encodePrompt(prompt as string | Message[], tokenizer, template || undefined);
+        const record = recordOf(this.core, resolved.adapter);
+        const ids = encodePrompt(prompt as string | Message[], tokenizer, record);
         const stop = new StopStrings(resolved.stop);
         const decoder = tokenizer.stream({ context: ids });
         let text = '';
@@ -265,7 +259,11 @@ export class QuantizedModel implements AsyncDisposable {
           text += piece;
           if (piece) emit(piece);
         };
-        const sampling = { ...resolved, endTokens: this.#endTokens(), signal: joined(resolved.signal, abort.signal) };
+        const sampling = {
+          ...resolved,
+          endTokens: endTokensOf(this.core, record),
+          signal: joined(resolved.signal, abort.signal),
+        };
         for await (const id of generateIds(this.core, ids, sampling)) {
           give(stop.push(decoder.push(id)));
           if (stop.found) return text;
@@ -284,9 +282,10 @@ export class QuantizedModel implements AsyncDisposable {
     return eventStream(
       async (emit) => {
         const resolved = resolveGenerateOptions(this.core, options, 'tokens');
-        const endTokens = resolved.ignoreEos ? new Set<number>() : this.#endTokens();
+        const record = recordOf(this.core, resolved.adapter);
+        const ends = resolved.ignoreEos ? new Set<number>() : endTokensOf(this.core, record);
         const ids: number[] = [];
-        const sampling = { ...resolved, endTokens, signal: joined(resolved.signal, abort.signal) };
+        const sampling = { ...resolved, endTokens: ends, signal: joined(resolved.signal, abort.signal) };
         for await (const id of generateIds(this.core, inputIds, sampling)) {
           ids.push(id);
           emit(id);
@@ -302,9 +301,9 @@ export class QuantizedModel implements AsyncDisposable {
     return createAdapter(this.core, name, checkOptions(loraSchema, options, 'addLora'));
   }
 
-  /** An adapter from a PEFT folder. */
-  loadLora(name: string, directory: string): Promise<LoraAdapter> {
-    return loadAdapter(this.core, name, directory);
+  /** An adapter from a PEFT folder, or from the hub as load() takes a model. */
+  async loadLora(name: string, directory: string): Promise<LoraAdapter> {
+    return loadAdapter(this.core, name, await locate(directory, 'adapter'));
   }
 
   removeLora(name: string): void {
@@ -317,21 +316,43 @@ export class QuantizedModel implements AsyncDisposable {
     return saveModel(this.core, outDirectory);
   }
 
+  /**
+   * Merges an adapter into the dequantized weights and writes a Hugging Face model folder, which must be new or empty:
+   * config.json, safetensors (in shards above 5 GB) in the dtype that the model's files had, tokenizer, and how the
+   * adapter was trained to be asked. Sums are made in fp32 and rounded once. Then the folder is loaded, for which memory
+   * for the unquantized model is needed, and compared. Where it fails or is aborted, nothing is left.
+   *
+   * @returns logitDrift: the largest absolute difference between the logits of this model with the adapter and of the
+   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype
+   * @throws ERR_QLORA_OUTPUT_EXISTS, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED, ERR_QLORA_NON_FINITE (a sum that the
+   *   dtype cannot hold), the signal's reason
+   */
+  async merge(
+    outDirectory: string,
+    options: { adapter?: AdapterChoice; signal?: AbortSignal } = {},
+  ): Promise<{ logitDrift: number }> {
+    const { core } = this;
+    const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
+    const adapter = chooseAdapter(core, choice);
+    const training = recordOf(core, adapter);
+    const manners = {
+      training,
+      chatTemplate: core.tokenizer && exportedChatTemplate(training, core.tokenizer),
+      endTokens: endTokensOf(core, training),
+    };
+    return mergeModel(core, outDirectory, { adapter, manners, signal });
+  }
+
   /** Frees everything. What was enqueued before is finished first. */
-  async dispose(): Promise<void> {
-    const { stream, weights, adapters } = this.core;
-    if (stream.closed) return stream.close();
-    for (const adapter of [...adapters.values()]) detach(this.core, adapter);
-    for (const linear of weights.linears) linear.dispose();
-    for (const tensor of weights.dense.values()) tensor.dispose();
-    await stream.close();
+  dispose(): Promise<void> {
+    return disposeCore(this.core);
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
   }
 
-  #hidden(inputIds: ArrayLike<number>, adapter: AdapterChoice | undefined): Tensor {
+  #hidden(inputIds: ArrayLike<number>, adapter: string | undefined): Tensor {
     const { core } = this;
     checkIds(inputIds, core.config.vocabSize);
     if (inputIds.length === 0) {
@@ -340,7 +361,7 @@ export class QuantizedModel implements AsyncDisposable {
       });
     }
     const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
-    return hiddenStates(core, undefined, rows, { adapter: chooseAdapter(core, adapter), checkpointing: 'none' });
+    return hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
   }
 
   #tokenizer(): Tokenizer {
@@ -353,29 +374,12 @@ export class QuantizedModel implements AsyncDisposable {
       },
     );
   }
-
-  /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
-  #endTokens(): ReadonlySet<number> {
-    const { generation, configJson, tokenizer } = this.core;
-    const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
-    return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
-  }
 }
 
 function resolveQuantization(quantization: NonNullable<LoadOptions['quantization']>): WeightOptions['quantization'] {
   if (quantization === 'none') return undefined;
   const { skipModules = [], ...options } = quantization;
   return { ...resolveQuantizeOptions(options), skipModules };
-}
-
-/** undefined where the folder has none: ids work without it. */
-async function loadTokenizer(directory: string): Promise<Tokenizer | undefined> {
-  try {
-    return await Tokenizer.load(directory);
-  } catch (error) {
-    if ((error as QLoRAError).code === 'ERR_QLORA_TOKENIZER_MISSING') return undefined;
-    throw error;
-  }
 }
 
 function joined(a: AbortSignal | undefined, b: AbortSignal): AbortSignal {

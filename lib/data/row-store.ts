@@ -1,5 +1,5 @@
 /** Encoded rows by number, wherever they lie: in memory, or in a file where they are more than memory holds. */
-import { type EncodedRow, IGNORED } from './encode.js';
+import { type EncodedRow, IGNORED } from './encoded-row.js';
 
 export interface RowStore {
   readonly count: number;
@@ -41,5 +41,73 @@ export class MemoryRows implements RowStore {
 
   async rows(indices: ArrayLike<number>): Promise<EncodedRow[]> {
     return Array.from(indices, (i) => this.#rows[i] as EncodedRow);
+  }
+}
+
+/** The rows of several stores, one store after the other. */
+export class ConcatenatedRows implements RowStore {
+  readonly count: number;
+  readonly #stores: readonly RowStore[];
+  /** Where each store begins. */
+  readonly #starts: readonly number[];
+
+  constructor(stores: readonly RowStore[]) {
+    let count = 0;
+    this.#stores = stores;
+    this.#starts = stores.map((store) => {
+      count += store.count;
+      return count - store.count;
+    });
+    this.count = count;
+  }
+
+  #at(i: number): [RowStore, number] {
+    const s = this.#starts.findLastIndex((start, k) => start <= i && (this.#stores[k] as RowStore).count > 0);
+    return [this.#stores[s] as RowStore, i - (this.#starts[s] as number)];
+  }
+
+  tokens(i: number): number {
+    const [store, row] = this.#at(i);
+    return store.tokens(row);
+  }
+
+  targets(i: number): number {
+    const [store, row] = this.#at(i);
+    return store.targets(row);
+  }
+
+  async rows(indices: ArrayLike<number>): Promise<EncodedRow[]> {
+    const parts = Array.from(indices, (i) => {
+      const [store, row] = this.#at(i);
+      return store.rows([row]);
+    });
+    return (await Promise.all(parts)).flat();
+  }
+}
+
+/** Some rows of a store, in another order or several times. */
+export class SelectedRows implements RowStore {
+  readonly #store: RowStore;
+  readonly #indices: Uint32Array;
+
+  constructor(store: RowStore, indices: Uint32Array) {
+    this.#store = store;
+    this.#indices = indices;
+  }
+
+  get count(): number {
+    return this.#indices.length;
+  }
+
+  tokens(i: number): number {
+    return this.#store.tokens(this.#indices[i] as number);
+  }
+
+  targets(i: number): number {
+    return this.#store.targets(this.#indices[i] as number);
+  }
+
+  rows(indices: ArrayLike<number>): Promise<EncodedRow[]> {
+    return this.#store.rows(Array.from(indices, (i) => this.#indices[i] as number));
   }
 }

@@ -1,32 +1,24 @@
 import { didYouMean, QLoRAError } from '../errors.js';
 
-export type Role = 'system' | 'user' | 'assistant' | 'tool';
-export interface Message {
-  role: Role;
-  content: string;
-}
+import { type Message, messagesOf, openaiKeys, sharegptKeys, toolsOf } from './messages.js';
+import { type Fields, invalid, kindOf, optionalText, type RowPlace, text } from './row-fields.js';
+
+export type { Message, Role } from './messages.js';
+export { describePlace, type RowPlace } from './row-fields.js';
 
 /** The shapes of a training example, as in the public API. */
 export type Row =
-  | { messages: Message[] }
+  | { messages: Message[]; tools?: readonly unknown[] }
   | { text: string }
   | { prompt: string; completion: string }
   | { instruction: string; input?: string; output: string }
   | { inputIds: ArrayLike<number>; labels?: ArrayLike<number> };
-
-/** Where a row comes from, for messages. `row` and `line` count from 1. */
-export interface RowPlace {
-  row: number;
-  file?: string;
-  line?: number;
-}
 
 export interface LocatedRow {
   row: Row;
   place: RowPlace;
 }
 
-type Fields = Readonly<Record<string, unknown>>;
 /** A way to read a record of a data set as a row. `needs` must be there for the format to be inferred. */
 interface RowFormat {
   readonly needs: readonly string[];
@@ -43,7 +35,12 @@ const alpaca: RowFormat = {
 };
 const chat: RowFormat = {
   needs: ['messages'],
-  toRow: (f, at) => ({ messages: messages(f, 'messages', { role: 'role', content: 'content' }, ROLES, at) }),
+  toRow: (f, at) => ({ messages: messagesOf(f, 'messages', openaiKeys, at), ...toolsOf(f, at) }),
+};
+const inputOutput = pair('input', 'output');
+const table: RowFormat = {
+  needs: ['output'],
+  toRow: (f, at) => (f.instruction === undefined ? inputOutput : alpaca).toRow(f, at),
 };
 const idsToRow: RowFormat['toRow'] = (f, at) => idsRow(f.inputIds ?? f.input_ids, f.labels, at);
 
@@ -58,7 +55,7 @@ const FORMATS: Readonly<Record<string, RowFormat>> = {
     toRow: (f, at) =>
       f.conversations === undefined
         ? chat.toRow(f, at)
-        : { messages: messages(f, 'conversations', { role: 'from', content: 'value' }, SHAREGPT_ROLES, at) },
+        : { messages: messagesOf(f, 'conversations', sharegptKeys, at), ...toolsOf(f, at) },
   },
   alpaca,
   'alpaca-clean': alpaca,
@@ -72,7 +69,8 @@ const FORMATS: Readonly<Record<string, RowFormat>> = {
   },
   'prompt-completion': pair('prompt', 'completion'),
   'self-instruct': pair('prompt', 'completion'),
-  longform: pair('input', 'output'),
+  'input-output': inputOutput,
+  longform: inputOutput,
   'hh-rlhf': pair(undefined, 'chosen'),
   text: { needs: ['text'], toRow: (f, at) => ({ text: text(f, 'text', at) }) },
   oasst1: pair(undefined, 'text'),
@@ -85,11 +83,19 @@ const FORMATS: Readonly<Record<string, RowFormat>> = {
       return { prompt: prompt.replace('<human>: ', ''), completion: answer.join('\n<bot>: ') };
     },
   },
+  csv: table,
+  tsv: table,
 };
 
 export function formatNames(): string[] {
   return Object.keys(FORMATS).filter((name) => name !== 'input_ids');
 }
+
+/** Every field that some format looks at. */
+export const knownFields: ReadonlySet<string> = new Set([
+  ...Object.values(FORMATS).flatMap(({ needs }) => needs),
+  ...['input', 'context', 'labels', 'system', 'tools'],
+]);
 
 /**
  * The row that a record is. Without a format it is inferred from the record's fields; other fields are not looked at.
@@ -97,11 +103,21 @@ export function formatNames(): string[] {
  * ERR_QLORA_DATASET_FORMAT for a format that does not exist.
  */
 export function toRow(record: unknown, place: RowPlace, format?: string): Row {
+  return formatOf(record, place, format).toRow(record as Fields, place);
+}
+
+/** The format of a record: the one that is named, else the first whose fields are all there. Throws as `toRow` does. */
+export function formatOf(
+  record: unknown,
+  place: RowPlace,
+  format?: string,
+): { name: string; toRow: (record: unknown, place: RowPlace) => Row } {
   if (typeof record !== 'object' || record === null || Array.isArray(record)) {
     throw invalid(place, `it must be an object, it is ${kindOf(record)}`);
   }
-  const fields = record as Fields;
-  return (format === undefined ? inferFormat(fields, place) : rowFormat(format)).toRow(fields, place);
+  const name = format ?? inferFormat(record as Fields, place);
+  const { toRow } = rowFormat(name);
+  return { name, toRow: (fields, at) => toRow(fields as Fields, at) };
 }
 
 /** Checks the name alone, so that a wrong one fails before a file is opened. */
@@ -123,9 +139,9 @@ function rowFormat(name: string): RowFormat {
   );
 }
 
-function inferFormat(fields: Fields, place: RowPlace): RowFormat {
-  for (const format of Object.values(FORMATS)) {
-    if (format.needs.every((field) => fields[field] !== undefined)) return format;
+function inferFormat(fields: Fields, place: RowPlace): string {
+  for (const [name, { needs }] of Object.entries(FORMATS)) {
+    if (needs.every((field) => fields[field] !== undefined)) return name;
   }
   const known = [...new Set(Object.values(FORMATS).map((format) => format.needs.join(' + ')))];
   throw invalid(place, 'its fields are none that are known', fields, known);
@@ -139,58 +155,6 @@ function pair(prompt: string | undefined, completion: string): RowFormat {
       completion: text(f, completion, at),
     }),
   };
-}
-
-function text(fields: Fields, name: string, place: RowPlace): string {
-  const value = fields[name];
-  if (typeof value === 'string') return value;
-  throw invalid(place, `${name} must be a string, it is ${kindOf(value)}`, fields, [name]);
-}
-
-function optionalText(fields: Fields, name: string, place: RowPlace): string | undefined {
-  return fields[name] == null ? undefined : text(fields, name, place);
-}
-
-const ROLES: Readonly<Record<string, Role>> = { system: 'system', user: 'user', assistant: 'assistant', tool: 'tool' };
-const SHAREGPT_ROLES: Readonly<Record<string, Role>> = {
-  ...ROLES,
-  human: 'user',
-  gpt: 'assistant',
-  observation: 'tool',
-};
-
-function messages(
-  fields: Fields,
-  name: string,
-  keys: { role: string; content: string },
-  roles: Readonly<Record<string, Role>>,
-  place: RowPlace,
-): Message[] {
-  const list = fields[name];
-  if (!Array.isArray(list) || list.length === 0) {
-    throw invalid(place, `${name} must be a list that is not empty, it is ${kindOf(list)}`, fields, [name]);
-  }
-  return list.map((entry: unknown, i) => {
-    const message = (typeof entry === 'object' && entry !== null ? entry : {}) as Fields;
-    const role = message[keys.role];
-    const content = message[keys.content];
-    const known = typeof role === 'string' && Object.hasOwn(roles, role) ? roles[role] : undefined;
-    if (known === undefined) {
-      const found = typeof role === 'string' ? `'${role}'` : kindOf(role);
-      const expected = Object.keys(roles).join(', ');
-      throw invalid(
-        place,
-        `${name}[${i}].${keys.role} must be one of ${expected}, it is ${found}`,
-        message,
-        Object.values(keys),
-      );
-    }
-    if (typeof content !== 'string') {
-      const what = `${name}[${i}].${keys.content} must be a string, it is ${kindOf(content)}`;
-      throw invalid(place, what, message, Object.values(keys));
-    }
-    return { role: known, content };
-  });
 }
 
 const MAX_ID = 2 ** 31 - 1;
@@ -218,34 +182,4 @@ function checkIds(value: unknown, name: string, other: number, place: RowPlace):
       throw invalid(place, `${name}[${i}] must be a token id${other < 0 ? ` or ${other}` : ''}, it is ${String(id)}`);
   }
   return list as ArrayLike<number>;
-}
-
-/** 'row 3 of data.jsonl (line 4)'. */
-export function describePlace({ row, file, line }: RowPlace): string {
-  return `row ${row}${file === undefined ? '' : ` of ${file}`}${line === undefined ? '' : ` (line ${line})`}`;
-}
-
-function invalid(place: RowPlace, what: string, fields?: Fields, expected?: readonly string[]): QLoRAError {
-  const found = fields === undefined ? undefined : Object.keys(fields);
-  const shape = found === undefined ? '' : `; fields found: ${found.slice(0, 20).join(', ') || 'none'}`;
-  const wanted = expected === undefined ? '' : `; expected: ${expected.join(', or ')}`;
-  return new QLoRAError(
-    'ERR_QLORA_ROW_INVALID',
-    `${capital(describePlace(place))} cannot be used: ${what}${shape}${wanted}`,
-    {
-      hint: 'Rename the fields, or choose a datasetFormat.',
-      detail: { ...place, found, expected },
-    },
-  );
-}
-
-function capital(sentence: string): string {
-  return sentence.charAt(0).toUpperCase() + sentence.slice(1);
-}
-
-function kindOf(value: unknown): string {
-  if (value === undefined) return 'missing';
-  if (value === null) return 'null';
-  if (Array.isArray(value)) return value.length === 0 ? 'an empty list' : 'a list';
-  return typeof value === 'object' ? 'an object' : `a ${typeof value}`;
 }

@@ -51,7 +51,7 @@ async function nextId(
 ): Promise<number> {
   const rows = { tokens, batch: 1, length: tokens.length };
   using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(core, hidden, Int32Array.of(tokens.length - 1));
+  using logits = logitsOf(core, adapter, hidden, Int32Array.of(tokens.length - 1));
   using id = sample(logits, { temperature, topK, topP, seed, stream: step });
   return (await id.readBits())[0] as number;
 }

@@ -43,7 +43,7 @@ const tensorDTypes: Partial<Record<SafetensorsDType, DType>> = {
   I8: 'i8',
   BOOL: 'u8',
 };
-const fileDTypes: Record<DType, SafetensorsDType> = {
+export const fileDTypes: Record<DType, SafetensorsDType> = {
   f32: 'F32',
   bf16: 'BF16',
   f16: 'F16',
@@ -233,6 +233,20 @@ export async function writeSafetensors(
 ): Promise<void> {
   const rows = items.map(describe);
   rows.sort((a, b) => b.order - a.order || Buffer.compare(a.nameBytes, b.nameBytes));
+  const header = safetensorsHeader(rows, metadata);
+  await writeParts(path, [header, ...rows.map(({ data }) => (data instanceof Tensor ? data.handle : data))]);
+}
+
+/** What a header says of a tensor. */
+export interface HeaderRow {
+  readonly name: string;
+  readonly dtype: SafetensorsDType;
+  readonly shape: readonly number[];
+  readonly bytes: number;
+}
+
+/** The bytes before the data of tensors that are written one after the other, in this order. @throws ERR_QLORA_ARGUMENT */
+export function safetensorsHeader(rows: readonly HeaderRow[], metadata: Readonly<Record<string, string>>): Buffer {
   const fields: string[] = [];
   if (Object.keys(metadata).length) {
     for (const [key, value] of Object.entries(metadata)) {
@@ -253,7 +267,7 @@ export async function writeSafetensors(
   const header = Buffer.alloc(8 + Math.ceil(text.length / 8) * 8, ' ');
   header.writeBigUInt64LE(BigInt(header.length - 8));
   text.copy(header, 8);
-  await writeParts(path, [header, ...rows.map(({ data }) => (data instanceof Tensor ? data.handle : data))]);
+  return header;
 }
 
 function describe({ name, data, ...given }: SafetensorsItem) {

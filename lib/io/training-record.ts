@@ -6,6 +6,8 @@ import { writeFileAtomic } from './atomic-file.js';
 export interface TrainingRecord {
   /** The template that instructions were trained with. */
   template: string;
+  /** The template that conversations were trained with; left out, it was the model's own. */
+  chatTemplate?: string;
 }
 
 export const trainingRecordName = 'qlora_node.json';
@@ -24,8 +26,9 @@ export async function readTrainingRecord(directory: string): Promise<TrainingRec
     throw error;
   }
   try {
-    const { template } = JSON.parse(text) as Partial<TrainingRecord>;
-    return typeof template === 'string' ? { template } : undefined;
+    const { template, chatTemplate } = JSON.parse(text) as Partial<TrainingRecord>;
+    if (typeof template !== 'string') return undefined;
+    return { template, ...(typeof chatTemplate === 'string' && { chatTemplate }) };
   } catch {
     return undefined;
   }

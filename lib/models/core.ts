@@ -3,13 +3,14 @@
 import type { Tape } from '../autograd.js';
 import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
+import type { TrainingRecord } from '../io/training-record.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { DecoderConfig, Family } from './config.js';
-import { type DecoderPass, decode } from './decoder.js';
+import { type DecoderPass, type DecoderWeights, decode } from './decoder.js';
 import type { KeyValueCache } from './key-value-cache.js';
 import type { LoraAdapter } from './lora-adapter.js';
 import { dependsOnLength, ropeFrequencies } from './rope.js';
@@ -17,6 +18,8 @@ import type { LoadedWeights } from './weights.js';
 
 export interface ModelCore {
   readonly directory: string;
+  /** The folder as it was given, or owner/name of the hub. */
+  readonly name: string;
   readonly stream: Stream;
   readonly family: Family;
   readonly config: DecoderConfig;
@@ -26,6 +29,8 @@ export interface ModelCore {
   readonly weights: LoadedWeights;
   readonly computeDtype: FloatDType;
   readonly tokenizer: Tokenizer | undefined;
+  /** Of a model that an adapter was merged into: how that was trained. */
+  readonly training: TrainingRecord | undefined;
   readonly adapters: Map<string, LoraAdapter>;
 }
 
@@ -74,7 +79,10 @@ export function hiddenStates(
   const table = makeRopeTable(core, positions, length);
   try {
     const input = { tokens, rope: table, ...(segments ? { segments } : {}), ...(cache ? { cache } : {}) };
-    return decode(tape, core.config, core.weights.decoder, input, { ...pass, computeDtype: core.computeDtype });
+    return decode(tape, core.config, decoderOf(core, pass.adapter), input, {
+      ...pass,
+      computeDtype: core.computeDtype,
+    });
   } finally {
     table.cos.dispose();
     table.sin.dispose();
@@ -111,12 +119,26 @@ function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): 
   return { cos: Tensor.from(core.stream, cos, shape), sin: Tensor.from(core.stream, sin, shape) };
 }
 
-/** Logits of the chosen rows of `hidden` [M, C], fp32 [rows.length, V]; of all rows where none are named. */
-export function logitsOf(core: ModelCore, hidden: Tensor, rows?: Int32Array): Tensor {
-  const { head } = core.weights.decoder;
+/** The weights that a pass with this adapter goes through: the model's, but for modules that the adapter trained whole. */
+export function decoderOf(core: ModelCore, adapter: string | undefined): DecoderWeights {
+  return (adapter === undefined ? undefined : core.adapters.get(adapter)?.whole.decoder) ?? core.weights.decoder;
+}
+
+/**
+ * Logits of the chosen rows of `hidden` [M, C], which a pass with this adapter made, fp32 [rows.length, V]; of all rows
+ * where none are named.
+ */
+export function logitsOf(core: ModelCore, adapter: string | undefined, hidden: Tensor, rows?: Int32Array): Tensor {
+  const { head } = decoderOf(core, adapter);
   if (!rows) return matmul(undefined, hidden, head, undefined, 'f32');
   using ids = Tensor.from(core.stream, rows, [rows.length]);
   // Picking rows of a matrix by number is what an embedding does.
   using picked = embedding(undefined, hidden, ids, { dtype: core.computeDtype });
   return matmul(undefined, picked, head, undefined, 'f32');
+}
+
+/** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */
+export function endTokens({ generation, configJson, tokenizer }: ModelCore): ReadonlySet<number> {
+  const own = generation.eosTokenIds.length ? generation.eosTokenIds : [configJson.eos_token_id].flat();
+  return new Set([...own, tokenizer?.eosTokenId].filter((id): id is number => typeof id === 'number'));
 }

@@ -23,6 +23,7 @@ import type { Linear } from '../nn/linear.js';
 import { LoraLinear } from '../nn/lora.js';
 import { Tensor } from '../tensor.js';
 import type { ModelCore } from './core.js';
+import { copyModules, type WholeModules, wholePaths } from './whole-modules.js';
 
 /** What addLora() takes; a loaded PEFT folder brings its own. */
 export interface LoraOptions {
@@ -41,7 +42,10 @@ export interface LoraOptions {
   useRslora?: boolean;
   /** Train the rows' lengths apart from their directions. */
   useDora?: boolean;
-  /** Modules trained whole and saved with the adapter, e.g. embed_tokens, lm_head. Default: none. */
+  /**
+   * Modules trained whole and saved with the adapter, in fp32: those whose path ends with one of these names, e.g.
+   * embed_tokens, lm_head. Default: none.
+   */
   modulesToSave?: string[];
   /** 'pissa' starts A and B from the largest singular values of the weight. Default: A random, B zero. */
   init?: 'default' | 'pissa';
@@ -58,17 +62,19 @@ export class LoraAdapter {
   constructor(
     readonly name: string,
     readonly layers: readonly LoraLinear[],
+    /** @internal */
+    readonly whole: WholeModules,
     private readonly config: AdapterConfig,
   ) {}
 
-  /** Of all its layers. */
+  /** Of all its layers, and of the modules that are trained whole. */
   get trainableParameters(): number {
     return this.parameters.reduce((sum, t) => sum + t.size, 0);
   }
 
-  /** @internal What is trained, in the order of the layers. */
+  /** @internal What is trained, in the order of the layers, then the modules that are trained whole. */
   get parameters(): Tensor[] {
-    return this.layers.flatMap((layer) => layer.parameters);
+    return [...this.layers.flatMap((layer) => layer.parameters), ...this.whole.tensors.values()];
   }
 
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. It is seen whole, or as it was before. */
@@ -81,34 +87,39 @@ export class LoraAdapter {
   /** @internal Takes the values that write() wrote, bit for bit. */
   async restore(folder: string): Promise<void> {
     using file = await openAdapterWeights(folder);
-    for (const { key, tensor } of this.layers.flatMap(partsOf)) await file.readFinite(key, tensor);
+    for (const { key, tensor } of partsOf(this)) await file.readFinite(key, tensor);
   }
 
   /** @internal The files of save(), into a folder that nobody reads yet. */
   async write(folder: string): Promise<void> {
-    const items = this.layers.flatMap((layer) =>
-      partsOf(layer).map(({ key, tensor }) => ({ name: key, data: tensor })),
-    );
+    const items = partsOf(this).map(({ key, tensor }) => ({ name: key, data: tensor }));
     await writeSafetensors(adapterWeightsPath(folder), items, { format: 'pt' });
     if (this.training) await writeTrainingRecord(folder, this.training);
     await writeAdapterConfig(folder, this.config);
   }
+
+  /** @internal */
+  dispose(): void {
+    for (const layer of this.layers) layer.dispose();
+    for (const tensor of this.whole.tensors.values()) tensor.dispose();
+  }
 }
 
-/** The tensors of a layer with their names in PEFT's files. */
-function partsOf({ path, A, B, magnitude }: LoraLinear): { key: string; tensor: Tensor }[] {
-  const parts = [
+/** All tensors of an adapter with their names in PEFT's files. */
+function partsOf({ layers, whole }: LoraAdapter): { key: string; tensor: Tensor }[] {
+  const parts = layers.flatMap(({ path, A, B, magnitude }) => [
     { key: adapterKey(path, 'A'), tensor: A },
     { key: adapterKey(path, 'B'), tensor: B },
-  ];
-  return magnitude ? [...parts, { key: adapterKey(path, 'magnitude'), tensor: magnitude }] : parts;
+    ...(magnitude ? [{ key: adapterKey(path, 'magnitude'), tensor: magnitude }] : []),
+  ]);
+  return [...parts, ...[...whole.tensors].map(([name, tensor]) => ({ key: adapterKey(name, 'whole'), tensor }))];
 }
 
 /** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did. */
 export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
   const { targetModules = 'all-linear', seed = 42 } = options;
   const config: AdapterConfig = {
-    baseModel: core.directory,
+    baseModel: core.name,
     r: options.r ?? 64,
     alpha: options.alpha ?? 16,
     dropout: options.dropout ?? 0,
@@ -117,7 +128,7 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
     layersPattern: [],
     rankPattern: options.rankPattern ?? {},
     alphaPattern: options.alphaPattern ?? {},
-    modulesToSave: [],
+    modulesToSave: options.modulesToSave ?? [],
     useRslora: options.useRslora ?? false,
     useDora: options.useDora ?? false,
   };
@@ -141,18 +152,11 @@ function namesOf(core: ModelCore, targets: 'all-linear' | readonly string[]): re
 /** An adapter from a PEFT folder. */
 export async function loadAdapter(core: ModelCore, name: string, directory: string): Promise<LoraAdapter> {
   const config = await readAdapterConfig(directory);
-  if (config.modulesToSave.length > 0) {
-    throw new QLoRAError(
-      'ERR_QLORA_ADAPTER_INVALID',
-      `${directory}: modules_to_save must be empty in this version, got ${config.modulesToSave.join(', ')}`,
-      { hint: 'Only low-rank adapters can be loaded.' },
-    );
-  }
   refuseTaken(core, name);
   using file = await openAdapterWeights(directory);
   const adapter = makeAdapter(core, name, config);
   try {
-    const parts = adapter.layers.flatMap(partsOf);
+    const parts = partsOf(adapter);
     const unread = new Set(file.tensors.keys());
     for (const { key, tensor } of parts) {
       checkAdapterShape(directory, key, file.entry(key).shape, tensor.shape);
@@ -172,7 +176,7 @@ export async function loadAdapter(core: ModelCore, name: string, directory: stri
     publish(core, adapter);
     return adapter;
   } catch (error) {
-    for (const layer of adapter.layers) layer.dispose();
+    adapter.dispose();
     throw error;
   }
 }
@@ -180,10 +184,8 @@ export async function loadAdapter(core: ModelCore, name: string, directory: stri
 /** Takes the adapter off its layers and frees it. */
 export function detach(core: ModelCore, adapter: LoraAdapter): void {
   core.adapters.delete(adapter.name);
-  for (const linear of core.weights.linears) {
-    linear.adapters.get(adapter.name)?.dispose();
-    linear.adapters.delete(adapter.name);
-  }
+  for (const linear of core.weights.linears) linear.adapters.delete(adapter.name);
+  adapter.dispose();
 }
 
 function refuseTaken(core: ModelCore, name: string): void {
@@ -197,11 +199,15 @@ function refuseTaken(core: ModelCore, name: string): void {
 function makeAdapter(core: ModelCore, name: string, config: AdapterConfig): LoraAdapter {
   const byPath = linearsByPath(core);
   const { dropout, useRslora, useDora } = config;
-  const layers = adaptedModules(config, [...byPath.keys()]).map(
-    ({ path, r, alpha }) =>
-      new LoraLinear(core.stream, byPath.get(path) as Linear, { r, alpha, dropout, useRslora, useDora }),
-  );
-  return new LoraAdapter(name, layers, config);
+  // What is trained whole gets no low-rank change beside it, as in PEFT.
+  const whole = new Set(wholePaths(core, config.modulesToSave));
+  const layers = adaptedModules(config, [...byPath.keys()])
+    .filter(({ path }) => !whole.has(path))
+    .map(({ path, r, alpha }) => {
+      const linear = byPath.get(path) as Linear;
+      return new LoraLinear(core.stream, linear, { r, alpha, dropout, useRslora, useDora });
+    });
+  return new LoraAdapter(name, layers, copyModules(core, [...whole]), config);
 }
 
 function publish(core: ModelCore, adapter: LoraAdapter): void {

@@ -4,7 +4,7 @@ import type { ModelFolder } from '../io/model-folder.js';
 import type { SafetensorsItem } from '../io/safetensors.js';
 import type { FourBitType } from '../ops/quantize.js';
 import { Weight, type WeightTensors } from '../ops/weight.js';
-import { type FloatDType, type Stream, Tensor } from '../tensor.js';
+import { type Stream, Tensor } from '../tensor.js';
 
 /** The weight of a module as the folder stores it in 4 bits, with the maps of the file; undefined where it does not. */
 export async function readQuantizedWeight(
@@ -33,7 +33,8 @@ export async function readQuantizedWeight(
     reads.push(folder.read(names.nestedAbsmax, nestedAbsmax), folder.read(names.nestedMap, nestedCode));
     nested = { nestedAbsmax, nestedCode, offset: state.nested.offset };
   }
-  const weight = new Weight(N, K, { data, absmax, code, blockSize: state.blockSize, type: state.type, ...nested });
+  const { blockSize, type, dtype: original } = state;
+  const weight = new Weight(N, K, { data, absmax, code, blockSize, type, original, ...nested });
   try {
     await Promise.all(reads);
     return weight;
@@ -45,13 +46,13 @@ export async function readQuantizedWeight(
 }
 
 /** The tensors of a 4-bit weight as bitsandbytes writes them. */
-export function quantizedItems(path: string, weight: Weight, dtype: FloatDType): SafetensorsItem[] {
+export function quantizedItems(path: string, weight: Weight): SafetensorsItem[] {
   const { data, absmax, code, nestedAbsmax, nestedCode, offset, blockSize, type } = weight.tensors;
   const nested = nestedAbsmax ? { blockSize: 256, offset: offset as number } : undefined;
   const state = {
     type: type as FourBitType,
     blockSize: blockSize as number,
-    dtype,
+    dtype: weight.originalDtype,
     shape: [weight.N, weight.K],
     nested,
   };

@@ -5,24 +5,15 @@ import { removeTemporaryFiles, writeFileAtomic } from '../io/atomic-file.js';
 import { replaceFiles } from '../io/atomic-folder.js';
 import { bnbConfigJson } from '../io/bnb-checkpoint.js';
 import { makeFolder } from '../io/folder.js';
-import { readText } from '../io/json.js';
 import { pythonJson } from '../io/python-json.js';
 import { openSafetensors, type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
 import type { Linear } from '../nn/linear.js';
 import type { FourBitType } from '../ops/quantize.js';
-import type { FloatDType } from '../tensor.js';
+import { companions, copyCompanions } from './companions.js';
 import type { ModelCore } from './core.js';
 import { quantizedItems } from './quantized-weight.js';
 
 const weightsName = 'model.safetensors';
-/** Files that go with the weights as they are. */
-const companions = [
-  'generation_config.json',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'chat_template.jinja',
-];
 
 export async function saveModel(core: ModelCore, directory: string): Promise<void> {
   refuseEightBit(core.weights.linears);
@@ -34,10 +25,9 @@ export async function saveModel(core: ModelCore, directory: string): Promise<voi
 /** The files of a saved model, into a folder that nobody reads yet. */
 export async function writeModel(core: ModelCore, directory: string): Promise<void> {
   const { linears, dense } = core.weights;
-  const dtype = checkpointDtype(core);
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
-  for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight, dtype));
+  for (const linear of quantized) items.push(...quantizedItems(linear.path, linear.weight));
   await writeSafetensors(join(directory, weightsName), items, { format: 'pt' });
   const config: Record<string, unknown> = { ...core.configJson, ...dtypeFields(core) };
   const [first] = quantized;
@@ -52,24 +42,13 @@ export async function writeModel(core: ModelCore, directory: string): Promise<vo
     });
   }
   await writeFileAtomic(join(directory, 'config.json'), `${pythonJson(config, 2)}\n`);
-  for (const name of companions) {
-    const text = await readText(join(core.directory, name)).catch((error: QLoRAError) => {
-      if (error.code === 'ERR_QLORA_FILE_NOT_FOUND') return undefined;
-      throw error;
-    });
-    if (text !== undefined) await writeFileAtomic(join(directory, name), text);
-  }
+  await copyCompanions(core, directory, ['generation_config.json', ...companions]);
 }
 
 /** After full fine-tuning the weights are fp32 masters, whatever the files had. */
 function dtypeFields({ configJson, weights }: ModelCore): Record<string, unknown> {
   const masters = [...weights.dense.values()].every((t) => t.dtype === 'f32');
   return masters ? { ['torch_dtype' in configJson ? 'torch_dtype' : 'dtype']: 'float32' } : {};
-}
-
-/** What the 4-bit weights were before: the dtype of the rest of the model. */
-function checkpointDtype(core: ModelCore): FloatDType {
-  return core.weights.decoder.norm.dtype as FloatDType;
 }
 
 /** Takes the values that writeModel() wrote of a model that is trained whole, bit for bit: they are fp32 masters. */

@@ -25,7 +25,14 @@ export interface LoadedWeights {
   linears: readonly Linear[];
   /** Every tensor of the files that is held as it is, by name: what full fine-tuning trains and save() writes. */
   dense: ReadonlyMap<string, Tensor>;
+  /** By their places in the decoder, as a family's rules name them. A tied head is there too: the embedding. */
+  modules: ReadonlyMap<string, Tensor | Linear>;
+  /** From a module's path in the files to its place. */
+  places: ReadonlyMap<string, string>;
 }
+
+/** What files and PEFT call an output head that is the embedding. */
+const tiedHeadPath = 'lm_head';
 
 /** A module of one layer, with its number filled in. */
 interface Module {
@@ -59,9 +66,14 @@ export async function loadWeights(
       }
     }
     options.onProgress?.(modules.length, modules.length);
+    const places = new Map(modules.map(({ from, to }) => [from, to]));
+    if (config.tiedHead) {
+      loaded.set('head', loaded.get('embedding') as Tensor);
+      places.set(tiedHeadPath, 'head');
+    }
     const decoder = assemble(config, loaded);
     checkShapes(config, decoder);
-    return { decoder, linears, dense };
+    return { decoder, linears, dense, modules: loaded, places };
   } catch (error) {
     for (const linear of linears) linear.dispose();
     for (const tensor of dense.values()) tensor.dispose();
@@ -94,7 +106,7 @@ function checkNames(folder: ModelFolder, family: Family, modules: readonly Modul
       detail: { name },
     });
   }
-  const tiedCopy = (name: string) => config.tiedHead && name === 'lm_head.weight';
+  const tiedCopy = (name: string) => config.tiedHead && name === `${tiedHeadPath}.weight`;
   for (const name of folder.tensors.keys()) {
     // A quantized layer's parts stand beside its weight: weight.absmax, weight.quant_map and so on.
     const owner = name.replace(/\.weight\..*$/, '.weight');
@@ -169,7 +181,8 @@ async function loadLinear(
   return new Linear(module.from, index, await quantizeWeight(tensor, quantization), bias);
 }
 
-function assemble(config: DecoderConfig, loaded: ReadonlyMap<string, Tensor | Linear>): DecoderWeights {
+/** The decoder's weights from modules by their places. */
+export function assemble(config: DecoderConfig, loaded: ReadonlyMap<string, Tensor | Linear>): DecoderWeights {
   const tensor = (to: string) => loaded.get(to) as Tensor;
   const layers = Array.from({ length: config.numLayers }, (_, i): Block => {
     const linear = (name: string) => loaded.get(`layers.${i}.${name}`) as Linear;
@@ -185,8 +198,7 @@ function assemble(config: DecoderConfig, loaded: ReadonlyMap<string, Tensor | Li
       down: linear('down'),
     };
   });
-  const embedding = tensor('embedding');
-  return { embedding, layers, norm: tensor('norm'), head: Weight.dense(config.tiedHead ? embedding : tensor('head')) };
+  return { embedding: tensor('embedding'), layers, norm: tensor('norm'), head: Weight.dense(tensor('head')) };
 }
 
 /** config.json and the files agree on every size. */

@@ -95,17 +95,18 @@ export function quantizeInt8(x: Tensor): { q: Tensor; absmax: Tensor } {
 export async function quantizeWeight(x: Tensor, options: ResolvedQuantizeOptions): Promise<Weight> {
   const { type, blockSize, doubleQuant } = options;
   const [N, K] = [x.dim(0), x.dim(1)];
+  const original = x.dtype as FloatDType;
   if (type === 'int8') {
     const { q, absmax } = quantizeInt8(x);
-    return whole(new Weight(N, K, { data: q, absmax }), absmax);
+    return whole(new Weight(N, K, { data: q, absmax, original }), absmax);
   }
   const code = fourBitCode(x.stream, type);
   const { packed, absmax } = quantize4bit(x, type, blockSize, doubleQuant ? 'scratch' : 'weights');
-  if (!doubleQuant) return whole(new Weight(N, K, { data: packed, absmax, code, type, blockSize }), absmax);
+  if (!doubleQuant) return whole(new Weight(N, K, { data: packed, absmax, code, type, blockSize, original }), absmax);
   const nestedCode = dynamicMap(x.stream, 'signed');
   const { index, nestedAbsmax, offset } = doubleQuantize(absmax);
   absmax.dispose();
-  const tensors = { data: packed, absmax: index, code, type, nestedAbsmax, nestedCode, blockSize };
+  const tensors = { data: packed, absmax: index, code, type, nestedAbsmax, nestedCode, blockSize, original };
   try {
     const [mean] = await offset.read();
     return new Weight(N, K, { ...tensors, offset: mean });

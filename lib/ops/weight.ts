@@ -13,6 +13,8 @@ export interface WeightTensors {
   nestedCode?: Tensor;
   offset?: number;
   blockSize?: number;
+  /** What the values were before they were quantized. */
+  original?: FloatDType;
 }
 
 export class Weight {
@@ -40,6 +42,12 @@ export class Weight {
   /** Of a dense weight that is trained. */
   get requiresGrad(): boolean {
     return this.tensors.data.requiresGrad;
+  }
+
+  /** What the files of the unquantized model hold it in. */
+  get originalDtype(): FloatDType {
+    const { data, original } = this.tensors;
+    return this.isDense ? (data.dtype as FloatDType) : (original ?? 'bf16');
   }
 
   get sizeBytes(): number {

@@ -1,8 +1,24 @@
 import { QLoRAError } from '../errors.js';
 
+/** A call that the assistant makes, as OpenAI and Hugging Face write it; `arguments` is an object where it could be read as one. */
+export interface ToolCall {
+  id?: string;
+  type: 'function';
+  function: { name: string; arguments: unknown };
+}
+
 export interface ChatTurn {
   role: string;
   content: string;
+  tool_calls?: readonly ToolCall[];
+  tool_call_id?: string;
+  /** Of the tool that a message of the role 'tool' comes from. */
+  name?: string;
+}
+
+/** What turns a conversation into a text: a model's own template, or one that is known by name. */
+export interface ChatRenderer {
+  render(messages: readonly ChatTurn[], options?: RenderOptions): string;
 }
 
 export interface RenderOptions {
@@ -12,6 +28,8 @@ export interface RenderOptions {
   tokens?: Readonly<Record<string, string>>;
   /** What strftime_now tells. Default: now. */
   now?: Date;
+  /** Declarations of functions that the assistant may call. Default: none. */
+  tools?: readonly unknown[];
 }
 
 /** Most characters of a template and of any text it makes, and most work it may do (see boundWork): about 2 seconds. */
@@ -50,7 +68,7 @@ class TemplateTooMuch extends Error {}
  * strftime_now and range. Templates come from strangers: they see plain data only, and their work, the size of what
  * they make and their depth are bounded (ERR_QLORA_CHAT_TEMPLATE).
  */
-export class ChatTemplate {
+export class ChatTemplate implements ChatRenderer {
   readonly source: string;
   readonly #jinja: Jinja;
   #program: object | undefined;
@@ -76,16 +94,23 @@ export class ChatTemplate {
 
   /** The text of a conversation. Throws ERR_QLORA_CHAT_TEMPLATE with what the template itself raises. */
   render(messages: readonly ChatTurn[], options: RenderOptions = {}): string {
-    const { addGenerationPrompt = false, tokens = {}, now = new Date() } = options;
+    const { addGenerationPrompt = false, tokens = {}, now = new Date(), tools } = options;
     try {
       const environment = new this.#jinja.Environment();
       const input = environment.set(
         'messages',
-        messages.map(({ role, content }) => ({ role, content })),
+        messages.map(({ role, content, tool_calls, tool_call_id, name }) => ({
+          role,
+          content,
+          ...(tool_calls && { tool_calls }),
+          ...(tool_call_id !== undefined && { tool_call_id }),
+          ...(name !== undefined && { name }),
+        })),
       );
       environment.set('add_generation_prompt', addGenerationPrompt);
       for (const [name, value] of Object.entries(CONSTANTS)) environment.set(name, value);
       for (const [name, value] of Object.entries(tokens)) environment.set(name, value);
+      if (tools) environment.set('tools', tools);
       environment.set('range', boundedRange);
       environment.set('strftime_now', (format: unknown) => strftime(now, String(format)));
       environment.set('raise_exception', (message: unknown) => {

@@ -1,17 +1,18 @@
-import type { ChatTemplate, ChatTurn, RenderOptions } from './chat-template.js';
+import type { ChatRenderer, ChatTurn, RenderOptions } from './chat-template.js';
 import type { Range } from './splitter.js';
 import type { Tokenizer, TokenPlace } from './tokenizer.js';
 
 export interface ChatOptions {
   addGenerationPrompt?: boolean;
   /** Default: the tokenizer's own. */
-  template?: ChatTemplate;
+  template?: ChatRenderer;
   /**
    * What becomes of special tokens that are written out in a message. 'parse' (default) is what transformers does:
    * they become tokens. 'text' keeps them text, so that a message cannot end its own turn.
    */
   specialTokens?: 'parse' | 'text';
   now?: Date;
+  tools?: readonly unknown[];
 }
 
 /** An assistant's turn, in tokens: `ids.slice(start, end)` is what the model is to say. */
@@ -46,11 +47,11 @@ export function encodeChat(
   messages: readonly ChatTurn[],
   options: ChatOptions = {},
 ): ChatEncoding {
-  const { addGenerationPrompt = false, specialTokens = 'parse', now = new Date() } = options;
+  const { addGenerationPrompt = false, specialTokens = 'parse', now = new Date(), tools } = options;
   const template = options.template ?? tokenizer.chatTemplate();
   const guard = specialTokens === 'text' ? guardMessages(tokenizer, messages) : undefined;
   const turns = guard?.messages ?? messages;
-  const how: RenderOptions = { tokens: tokenizer.templateTokens, now };
+  const how: RenderOptions = { tokens: tokenizer.templateTokens, now, tools };
   const render = (count: number, opened: boolean): Restored => {
     const text = template.render(turns.slice(0, count), { ...how, addGenerationPrompt: opened });
     return guard ? guard.restore(text) : { text, ranges: [] };
@@ -166,15 +167,16 @@ function guardMessages(
 ): { messages: ChatTurn[]; restore(text: string): Restored } {
   const originals: string[] = [];
   const mark = (original: string): string => `${MARK}${originals.push(original) - 1}${END_MARK}`;
-  const guarded = messages.map(({ role, content }) => {
+  const guardText = (text: string): string => {
     let out = '';
     let from = 0;
-    for (const { start, end } of tokenizer.specialRanges(content)) {
-      out += markMarks(content.slice(from, start), mark) + mark(content.slice(start, end));
+    for (const { start, end } of tokenizer.specialRanges(text)) {
+      out += markMarks(text.slice(from, start), mark) + mark(text.slice(start, end));
       from = end;
     }
-    return { role, content: out + markMarks(content.slice(from), mark) };
-  });
+    return out + markMarks(text.slice(from), mark);
+  };
+  const guarded = messages.map((message) => mapStrings(message, guardText));
   const restore = (text: string): Restored => {
     const ranges: Range[] = [];
     let out = '';
@@ -189,6 +191,21 @@ function guardMessages(
     return { text: out + text.slice(from), ranges };
   };
   return { messages: guarded, restore };
+}
+
+/** The same message with other text in all but its role and names. */
+function mapStrings(message: ChatTurn, map: (text: string) => string): ChatTurn {
+  const within = (value: unknown): unknown => {
+    if (typeof value === 'string') return map(value);
+    if (Array.isArray(value)) return value.map(within);
+    if (typeof value !== 'object' || value === null) return value;
+    return Object.fromEntries(Object.entries(value).map(([name, inner]) => [map(name), within(inner)]));
+  };
+  const calls = message.tool_calls?.map((call) => ({
+    ...call,
+    function: { name: map(call.function.name), arguments: within(call.function.arguments) },
+  }));
+  return { ...message, content: map(message.content), ...(calls && { tool_calls: calls }) };
 }
 
 function markMarks(text: string, mark: (original: string) => string): string {

@@ -1,7 +1,7 @@
 import type { Tape } from '../autograd.js';
 import { collate, shiftLabels } from '../data/batch.js';
 import type { EncodedRow } from '../data/encode.js';
-import { hiddenStates, type ModelCore } from '../models/core.js';
+import { decoderOf, hiddenStates, type ModelCore } from '../models/core.js';
 import type { DecoderPass } from '../models/decoder.js';
 import { fill } from '../ops/elementwise.js';
 import { linearCrossEntropy } from '../ops/linear-cross-entropy.js';
@@ -44,7 +44,7 @@ export function enqueueLoss(
   const { tokens, batch: B, length, positions } = batch;
   using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
   using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
-  const loss = linearCrossEntropy(tape, hidden, core.weights.decoder.head, labels, { scale });
+  const loss = linearCrossEntropy(tape, hidden, decoderOf(core, pass.adapter).head, labels, { scale });
   if (tape) {
     using one = new Tensor(core.stream, 'f32', [1]);
     fill(one, 1);

@@ -1,7 +1,7 @@
 import { z } from 'zod';
 import type { DatasetSource } from '../data/read-rows.js';
 import { formatNames } from '../data/rows.js';
-import { promptTemplate } from '../data/templates.js';
+import { checkTemplate } from '../data/templates.js';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { LoraOptions } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
@@ -20,7 +20,7 @@ export interface MixedDataset {
 
 /** Names and defaults are those of QLoRA's own script and of Hugging Face, in camelCase. */
 export interface TrainerOptions {
-  /** A model folder, or a model. A model passed in is not disposed of with the trainer. */
+  /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
   /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
   dataset: DatasetSource | MixedDataset[];
@@ -32,6 +32,9 @@ export interface TrainerOptions {
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
   device?: LoadOptions['device'];
+  /** Of a model named `owner/name`: see LoadOptions. */
+  offline?: boolean;
+  revision?: string;
   /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
   maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
@@ -141,7 +144,7 @@ const mixed = z.array(
   }),
 );
 
-const schema = z.strictObject({
+export const schema = z.strictObject({
   model: z.union([
     z.string(),
     z.custom<QuantizedModel>((value) => value instanceof QuantizedModel, 'a QuantizedModel'),
@@ -153,6 +156,8 @@ const schema = z.strictObject({
   quantization: z.unknown().optional(),
   computeDtype: z.enum(['bf16', 'f16', 'f32']).optional(),
   device: z.string().optional(),
+  offline: z.boolean().optional(),
+  revision: z.string().optional(),
   maxMemory: count.optional(),
   lora: z.union([z.literal('none'), loraSchema]).optional(),
   initialAdapter: z.string().optional(),
@@ -211,7 +216,7 @@ export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is Mix
 /** Defaults filled in; wrong options and wrong combinations are errors. */
 export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
   const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
-  promptTemplate(resolved.template);
+  checkTemplate(resolved.template);
   const { dataset, datasetFormat, lora, initialAdapter, quantization, computeDtype, device, model } = resolved;
   resolveLoadOptions({ quantization, computeDtype, device }, 'QLoRATrainer');
   if (isMixed(dataset)) checkOptions(z.strictObject({ dataset: mixed }), { dataset }, 'QLoRATrainer');

@@ -1,16 +1,16 @@
 import { z } from 'zod';
-import { explainRow } from '../data/encode.js';
+import { explainRow } from '../data/explain.js';
+import type { Preflight } from '../data/preflight.js';
 import type { DatasetSource } from '../data/read-rows.js';
-import { MemoryRows } from '../data/row-store.js';
 import { type Row, toRow } from '../data/rows.js';
-import { DEFAULT_TEMPLATE } from '../data/templates.js';
+import { templateOf, trainingRecord } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { type EventStream, eventStream } from '../event-stream.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import { restoreModel, writeModel } from '../models/save.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
-import { type Datasets, encodeDataset, encodeOptionsOf, prepareDatasets } from './dataset.js';
+import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { Optimizer } from './optimizer.js';
@@ -29,6 +29,8 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly model: QuantizedModel;
   /** What is being trained; undefined in full fine-tuning. */
   readonly adapter: LoraAdapter | undefined;
+  /** What the data set is like: rows, tokens, what is cut, what comes twice, what teaches nothing. */
+  readonly preflight: Preflight;
   readonly #options: ResolvedTrainerOptions;
   readonly #datasets: Datasets;
   readonly #stepper: Stepper;
@@ -48,13 +50,14 @@ export class QLoRATrainer implements AsyncDisposable {
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
+    this.preflight = datasets.preflight;
     this.#ownsModel = typeof options.model === 'string';
     const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
     const plan = new StepPlan(datasets.train, options);
     const optimizer = new Optimizer(parameters, options);
     this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
     this.#progress = { loss: Number.NaN, skipped: 0, run: undefined, saved: undefined };
-    if (adapter) adapter.training = { template: options.template as string };
+    if (adapter) adapter.training = trainingRecord(options.template);
   }
 
   /**
@@ -65,21 +68,22 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
-    const { model: given, quantization, computeDtype, device, lora, initialAdapter } = resolved;
+    const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
+    const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
     const model =
-      typeof given === 'string'
-        ? await QuantizedModel.loadWith(given, { quantization, computeDtype, device }, full ? 'masters' : 'as-in-file')
-        : given;
+      typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
     let adapter: LoraAdapter | undefined;
+    let datasets: Datasets | undefined;
     try {
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
-      resolved.template ??= adapter?.training?.template ?? DEFAULT_TEMPLATE;
-      const datasets = await prepareDatasets(model.core, resolved);
+      resolved.template ??= templateOf(adapter?.training);
+      datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       return new QLoRATrainer(model, adapter, resolved, datasets);
     } catch (error) {
+      await datasets?.close();
       if (typeof given === 'string') await model.dispose();
       else if (adapter) model.removeLora(adapterName);
       throw error;
@@ -120,7 +124,7 @@ export class QLoRATrainer implements AsyncDisposable {
   trainStep(rows: readonly Row[]): Promise<{ loss: number; gradNorm: number }> {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
-      const encoded = await encodeDataset(this.model.core, rows, encoding, undefined);
+      const encoded = await encodeRows(this.model.core, rows, encoding);
       const step = await this.#turns.take(() => this.#stepper.enqueue(encoded));
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
@@ -132,9 +136,9 @@ export class QLoRATrainer implements AsyncDisposable {
   async evaluate(dataset?: DatasetSource, options: { signal?: AbortSignal } = {}): Promise<Evaluation> {
     const { signal } = checkOptions(signalSchema, options, 'evaluate');
     const { core } = this.model;
-    const rows = dataset
-      ? new MemoryRows(await encodeDataset(core, dataset, encodeOptionsOf(this.#options), this.#options.datasetFormat))
-      : this.#datasets.eval;
+    const encoding = encodeOptionsOf(this.#options);
+    await using given = dataset ? await encodeDataset(core, dataset, encoding, this.#options.datasetFormat) : undefined;
+    const rows = given ? given.rows : this.#datasets.eval;
     if (!rows) {
       throw new QLoRAError(
         'ERR_QLORA_NO_EVAL_DATASET',
@@ -169,6 +173,7 @@ export class QLoRATrainer implements AsyncDisposable {
     this.#abort?.abort();
     await this.#running?.catch(() => {});
     this.#stepper.optimizer.dispose();
+    await this.#datasets.close();
     if (this.#ownsModel) await this.model.dispose();
   }
 

@@ -1,11 +1,12 @@
 import { join } from 'node:path';
 import t from 'tap';
 import { collate, shiftLabels } from '../../lib/data/batch.js';
-import { type EncodeOptions, encodeRow, explainRow } from '../../lib/data/encode.js';
+import { type EncodeOptions, encodeRow } from '../../lib/data/encode.js';
+import { explainRow } from '../../lib/data/explain.js';
 import { randomBits, shuffledOrder, splitRows } from '../../lib/data/order.js';
 import { type DatasetSource, readRows } from '../../lib/data/read-rows.js';
 import { formatNames, type Row, toRow } from '../../lib/data/rows.js';
-import { promptTemplate, templateNames } from '../../lib/data/templates.js';
+import { promptTemplate } from '../../lib/data/templates.js';
 import type { ChatTurn } from '../../lib/tokenizer/chat-template.js';
 import { Tokenizer } from '../../lib/tokenizer/tokenizer.js';
 import { readJson, referencesDir } from '../support/references.js';
@@ -52,7 +53,6 @@ t.test("Alpaca's three variants: prompts, ids, labels and cuts", async (t) => {
     t.same([encoded.cut.source, encoded.cut.target], c.cut, `${label}: cut`);
     t.equal(encoded.truncated, c.cut[0] + c.cut[1], `${label}: truncated`);
   }
-  t.same(templateNames(), ['alpaca', 'alpaca-lit-gpt', 'alpaca-llama-factory']);
   const wrong = { code: 'ERR_QLORA_TEMPLATE_UNKNOWN', hint: "Did you mean 'alpaca'?" };
   t.throws(() => promptTemplate('alpacca'), wrong);
   t.throws(() => promptTemplate('constructor'), { code: 'ERR_QLORA_TEMPLATE_UNKNOWN' });
@@ -199,7 +199,10 @@ t.test('data formats', async (t) => {
     ['dolly', { instruction: 'q', context: 'i', response: 'a' }, { instruction: 'q', input: 'i', output: 'a' }],
     ['prompt-completion', answer, answer],
     ['self-instruct', answer, answer],
+    ['input-output', { input: 'q', output: 'a' }, answer],
     ['longform', { input: 'q', output: 'a' }, answer],
+    ['csv', { instruction: 'q', input: '', output: 'a' }, { instruction: 'q', input: '', output: 'a' }],
+    ['tsv', { input: 'q', output: 'a' }, answer],
     ['hh-rlhf', { chosen: 'a', rejected: 'b' }, { prompt: '', completion: 'a' }],
     ['oasst1', { text: 'a' }, { prompt: '', completion: 'a' }],
     ['chip2', { text: '<human>: q\n<bot>: a\n<bot>: b' }, { prompt: 'q', completion: 'a\n<bot>: b' }],
@@ -262,7 +265,7 @@ t.test('files, folders and iterables are read', async (t) => {
     'row.jsonl': '{"text":"a"}\n\n{"txt":"b"}\n',
     'many.jsonl': many.join('\n'),
     'empty.jsonl': '',
-    'table.csv': 'a,b',
+    'table.xlsx': 'a,b',
     folder: {
       'b.jsonl': '{"text":"3"}',
       'a.json': '[{"text":"1"},{"text":"2"}]',
@@ -270,7 +273,7 @@ t.test('files, folders and iterables are read', async (t) => {
       '.hidden.json': 'x',
       'dataset_info.json': '{}',
     },
-    tables: { 'x.parquet': '' },
+    tables: { 'x.arrow': '' },
     nothing: {},
   });
   const at = (name: string): string => join(dir, name);
@@ -306,8 +309,8 @@ t.test('files, folders and iterables are read', async (t) => {
     t.rejects(all(source as DatasetSource, format), { hint: /./, ...expected } as unknown as Error);
   await fails(at('none.jsonl'), { code: 'ERR_QLORA_DATASET_NOT_FOUND', message: /none\.jsonl/ });
   await fails(at('array.json/x.json'), { code: 'ERR_QLORA_DATASET_NOT_FOUND' });
-  await fails(at('table.csv'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /\.csv.*\.jsonl/ });
-  await fails(at('tables'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /x\.parquet/ });
+  await fails(at('table.xlsx'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /\.xlsx.*\.jsonl/ });
+  await fails(at('tables'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /x\.arrow/, hint: /to_parquet/ });
   await fails(at('nothing'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /found nothing/ });
   await fails(at('object.json'), { code: 'ERR_QLORA_DATASET_FORMAT', message: /array/ });
   await fails(at('broken.json'), { code: 'ERR_QLORA_DATASET_INVALID', message: /broken\.json/ });

@@ -1,0 +1,67 @@
+import { createInterface } from 'node:readline';
+import type { Command } from 'commander';
+import { translate } from '../config/draft.js';
+import { allGenerationRules, generationRules } from '../config/generation.js';
+import { addSettingFlags } from '../flags.js';
+import { addLoadFlags, loadModel } from '../load-model.js';
+import { addOutputFlags, makeOutput } from '../output.js';
+
+interface Flags {
+  json?: boolean;
+  color?: boolean;
+  adapter: string[];
+  system?: string;
+}
+
+export function define(command: Command): void {
+  command
+    .argument('<model>', 'a model folder')
+    .option(
+      '--adapter <[name=]folder>',
+      'a PEFT folder; several may be given, the last one speaks',
+      (a, all: string[]) => [...all, a],
+      [],
+    )
+    .option('--system <text>', 'the message before all others');
+  addOutputFlags(command);
+  const generation = addSettingFlags(command, allGenerationRules, generationRules);
+  const load = addLoadFlags(command);
+  command.addHelpText('after', `\nWhile talking:\n${commandsHelp}`);
+  command.action(async (folder: string, flags: Flags) => {
+    const output = makeOutput(flags);
+    const options = Object.fromEntries(
+      [...translate(generation(), allGenerationRules)].map(([k, { value }]) => [k, value]),
+    );
+    await using model = await loadModel(folder, await load(), output);
+    const { Conversation } = await import('../conversation.js');
+    const conversation = new Conversation(model, options, flags.system, output);
+    for (const adapter of flags.adapter) await conversation.load(adapter);
+
+    const interactive = process.stdin.isTTY === true;
+    const lines = createInterface({
+      input: process.stdin,
+      output: interactive ? process.stdout : undefined,
+      prompt: '> ',
+    });
+    // While a text comes Ctrl-C cuts it; at the prompt it ends the talk.
+    lines.on('SIGINT', () => {
+      if (!conversation.cut()) lines.close();
+    });
+    if (interactive) {
+      output.line('Type a message; /help lists commands, /exit ends.');
+      lines.prompt();
+    }
+    for await (const line of lines) {
+      if (await conversation.take(line.trim())) break;
+      if (interactive) lines.prompt();
+    }
+    lines.close();
+  });
+}
+
+const commandsHelp = `  /adapter NAME|off   who speaks: an adapter, or the base
+  /load NAME FOLDER   load an adapter
+  /system TEXT        the message before all others, from a new beginning
+  /reset              forget what was said
+  /exit               end
+`;

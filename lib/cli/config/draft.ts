@@ -1,0 +1,94 @@
+/** Settings of a file and of flags, under our names. */
+import { parse } from 'yaml';
+import { z } from 'zod';
+import { didYouMean, QLoRAError } from '../../errors.js';
+import { checkOptions } from '../../options.js';
+import type { Setting } from './file.js';
+import { llamaFactoryRules } from './llama-factory.js';
+import { ourRules } from './options.js';
+import { qloraRules } from './qlora.js';
+import type { Rule, Rules } from './rules.js';
+
+/** Whose words a configuration is in: keys that several have mean what they mean there. */
+export type Dialect = 'qlora' | 'llama-factory';
+
+export interface Entry {
+  value: unknown;
+  key: string;
+  place: string;
+}
+
+/** By the path of our option, or by '@name' of a value that is put together with others. */
+export type Draft = Map<string, Entry>;
+
+/** The first table that has a key says what it is. */
+const tables: Readonly<Record<Dialect, readonly Rules[]>> = {
+  qlora: [ourRules, qloraRules, llamaFactoryRules],
+  'llama-factory': [llamaFactoryRules, ourRules, qloraRules],
+};
+
+/** Keys whose maps hold settings: lora, quantization. */
+export const nestedKeys: ReadonlySet<string> = new Set(
+  Object.keys(ourRules).flatMap((key) => (key.includes('.') ? [key.slice(0, key.indexOf('.'))] : [])),
+);
+
+export function allRules(dialect: Dialect): Rules {
+  return Object.assign({}, ...[...tables[dialect]].reverse());
+}
+
+/** A file is LLaMA-Factory's where it has a key that only they know. */
+export function dialectOf(settings: readonly Setting[]): Dialect {
+  const theirs = ({ key }: Setting) => key in llamaFactoryRules && !(key in qloraRules) && !(key in ourRules);
+  return settings.some(theirs) ? 'llama-factory' : 'qlora';
+}
+
+/** @throws ERR_QLORA_OPTION_UNKNOWN, ERR_QLORA_OPTION_UNSUPPORTED, ERR_QLORA_OPTION_INVALID, ERR_QLORA_OPTION_CONFLICT */
+export function translate(settings: readonly Setting[], rules: Rules): Draft {
+  const draft: Draft = new Map();
+  for (const { key, value, place } of settings) {
+    const rule = Object.hasOwn(rules, key) ? rules[key] : undefined;
+    if (!rule) throw unknown(key, place, Object.keys(rules));
+    if (rule.kind === 'refuses' || (rule.kind === 'agrees' && !rule.takes.safeParse(value).success)) {
+      throw new QLoRAError(
+        'ERR_QLORA_OPTION_UNSUPPORTED',
+        `${place}: ${key}: ${JSON.stringify(value)} is not supported: ${rule.note}`,
+        { hint: 'Take the key out.', detail: { option: key, place } },
+      );
+    }
+    if (rule.kind === 'agrees') continue;
+    checkOptions(z.strictObject({ [key]: rule.takes }), { [key]: value }, place);
+    const ours = rule.convert(value);
+    if (ours === undefined) continue;
+    const earlier = draft.get(rule.to);
+    if (earlier && JSON.stringify(earlier.value) !== JSON.stringify(ours)) {
+      throw conflict(
+        place,
+        `'${key}' and '${earlier.key}' (${earlier.place}) set the same option, to different values`,
+      );
+    }
+    draft.set(rule.to, { value: ours, key, place });
+  }
+  return draft;
+}
+
+/** The text of a flag as the value that its key takes: a number and a truth value where text is not taken. */
+export function valueOfFlag(rule: Rule, text: string): unknown {
+  if (rule.kind === 'refuses' || rule.takes.safeParse(text).success) return text;
+  try {
+    return parse(text);
+  } catch {
+    return text;
+  }
+}
+
+export function conflict(place: string, what: string): QLoRAError {
+  return new QLoRAError('ERR_QLORA_OPTION_CONFLICT', `${place}: ${what}`, { hint: 'Leave one of them out.' });
+}
+
+function unknown(key: string, place: string, known: readonly string[]): QLoRAError {
+  const near = didYouMean(key, known);
+  return new QLoRAError('ERR_QLORA_OPTION_UNKNOWN', `${place}: there is no option '${key}'`, {
+    hint: near ? `Did you mean '${near}'?` : 'docs/cli.md lists every key.',
+    detail: { option: key, place },
+  });
+}

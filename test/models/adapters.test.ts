@@ -1,0 +1,162 @@
+/** Modules that an adapter trains whole, and adapters that start from singular values. */
+import { join } from 'node:path';
+import t from 'tap';
+import { Tape } from '../../lib/autograd.js';
+import { QLoRATrainer, QuantizedModel } from '../../lib/index.js';
+import { decoderOf, hiddenStates } from '../../lib/models/core.js';
+import { fill, zeros } from '../../lib/ops/elementwise.js';
+import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
+import { Tensor } from '../../lib/tensor.js';
+import { largestError } from '../support/op-harness.js';
+import { packageRoot, readJson, referencesDir } from '../support/references.js';
+import { readSafetensors, type StoredTensor, valuesOf } from '../support/safetensors.js';
+
+const whole = join(referencesDir('models'), 'llama-whole');
+const demo = join(packageRoot(), 'examples', 'demo', 'model');
+const plain = { computeDtype: 'f32', quantization: 'none' } as const;
+const stored = readSafetensors(join(whole, 'expected.safetensors'));
+const reference = (key: string) => valuesOf(stored.get(key) as StoredTensor);
+const ids = Array.from((stored.get('input_ids') as StoredTensor).data as Int32Array);
+
+t.test('modules trained whole: the logits, the loss and the gradients of PEFT', async (t) => {
+  await using model = await QuantizedModel.load(whole, plain);
+  const adapter = await model.loadLora('a', join(whole, 'adapter'));
+  t.ok(largestError(await model.logits(ids), reference('logits'), 1) < 1e-4);
+  t.ok(
+    largestError(await model.logits(ids, { adapter: null }), reference('base.logits'), 1) < 1e-4,
+    'the base is as it was',
+  );
+  const [loss] = reference('loss');
+  t.ok(Math.abs((await model.loss(ids)) - (loss as number)) < 1e-5);
+  const lengths = adapter.parameters.map(({ size }) => size);
+  t.equal(
+    adapter.trainableParameters,
+    lengths.reduce((a, b) => a + b),
+  );
+  t.notOk(
+    adapter.layers.some(({ path }) => path.endsWith('v_proj')),
+    'what is trained whole has no A and B',
+  );
+
+  const { core } = model;
+  for (const checkpointing of ['none', 'blocks'] as const) {
+    for (const p of adapter.parameters) {
+      p.requiresGrad = true;
+      p.gradient = zeros(core.stream, p.shape, 'f32', 'optimizer');
+    }
+    const tape = new Tape();
+    const rows = { tokens: Int32Array.from(ids), batch: 1, length: ids.length };
+    using hidden = hiddenStates(core, tape, rows, { adapter: 'a', checkpointing });
+    using labels = Tensor.from(
+      core.stream,
+      Int32Array.from(ids, (_, i) => ids[i + 1] ?? -100),
+      [ids.length],
+    );
+    const { head } = decoderOf(core, 'a');
+    using out = linearCrossEntropy(tape, hidden, head, labels, { scale: 1 / (ids.length - 1) });
+    using one = new Tensor(core.stream, 'f32', [1]);
+    fill(one, 1);
+    tape.backward(out, one);
+    const gradients = new Map<string, Tensor>();
+    for (const layer of adapter.layers) {
+      gradients.set(`${layer.path}.lora_A.weight`, layer.A.gradient as Tensor);
+      gradients.set(`${layer.path}.lora_B.weight`, layer.B.gradient as Tensor);
+    }
+    for (const [name, tensor] of adapter.whole.tensors) gradients.set(name, tensor.gradient as Tensor);
+    t.equal(gradients.size, [...stored.keys()].filter((key) => key.startsWith('grad.')).length);
+    for (const [name, gradient] of gradients) {
+      const want = reference(`grad.base_model.model.${name}`);
+      const most = want.reduce((m, x) => Math.max(m, Math.abs(x)), 0);
+      const error = largestError(await gradient.read(), want, most);
+      if (!(error < 2e-4)) t.fail(`${name}, checkpointing ${checkpointing}: ${error}`);
+      gradient.dispose();
+    }
+    for (const p of adapter.parameters) {
+      p.requiresGrad = false;
+      p.gradient = undefined;
+    }
+  }
+});
+
+t.test('modules trained whole are saved as PEFT saves them', async (t) => {
+  const folder = t.testdir({});
+  await using model = await QuantizedModel.load(whole, plain);
+  const theirs = await model.loadLora('theirs', join(whole, 'adapter'));
+  await theirs.save(join(folder, 'copy'));
+  const [got, want] = ['copy/', `${join(whole, 'adapter')}/`].map((path) =>
+    readSafetensors(
+      path.startsWith('/') ? `${path}adapter_model.safetensors` : join(folder, path, 'adapter_model.safetensors'),
+    ),
+  ) as [Map<string, StoredTensor>, Map<string, StoredTensor>];
+  t.same([...got.keys()], [...want.keys()]);
+  for (const [key, tensor] of want) t.same(got.get(key), tensor, key);
+  t.same(readJson(folder, 'copy', 'adapter_config.json'), {
+    ...readJson<object>(whole, 'adapter', 'adapter_config.json'),
+  });
+
+  // Each adapter has its own, and the base has neither.
+  const base = await model.logits(ids, { adapter: null });
+  const own = model.addLora('own', { r: 2, modulesToSave: ['lm_head', 'embed_tokens'] });
+  t.ok(largestError(await model.logits(ids, { adapter: 'own' }), base, 1) < 1e-5, 'a fresh copy changes nothing');
+  fill(own.whole.tensors.get('lm_head.weight') as Tensor, 0);
+  t.ok((await model.logits(ids, { adapter: 'own' })).every((x) => x === 0));
+  t.same(await model.logits(ids, { adapter: null }), base);
+  t.ok(largestError(await model.logits(ids, { adapter: 'theirs' }), reference('logits'), 1) < 1e-4);
+  const before = model.memory().byClass.adapters as number;
+  model.removeLora('own');
+  await model.core.stream.sync();
+  t.ok((model.memory().byClass.adapters as number) < before - 2 * 4 * 67 * 32 + 1, 'freed');
+  t.throws(() => model.addLora('x', { modulesToSave: ['embed_tokens', 'nonsense'] }), {
+    code: 'ERR_QLORA_ADAPTER_TARGETS',
+    message: /'nonsense'/,
+    hint: /embed_tokens.*lm_head/,
+  });
+  t.notOk(model.adapters.has('x'));
+
+  // Merged, the tie is broken where one was trained alone.
+  const { logitDrift } = await model.merge(join(folder, 'merged'), { adapter: 'theirs' });
+  t.ok(logitDrift < 1e-4, `drift ${logitDrift}`);
+  await using merged = await QuantizedModel.load(join(folder, 'merged'), plain);
+  t.equal(merged.config.tie_word_embeddings, false);
+  t.ok(largestError(await merged.logits(ids), reference('logits'), 1) < 1e-4);
+  const embeddings = model.addLora('embeddings', { r: 2, modulesToSave: ['embed_tokens'] });
+  fill(embeddings.whole.tensors.get('model.embed_tokens.weight') as Tensor, 0.5);
+  t.ok((await model.merge(join(folder, 'again'), { adapter: 'embeddings' })).logitDrift < 1e-4);
+});
+
+t.test('embeddings, head, norms and a 4-bit layer are trained whole', async (t) => {
+  const outputDir = t.testdir({});
+  const modules = ['embed_tokens', 'lm_head', 'norm', 'o_proj'];
+  await using trainer = await QLoRATrainer.create({
+    model: demo,
+    dataset: Array.from({ length: 8 }, (_, i) => ({ text: `What is ${i} plus 2? ${i + 2}` })),
+    outputDir,
+    lora: { r: 2, targetModules: ['q_proj'], modulesToSave: modules },
+    learningRate: 1e-3,
+    gradientAccumulationSteps: 2,
+    maxSteps: 6,
+  });
+  const { model, adapter } = trainer;
+  const at = Array.from({ length: 20 }, (_, i) => i + 3);
+  const base = await model.logits(at, { adapter: null });
+  const fresh = await Promise.all([...(adapter?.whole.tensors ?? [])].map(([, tensor]) => tensor.read()));
+  const losses: number[] = [];
+  for await (const event of trainer.train()) if (event.type === 'step') losses.push(event.loss);
+  t.ok((losses.at(-1) as number) < (losses[0] as number), String(losses));
+  let i = 0;
+  for (const [name, tensor] of adapter?.whole.tensors ?? []) {
+    const before = fresh[i++] as Float32Array;
+    t.ok(
+      (await tensor.read()).some((x, j) => x !== before[j]),
+      `${name} changed`,
+    );
+  }
+  t.same(await model.logits(at, { adapter: null }), base, 'the base did not');
+  t.same(readJson<{ modules_to_save: string[] }>(outputDir, 'adapter_config.json').modules_to_save, modules);
+
+  await using again = await QuantizedModel.load(demo);
+  await again.loadLora('a', outputDir);
+  t.same(await again.logits(at), await model.logits(at), 'saved and loaded: the same bits');
+  const options = { maxNewTokens: 5 };
+  t.same(await again.generateTokens(at, options), await model.generateTokens(at, options));
+});
