@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <system_error>
 
 #include "core/error.h"
+#include "core/system_call.h"
 
 namespace qlora {
 
@@ -18,18 +18,9 @@ namespace {
 // Large enough to keep a disk busy, small enough to spread one tensor over the threads.
 constexpr size_t kChunk = size_t{4} << 20;
 
-std::string describe(int error) { return std::system_category().message(error); }
-
 [[noreturn]] void readFailed(const std::string& path, const std::string& what) {
   throw Error("ERR_QLORA_READ_FAILED", path + ": " + what,
               "Check the disk and the permissions, and that nothing changes the file meanwhile.");
-}
-
-template <class Call>
-auto retry(Call&& call) {
-  auto result = call();
-  while (result < 0 && errno == EINTR) result = call();
-  return result;
 }
 
 std::string folderOf(const std::string& path) {
@@ -57,9 +48,18 @@ class OutputFile {
   }
 
   void write(const FilePart& part) {
-    const char* data = static_cast<const char*>(part.data);
-    for (size_t done = 0; done < part.bytes;) {
+    if (!part.pages) return write(static_cast<const char*>(part.data), part.bytes);
+    const std::unique_ptr<char[]> chunk(new char[std::min(part.bytes, kChunk)]);
+    for (size_t done = 0; done < part.bytes; done += kChunk) {
       const size_t n = std::min(part.bytes - done, kChunk);
+      part.pages->read(chunk.get(), n, part.pageOffset + done);
+      write(chunk.get(), n);
+    }
+  }
+
+  void write(const char* data, size_t bytes) {
+    for (size_t done = 0; done < bytes;) {
+      const size_t n = std::min(bytes - done, kChunk);
       const ssize_t written = retry([&] { return ::write(descriptor_, data + done, n); });
       if (written < 0) fail("write it");
       if (written == 0) {
@@ -83,7 +83,7 @@ class OutputFile {
  private:
   [[noreturn]] void fail(const char* what) const {
     const int error = errno;
-    const bool full = error == ENOSPC || error == EDQUOT;
+    const bool full = isDiskFull(error);
     throw Error(
         full ? "ERR_QLORA_DISK_FULL" : "ERR_QLORA_WRITE_FAILED",
         path_ + ": cannot " + what + ": " + describe(error) + " (the file takes " + std::to_string(wanted_) + " bytes)",
@@ -176,6 +176,15 @@ void InputFile::read(void* target, size_t bytes, uint64_t offset) const {
 
 void readParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, ThreadPool& pool) {
   forChunks(bytes, pool, [&](size_t at, size_t n) { file.read(static_cast<char*>(target) + at, n, offset + at); });
+}
+
+void readIntoPages(const InputFile& file, const PageFile& pages, uint64_t pageOffset, size_t bytes, uint64_t offset) {
+  const std::unique_ptr<char[]> chunk(new char[std::min(bytes, kChunk)]);
+  for (size_t done = 0; done < bytes; done += kChunk) {
+    const size_t n = std::min(bytes - done, kChunk);
+    file.read(chunk.get(), n, offset + done);
+    pages.write(chunk.get(), n, pageOffset + done);
+  }
 }
 
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,

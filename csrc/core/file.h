@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/page_file.h"
 #include "core/parallel.h"
 
 namespace qlora {
@@ -36,13 +37,20 @@ class InputFile {
 /// Reads `bytes` from `offset` on every thread of the pool.
 void readParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, ThreadPool& pool);
 
-/// The same, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite or NaN.
+/// Copies bytes of a file into one of paged state.
+void readIntoPages(const InputFile& file, const PageFile& pages, uint64_t pageOffset, size_t bytes, uint64_t offset);
+
+/// The same as readParallel, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite
+/// or NaN.
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,
                         ThreadPool& pool);
 
+/// Bytes in memory or, where pages is set, in a file of paged state.
 struct FilePart {
   const void* data;
   size_t bytes;
+  const PageFile* pages = nullptr;
+  uint64_t pageOffset = 0;
 };
 
 /// Writes the parts one after the other to `temporary` (which may not exist, in the same folder), syncs it, renames it

@@ -5,7 +5,8 @@
 //   in          read                                    a failed input fails the operation
 //   out         allocated before the kernel, overwritten     fails with the operation
 //   accumulate  added to (gradients of parameters)      fails with the operation
-//   update      changed in place (parameters, optimizer state)   untouched when the operation fails
+//   update      changed in place (parameters, counters)     untouched when the operation fails
+//   state       changed in place (optimizer state); its bytes may be in a file (core/page_file.h)
 //   value       a number
 //
 // `optional...` may be left out (an undefined tensor). From this one list come the reading of JavaScript's arguments,
@@ -45,6 +46,15 @@ struct FindError {
   void update(const T& t) {
     in(t);
   }
+  void state(const std::vector<Tensor>& list) {
+    for (const Tensor& t : list) {
+      if (!t.storage->pages) {
+        in(t);
+      } else if (!error) {
+        error = t.storage->error;
+      }
+    }
+  }
   template <class T>
   void value(const T&) {}
 };
@@ -64,6 +74,7 @@ struct AllocateOutputs {
   void optionalAccumulate(const Tensor&) {}
   template <class T>
   void update(const T&) {}
+  void state(const std::vector<Tensor>&) {}
   template <class T>
   void value(const T&) {}
 };
@@ -82,6 +93,7 @@ struct PassOnError {
   void optionalAccumulate(const Tensor& t) { accumulate(t); }
   template <class T>
   void update(const T&) {}
+  void state(const std::vector<Tensor>&) {}
   template <class T>
   void value(const T&) {}
 };

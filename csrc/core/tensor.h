@@ -11,6 +11,8 @@
 
 namespace qlora {
 
+class PageFile;
+
 /// Bytes on a stream. `data` is null until something was written there; `error` says why that failed, and every
 /// operation that would read it fails likewise, up to the read that tells the user.
 struct Storage {
@@ -24,6 +26,7 @@ struct Storage {
 
   /// On the stream's thread only.
   void allocate() {
+    if (pages) fail("ERR_QLORA_INTERNAL", "an operation that cannot page writes a tensor whose bytes are in a file");
     if (!data) data = memory->allocate(bytes, memoryClass);
   }
 
@@ -32,6 +35,9 @@ struct Storage {
   const MemoryClass memoryClass;
   void* data = nullptr;
   std::shared_ptr<const Error> error;
+  /// Where the bytes are kept in a file instead, from pageOffset on: optimizer state only. `data` stays null.
+  std::shared_ptr<PageFile> pages;
+  uint64_t pageOffset = 0;
 };
 
 constexpr int kMaxRank = 4;

@@ -116,6 +116,9 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   ~TensorHandle() override;
   static TensorHandle& of(const Napi::Value& value);
 
+  /// A handle to a tensor whose bytes something else accounts for.
+  static Napi::Object wrap(Napi::Env env, std::shared_ptr<Stream> stream, Tensor tensor);
+
   /// Throws where it was disposed of.
   const Tensor& tensor() const;
 
@@ -129,8 +132,12 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   void release();
 
   Tensor tensor_;
-  bool ownsBytes_ = true;  // a view does not count for V8's garbage collector
+  bool ownsBytes_ = true;  // a view and a paged tensor do not count for V8's garbage collector
 };
+
+/// Fills rank and shape from an array of non-negative integers.
+void readShape(const Napi::Value& value, Tensor& t);
+DType readDType(const Napi::Value& value);
 
 /// Reads an operation's arguments from JavaScript's, in the order of its `visit`.
 class ArgumentReader {
@@ -147,6 +154,7 @@ class ArgumentReader {
   void optionalAccumulate(Tensor& t) { optionalIn(t); }
   void update(Tensor& t) { in(t); }
   void update(std::vector<Tensor>& list) { in(list); }
+  void state(std::vector<Tensor>& list) { in(list); }
   void value(float& x) { x = static_cast<float>(number()); }
   void value(double& x) { x = number(); }
   void value(int64_t& x) { x = static_cast<int64_t>(number()); }
@@ -165,5 +173,6 @@ class ArgumentReader {
 };
 
 void defineFiles(Napi::Env env, Napi::Object exports);
+void definePageFiles(Napi::Env env, Napi::Object exports);
 
 }  // namespace qlora

@@ -198,7 +198,7 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
           info.Env(), handle.stream,
           [file, target, offset, reader, name = info[2].ToString().Utf8Value()](Context& context) {
             try {
-              target.storage->allocate();
+              if (!target.storage->pages) target.storage->allocate();
               reader(*file, target, offset, context.pool);
             } catch (...) {
               const auto error = currentError();
@@ -214,12 +214,15 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
 
   Napi::Value read(const Napi::CallbackInfo& info) {
     return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, ThreadPool& pool) {
-      readParallel(file.file, t.storage->data, t.storage->bytes, offset, pool);
+      const Storage& to = *t.storage;
+      if (to.pages) return readIntoPages(file.file, *to.pages, to.pageOffset, to.bytes, offset);
+      readParallel(file.file, to.data, to.bytes, offset, pool);
     });
   }
 
   Napi::Value readFinite(const Napi::CallbackInfo& info) {
     return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, ThreadPool& pool) {
+      t.storage->allocate();
       readFiniteParallel(file.file, t.storage->data, t.storage->bytes, offset, t.dtype, pool);
     });
   }
@@ -275,13 +278,15 @@ struct Content {
   }
 
   void write(const std::string& path, const std::string& temporary) const {
-    detail::FindError inputs;
-    inputs.in(tensors);
-    if (inputs.error) throw Error(*inputs.error);
     std::vector<FilePart> parts = views;
+    detail::FindError inputs;
     for (size_t i = 0; i < parts.size(); ++i) {
-      if (tensors[i].defined()) parts[i] = {tensors[i].storage->data, tensors[i].storage->bytes};
+      if (!tensors[i].defined()) continue;
+      inputs.state({tensors[i]});
+      const Storage& from = *tensors[i].storage;
+      parts[i] = {from.data, from.bytes, from.pages.get(), from.pageOffset};
     }
+    if (inputs.error) throw Error(*inputs.error);
     writeFile(path, temporary, parts);
   }
 };

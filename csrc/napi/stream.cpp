@@ -130,6 +130,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
 #undef QLORA_DEFINE_OP
   exports.Set("ops", ops);
   defineFiles(env, exports);
+  definePageFiles(env, exports);
 
   // process.exit() and worker.terminate() come here in mid-work: what runs is waited for, the rest is dropped.
   env.AddCleanupHook([data] {

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/page_file.h"
 #include "napi/bind.h"
 
 namespace qlora {
@@ -19,24 +20,6 @@ int indexOf(const char* const (&names)[N], const Napi::Value& value, const char*
     if (text == names[i]) return static_cast<int>(i);
   }
   fail("ERR_QLORA_ARGUMENT", "unknown %s '%s'", what, text.c_str());
-}
-
-/// Fills rank and shape from an array of non-negative integers.
-void readShape(const Napi::Value& value, Tensor& t) {
-  if (!value.IsArray()) fail("ERR_QLORA_ARGUMENT", "a shape must be an array");
-  const Napi::Array array = value.As<Napi::Array>();
-  if (array.Length() > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
-  t.shape = {};
-  t.rank = static_cast<int>(array.Length());
-  double size = 1;
-  for (int i = 0; i < t.rank; ++i) {
-    const double n = array.Get(static_cast<uint32_t>(i)).ToNumber().DoubleValue();
-    size *= n;
-    if (!(n >= 0) || n != static_cast<double>(static_cast<int64_t>(n)) || size > 0x1p48) {
-      fail("ERR_QLORA_SHAPE", "a shape must hold non-negative integers with a product below 2^48");
-    }
-    t.shape[i] = static_cast<int64_t>(n);
-  }
 }
 
 /// By JavaScript's constructor, which throws where there is no memory; Node-API's own function would end the process.
@@ -68,6 +51,25 @@ Napi::Value typedArray(Napi::Env env, DType dtype, size_t count, Napi::ArrayBuff
 
 }  // namespace
 
+void readShape(const Napi::Value& value, Tensor& t) {
+  if (!value.IsArray()) fail("ERR_QLORA_ARGUMENT", "a shape must be an array");
+  const Napi::Array array = value.As<Napi::Array>();
+  if (array.Length() > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
+  t.shape = {};
+  t.rank = static_cast<int>(array.Length());
+  double size = 1;
+  for (int i = 0; i < t.rank; ++i) {
+    const double n = array.Get(static_cast<uint32_t>(i)).ToNumber().DoubleValue();
+    size *= n;
+    if (!(n >= 0) || n != static_cast<double>(static_cast<int64_t>(n)) || size > 0x1p48) {
+      fail("ERR_QLORA_SHAPE", "a shape must hold non-negative integers with a product below 2^48");
+    }
+    t.shape[i] = static_cast<int64_t>(n);
+  }
+}
+
+DType readDType(const Napi::Value& value) { return static_cast<DType>(indexOf(kDTypeNames, value, "dtype")); }
+
 Napi::Function TensorHandle::define(Napi::Env env) {
   return DefineClass(env, "Tensor",
                      {InstanceMethod<&TensorHandle::write>("write"), InstanceMethod<&TensorHandle::read>("read"),
@@ -80,7 +82,7 @@ TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Te
     info.This().As<Napi::Object>().TypeTag(&kTensorTag);
     if (info.Length() == 0) return info.Env().Undefined();  // filled by view()
     stream = StreamHandle::of(info[0]).stream;
-    tensor_.dtype = static_cast<DType>(indexOf(kDTypeNames, info[1], "dtype"));
+    tensor_.dtype = readDType(info[1]);
     readShape(info[2], tensor_);
     const auto memoryClass = static_cast<MemoryClass>(indexOf(kMemoryClassNames, info[3], "memory class"));
     const size_t bytes = static_cast<size_t>(tensor_.size()) * sizeOf(tensor_.dtype);
@@ -128,9 +130,13 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
         info.Env(), stream,
         [target, data, bytes, copy](Context&) {
           try {
-            target.storage->allocate();
+            if (!target.storage->pages) target.storage->allocate();
             target.storage->error = nullptr;
-            if (bytes) std::memcpy(target.storage->data, data, bytes);
+            if (target.storage->pages) {
+              target.storage->pages->write(data, bytes, target.storage->pageOffset);
+            } else if (bytes) {
+              std::memcpy(target.storage->data, data, bytes);
+            }
           } catch (...) {
             target.storage->error = currentError();
             throw;
@@ -153,6 +159,7 @@ Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
         info.Env(), stream,
         [source, target, bytes](Context&) {
           if (source.storage->error) throw Error(*source.storage->error);
+          if (source.storage->pages) return source.storage->pages->read(target, bytes, source.storage->pageOffset);
           if (!source.storage->data && bytes) fail("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
           if (bytes) std::memcpy(target, source.storage->data, bytes);
         },
@@ -169,13 +176,17 @@ Napi::Value TensorHandle::view(const Napi::CallbackInfo& info) {
       fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(),
            shapeText(tensor()).c_str());
     }
-    Napi::Object object = info.Env().GetInstanceData<AddonData>()->tensorClass.New({});
-    TensorHandle& handle = of(object);
-    handle.stream = stream;
-    handle.tensor_ = std::move(viewed);
-    handle.ownsBytes_ = false;
-    return object;
+    return wrap(info.Env(), stream, std::move(viewed));
   });
+}
+
+Napi::Object TensorHandle::wrap(Napi::Env env, std::shared_ptr<Stream> stream, Tensor tensor) {
+  Napi::Object object = env.GetInstanceData<AddonData>()->tensorClass.New({});
+  TensorHandle& handle = of(object);
+  handle.stream = std::move(stream);
+  handle.tensor_ = std::move(tensor);
+  handle.ownsBytes_ = false;
+  return object;
 }
 
 Napi::Value TensorHandle::dispose(const Napi::CallbackInfo& info) {

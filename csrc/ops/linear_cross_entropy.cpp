@@ -87,6 +87,7 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
       for (int64_t v = 0; v < V; ++v) bias[v] = toFloat(from[v]);
     });
   }
+  const float gradientScale = a.lossScale.defined() ? a.scale * *a.lossScale.data<float>() : a.scale;
   const char* h = a.h.data<char>();
   char* dh = a.dh.dataOrNull<char>();
   if (dh) std::memset(dh, 0, static_cast<size_t>(M) * rowBytes);
@@ -127,7 +128,7 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
                           .c = dhChunk,
                           .cDtype = T,
                           .cStride = C,
-                          .alpha = a.scale});
+                          .alpha = gradientScale});
       for (int64_t i = 0; i < m; ++i) std::memcpy(dh + rows[first + i] * rowBytes, dhChunk + i * rowBytes, rowBytes);
     }
     if (a.dweight.defined()) {
@@ -141,7 +142,7 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
                           .c = a.dweight.data<void>(),
                           .cDtype = DType::f32,
                           .cStride = C,
-                          .alpha = a.scale,
+                          .alpha = gradientScale,
                           .store = GemmStore::add});
     }
   }

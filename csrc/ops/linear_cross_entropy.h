@@ -5,15 +5,16 @@
 //   tokenLoss[i] = logsumexp_v(z[i, v]) - z[i, labels[i]]
 //   loss = scale * sum_i tokenLoss[i]
 //
-// Backward, of loss:
+// Backward, of lossScale[0] * loss (of loss where it is left out): f16's gradients need a larger one.
 //   dx[i, v] = (softmax(z[i])[v] - [v = labels[i]]) * (1 - (z[i, v] / softCap)^2)
-//   dh[i] = scale * dx[i] W;    dweight += scale * dx^T h
+//   dh[i] = s * dx[i] W;    dweight += s * dx^T h,    s = scale * lossScale[0]
 //
 // h [.., C] of any floating-point type; weight [V, C]; bias [V] of any floating-point type; labels i32 with one element
-// a row of h; loss f32 [1]; tokenLoss f32, like labels; dh like h; dweight f32 [V, C], for a dense weight. A row whose
-// label is -100 counts for nothing: its tokenLoss and dh are 0, and it costs nothing. A label outside [0, V) fails with
-// ERR_QLORA_TOKEN_ID. Matrix operands are rounded to h's type and summed in fp32 (dx unscaled, so that a small scale
-// does not underflow f16); logits and softmax are fp32, the sum of losses fp64 in row order.
+// a row of h; lossScale and loss f32 [1]; tokenLoss f32, like labels; dh like h; dweight f32 [V, C], for a dense
+// weight. A row whose label is -100 counts for nothing: its tokenLoss and dh are 0, and it costs nothing. A label
+// outside [0, V) fails with ERR_QLORA_TOKEN_ID. Matrix operands are rounded to h's type and summed in fp32 (dx
+// unscaled, so that a small scale does not underflow f16); logits and softmax are fp32, the sum of losses fp64 in row
+// order.
 #pragma once
 
 #include "core/check.h"
@@ -28,7 +29,7 @@ constexpr int32_t kIgnoredLabel = -100;
 struct LinearCrossEntropy {
   Tensor h;
   Weight weight;
-  Tensor bias, labels, loss, tokenLoss, dh, dweight;
+  Tensor bias, labels, lossScale, loss, tokenLoss, dh, dweight;
   float scale, softCap;
 
   template <class V>
@@ -37,6 +38,7 @@ struct LinearCrossEntropy {
     weight.visit(v);
     v.optionalIn(bias);
     v.in(labels);
+    v.optionalIn(lossScale);
     v.out(loss);
     v.optionalOut(tokenLoss);
     v.optionalOut(dh);
@@ -60,6 +62,10 @@ struct LinearCrossEntropy {
     if (labels.size() != h.rows()) {
       fail("ERR_QLORA_SHAPE", "%s: labels must have %lld elements, one a row of h, got %s", op,
            static_cast<long long>(h.rows()), shapeText(labels).c_str());
+    }
+    if (lossScale.defined()) {
+      checkDType(op, "lossScale", lossScale, {DType::f32});
+      checkShape(op, "lossScale", lossScale, {1});
     }
     checkDType(op, "loss", loss, {DType::f32});
     checkShape(op, "loss", loss, {1});

@@ -15,6 +15,7 @@
 #include "ops/linear_cross_entropy.h"
 #include "ops/lora_linear.h"
 #include "ops/matmul.h"
+#include "ops/neftune.h"
 #include "ops/optimizer.h"
 #include "ops/quantize.h"
 #include "ops/random_uniform.h"
@@ -49,7 +50,13 @@
   X(linearCrossEntropy, LinearCrossEntropy) \
   X(gradNorm, GradNorm) \
   X(adamw, AdamW) \
+  X(adamw8bit, AdamW8bit) \
+  X(lion, Lion) \
+  X(lion8bit, Lion8bit) \
+  X(ademamix, AdEMAMix) \
   X(sgd, Sgd) \
+  X(finishStep, FinishStep) \
+  X(neftune, Neftune) \
   X(sample, Sample) \
   X(ropeTable, RopeTable) \
   X(rope, Rope) \

@@ -1,5 +1,6 @@
 /** Rows as the model sees them: what is trained, what only is read, what was cut. */
-import { type EncodeOptions, explainRow, type RowExplanation } from '../data/encode.js';
+import type { EncodeOptions } from '../data/encode.js';
+import { explainRow, type RowExplanation } from '../data/explain.js';
 import { readRows } from '../data/read-rows.js';
 import { describePlace } from '../data/rows.js';
 import { locate } from '../io/hub.js';

@@ -1,5 +1,5 @@
 /** What the addon offers for files (csrc/napi/file.cpp). */
-import { type NativeTensor, native } from '../native.js';
+import { type NativeStream, type NativeTensor, native } from '../native.js';
 
 export type NativeTensorRow = [name: string, dtype: string, shape: number[], begin: number, end: number];
 
@@ -14,7 +14,14 @@ export interface NativeSafetensorsFile {
   close(): void;
 }
 
+export interface NativePageFile {
+  open(): Promise<void>;
+  tensor(dtype: string, shape: readonly number[]): NativeTensor;
+  close(): void;
+}
+
 interface FileAddon {
+  PageFile: new (stream: NativeStream, path: string, bytes: number, slotBytes: number) => NativePageFile;
   SafetensorsFile: new (path: string) => NativeSafetensorsFile;
   writeFile(path: string, temporaryPath: string, parts: readonly (NativeTensor | ArrayBufferView)[]): Promise<void>;
 }

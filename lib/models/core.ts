@@ -13,6 +13,7 @@ import type { DecoderConfig, Family } from './config.js';
 import { type DecoderPass, type DecoderWeights, decode } from './decoder.js';
 import type { KeyValueCache } from './key-value-cache.js';
 import type { LoraAdapter } from './lora-adapter.js';
+import { noiseMagnitudes, noiseStream } from './neftune.js';
 import { dependsOnLength, ropeFrequencies } from './rope.js';
 import type { LoadedWeights } from './weights.js';
 
@@ -41,7 +42,7 @@ export interface TokenRows {
   length: number;
   /** Default: 0, 1, ... in each row, after what the cache holds. */
   positions?: Int32Array;
-  /** Default: each row is one sequence. */
+  /** Below 0 in padding. Default: each row is one sequence. */
   segmentIds?: Int32Array;
 }
 
@@ -74,11 +75,15 @@ export function hiddenStates(
   }
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
+  const { neftune } = pass;
+  using magnitude =
+    neftune && Tensor.from(core.stream, noiseMagnitudes(neftune.alpha, core.config.hiddenSize, rows), [batch, length]);
+  const noise = neftune && magnitude && { magnitude, seed: neftune.seed, stream: noiseStream(neftune.microStep) };
   const start = cache?.length ?? 0;
   const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
   const table = makeRopeTable(core, positions, length);
   try {
-    const input = { tokens, rope: table, ...(segments ? { segments } : {}), ...(cache ? { cache } : {}) };
+    const input = { tokens, rope: table, segments, cache, noise };
     return decode(tape, core.config, decoderOf(core, pass.adapter), input, {
       ...pass,
       computeDtype: core.computeDtype,

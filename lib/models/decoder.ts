@@ -9,6 +9,7 @@ import { add } from '../ops/elementwise.js';
 import { embedding } from '../ops/embedding.js';
 import { glu } from '../ops/glu.js';
 import { appendKeyValue } from '../ops/key-value-cache.js';
+import { type NeftuneKey, neftune } from '../ops/neftune.js';
 import { reshape } from '../ops/reshape.js';
 import { rmsNorm } from '../ops/rms-norm.js';
 import { type RopeTable, rope } from '../ops/rope.js';
@@ -46,12 +47,16 @@ export interface DecoderInput {
   /** i32 [B, T]: tokens attend within equal ids only; left out where each row is one sequence. */
   segments?: Tensor;
   cache?: KeyValueCache;
+  /** Noise on the embeddings: f32 [B, T], the magnitude of each token's. */
+  noise?: NeftuneKey & { magnitude: Tensor };
 }
 
 export interface DecoderPass extends Pass {
   computeDtype: FloatDType;
   /** 'blocks' keeps only each block's input and computes the rest again in the backward pass. */
   checkpointing: 'none' | 'blocks';
+  /** While training: NEFTune's alpha, and the key of this micro-step's noise. */
+  neftune?: { alpha: number; seed: number; microStep: number };
 }
 
 /** Hidden states after the last norm, [B T, C]. */
@@ -62,11 +67,13 @@ export function decode(
   input: DecoderInput,
   pass: DecoderPass,
 ): Tensor {
-  const { tokens, cache } = input;
+  const { tokens, cache, noise } = input;
   const [B, T] = tokens.shape as [number, number];
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
-  let x = reshape(tape, embedded, [B * T, config.hiddenSize]);
+  const start = noise ? neftune(tape, embedded, noise.magnitude, noise) : embedded;
+  let x = reshape(tape, start, [B * T, config.hiddenSize]);
   embedded.dispose();
+  start.dispose();
   pass.inspect?.(weights.embedding, x);
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);

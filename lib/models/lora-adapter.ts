@@ -77,6 +77,11 @@ export class LoraAdapter {
     return [...this.layers.flatMap((layer) => layer.parameters), ...this.whole.tensors.values()];
   }
 
+  /** @internal The same by their names in PEFT's files. */
+  get namedParameters(): Map<string, Tensor> {
+    return new Map(this.layers.flatMap((layer) => partsOf(layer).map(({ key, tensor }) => [key, tensor])));
+  }
+
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. It is seen whole, or as it was before. */
   async save(directory: string): Promise<void> {
     await makeFolder(directory);

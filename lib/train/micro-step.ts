@@ -12,6 +12,8 @@ export interface StepResult {
   loss: number;
   gradNorm: number;
   finite: boolean;
+  /** What f16's loss was scaled by in this step; 1 otherwise. */
+  lossScale: number;
   tokens: number;
 }
 
@@ -27,7 +29,7 @@ export interface EnqueuedStep {
 }
 
 /**
- * Enqueues the loss of some rows, times `scale`, and with a tape its gradients.
+ * Enqueues the loss of some rows, times `scale`, and with a tape its gradients, times `lossScale` [1] as well.
  *
  * @returns the loss [1], to be read and disposed of
  */
@@ -37,6 +39,7 @@ export function enqueueLoss(
   rows: readonly EncodedRow[],
   scale: number,
   pass: Omit<DecoderPass, 'computeDtype'>,
+  lossScale?: Tensor,
 ): Tensor {
   const batch = collate(rows, { padId: core.tokenizer?.padTokenId ?? 0 });
   // One row has no padding, and its tokens are one segment.
@@ -44,7 +47,7 @@ export function enqueueLoss(
   const { tokens, batch: B, length, positions } = batch;
   using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
   using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
-  const loss = linearCrossEntropy(tape, hidden, decoderOf(core, pass.adapter).head, labels, { scale });
+  const loss = linearCrossEntropy(tape, hidden, decoderOf(core, pass.adapter).head, labels, { scale, lossScale });
   if (tape) {
     using one = new Tensor(core.stream, 'f32', [1]);
     fill(one, 1);

@@ -116,7 +116,7 @@ export interface TrainerOptions {
   seed?: number;
 }
 
-const optimizerNames = [
+export const optimizerNames = [
   'paged_adamw_32bit',
   'paged_adamw_8bit',
   'adamw_32bit',

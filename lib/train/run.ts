@@ -157,13 +157,19 @@ export class Run {
     this.#previous = undefined;
     const { stepper, progress } = this.#t;
     const { step, learningRate } = enqueued;
-    const { loss, gradNorm, finite, tokens } = await enqueued.result;
+    const { loss, gradNorm, finite, tokens, lossScale } = await enqueued.result;
     const now = performance.now();
     const tokensPerSecond = (tokens * 1000) / (now - this.#since);
     this.#since = now;
     progress.loss = loss;
-    progress.skipped = finite ? 0 : progress.skipped + 1;
-    if (!finite) {
+    // A scale that was too large is no fault of the run: it has been halved, until it is 1.
+    const overflowed = !finite && lossScale > 1 && Number.isFinite(loss);
+    if (!overflowed) progress.skipped = finite ? 0 : progress.skipped + 1;
+    if (overflowed) {
+      const what = `a gradient overflowed f16 with the loss scaled by ${lossScale}`;
+      const message = `step ${step}: ${what}: the step changed nothing, and the scale is ${lossScale / 2} now`;
+      this.#emit({ type: 'warning', code: 'LOSS_SCALE', message });
+    } else if (!finite) {
       const message = `step ${step}: loss ${loss}, gradient norm ${gradNorm}: the step changed nothing`;
       this.#emit({ type: 'warning', code: 'NON_FINITE_GRADIENT', message });
     }

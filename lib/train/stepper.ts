@@ -12,7 +12,7 @@ import type { StepPlan } from './step-plan.js';
 
 /** Enqueues steps, and counts them. */
 export class Stepper {
-  /** Steps enqueued, and micro-steps, which key the dropout. */
+  /** Steps enqueued, and micro-steps, which key dropout and noise. */
   step = 0;
   microStep = 0;
 
@@ -52,7 +52,8 @@ export class Stepper {
           this.microStep = before.microStep;
           return undefined;
         }
-        const loss = enqueueLoss(core, new Tape(), part, 1 / targets, this.passOf(this.microStep++));
+        const pass = this.passOf(this.microStep++);
+        const loss = enqueueLoss(core, new Tape(), part, 1 / targets, pass, optimizer.lossScale);
         // 0, or NaN where the loss is not finite: the gradient may be finite all the same.
         checks.push(scale(undefined, loss, 0));
         losses.push(handled(readScalar(loss)));
@@ -63,13 +64,13 @@ export class Stepper {
       await losses.at(-2);
       const learningRate = this.plan.learningRate(this.step);
       this.step++;
-      using norm = optimizer.step(this.step, learningRate, checks);
-      const norms = handled(norm.read());
+      using outcome = optimizer.step(learningRate, checks);
+      const outcomes = handled(outcome.read());
       const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
       const result = (async () => {
         const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
-        const [gradNorm, finite] = (await norms) as unknown as [number, number];
-        return { loss, gradNorm, finite: finite === 1, tokens };
+        const [gradNorm, applied, lossScale] = (await outcomes) as unknown as [number, number, number];
+        return { loss, gradNorm, finite: applied === 1, lossScale, tokens };
       })();
       // A step that failed, for want of memory, changed nothing and does not count.
       result.catch(() => {
@@ -91,11 +92,12 @@ export class Stepper {
   }
 
   passOf(microStep: number): Omit<DecoderPass, 'computeDtype'> {
-    const { gradientCheckpointing, seed } = this.options;
+    const { gradientCheckpointing, seed, neftuneNoiseAlpha: alpha } = this.options;
     return {
       adapter: this.adapterName,
       checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
       dropout: { seed, microStep },
+      neftune: alpha > 0 ? { alpha, seed, microStep } : undefined,
     };
   }
 }

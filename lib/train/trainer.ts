@@ -45,6 +45,8 @@ export class QLoRATrainer implements AsyncDisposable {
     adapter: LoraAdapter | undefined,
     options: ResolvedTrainerOptions,
     datasets: Datasets,
+    plan: StepPlan,
+    optimizer: Optimizer,
   ) {
     this.model = model;
     this.adapter = adapter;
@@ -53,8 +55,6 @@ export class QLoRATrainer implements AsyncDisposable {
     this.preflight = datasets.preflight;
     this.#ownsModel = typeof options.model === 'string';
     const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
-    const plan = new StepPlan(datasets.train, options);
-    const optimizer = new Optimizer(parameters, options);
     this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
     this.#progress = { loss: Number.NaN, skipped: 0, run: undefined, saved: undefined };
     if (adapter) adapter.training = trainingRecord(options.template);
@@ -81,7 +81,11 @@ export class QLoRATrainer implements AsyncDisposable {
       resolved.template ??= templateOf(adapter?.training);
       datasets = await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
-      return new QLoRATrainer(model, adapter, resolved, datasets);
+      const plan = new StepPlan(datasets.train, resolved);
+      const trained = adapter?.namedParameters ?? model.core.weights.dense;
+      const setting = { totalSteps: plan.totalSteps, computeDtype: model.core.computeDtype };
+      const optimizer = await Optimizer.create(trained, resolved, setting);
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
     } catch (error) {
       await datasets?.close();
       if (typeof given === 'string') await model.dispose();

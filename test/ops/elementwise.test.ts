@@ -2,6 +2,7 @@ import t from 'tap';
 import { add, cast, dropout, fill, scale, scaleByTensor, zeros } from '../../lib/ops/elementwise.js';
 import { embedding } from '../../lib/ops/embedding.js';
 import { type Activation, glu } from '../../lib/ops/glu.js';
+import { neftune } from '../../lib/ops/neftune.js';
 import { type DType, type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
 import {
   checkMisuse,
@@ -12,7 +13,7 @@ import {
   tensorOf,
   type Values,
 } from '../support/op-harness.js';
-import { dropoutFactors } from '../support/philox.js';
+import { dropoutFactors, philox } from '../support/philox.js';
 
 const floats: readonly FloatDType[] = ['f32', 'bf16', 'f16'];
 const column = (values: Values, name: string) => values[name] as Float64Array;
@@ -44,7 +45,36 @@ const wide = [3, 6007];
 const odd = [3, 607];
 const key = { p: 0.3, seed: 2 ** 40 + 5, stream: 2 ** 33 + 7 };
 
+/** The noise of an array [.., T, C]. */
+function neftuneNoise([B, T, C]: readonly [number, number, number]): Float64Array {
+  return Float64Array.from({ length: B * T * C }, (_, i) => {
+    const [token, c] = [Math.floor(i / C), i % C];
+    const counter = Math.floor(token / T) * 2 ** 32 + (token % T) * Math.ceil(C / 4) + Math.floor(c / 4);
+    const word = philox(key.seed, key.stream, counter)[c % 4] as number;
+    return 2 * ((word >>> 8) / 2 ** 24) - 1;
+  });
+}
+
+function neftuneCase(shape: readonly [number, number, number]): OpCase {
+  const noise = neftuneNoise(shape);
+  return {
+    name: `neftune of ${shape}`,
+    inputs: {
+      x: { shape, gradient: 'activation' },
+      magnitude: { shape: shape.slice(0, 2), dtype: 'f32', value: (i) => (i % 3) / 4 },
+    },
+    run: (tape, { x, magnitude }) => neftune(tape, x as Tensor, magnitude as Tensor, key),
+    reference: (v) =>
+      column(v, 'x').map(
+        (x, i) => x + (column(v, 'magnitude')[Math.floor(i / shape[2])] as number) * (noise[i] as number),
+      ),
+  };
+}
+
 const cases: OpCase[] = [
+  neftuneCase([1, 1, 1]),
+  neftuneCase([2, 5, 67]),
+  neftuneCase([3, 20, 130]),
   {
     name: 'add',
     inputs: { a: { shape: wide, gradient: 'activation' }, b: { shape: wide, gradient: 'activation' } },

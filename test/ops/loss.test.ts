@@ -162,6 +162,45 @@ if (process.env.QLORA_TEST_DIGEST) {
   await forEachIsa(t, import.meta.url, async () => {
     await checkOps(t, cases);
 
+    await t.test('a loss scale multiplies gradients, not the loss', async (t) => {
+      const stream = new Stream();
+      const results: Float32Array[][] = [];
+      for (const factor of [undefined, 1024]) {
+        const lossScale = factor && Tensor.from(stream, Float32Array.of(factor), [1]);
+        const [h, table] = [
+          [3, 5],
+          [7, 5],
+        ].map((shape, k) => {
+          const size = (shape[0] as number) * (shape[1] as number);
+          const x = Tensor.from(
+            stream,
+            Float32Array.from({ length: size }, (_, i) => Math.sin(i + k)),
+            shape,
+          );
+          x.requiresGrad = true;
+          x.gradient = zeros(stream, shape, 'f32');
+          return x;
+        }) as [Tensor, Tensor];
+        const labels = Tensor.from(stream, Int32Array.of(1, -100, 6), [3]);
+        const tape = new Tape();
+        const loss = linearCrossEntropy(tape, h, Weight.dense(table), labels, {
+          scale: 0.3,
+          lossScale: lossScale || undefined,
+        });
+        const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]), h) as Tensor;
+        results.push(await Promise.all([loss.read(), dh.read(), (table.gradient as Tensor).read()]));
+      }
+      const [plain, scaled] = results as [Float32Array[], Float32Array[]];
+      t.same([...(scaled[0] as Float32Array)], [...(plain[0] as Float32Array)]);
+      for (const i of [1, 2])
+        t.same(
+          [...(scaled[i] as Float32Array)],
+          (plain[i] as Float32Array).map((g) => g * 1024),
+        );
+      t.ok(plain[1]?.some((g) => g !== 0));
+      await stream.close();
+    });
+
     await t.test('all results at once, in several chunks of rows', async (t) => {
       const stream = new Stream();
       for (const [M, V, C, softCap] of [

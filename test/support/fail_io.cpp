@@ -1,10 +1,14 @@
 // Preloaded into a process to make the n-th system call of a save fail. A save begins where a temporary file is
 // created; from there on every open, write, fsync, close and rename of that thread is counted, from 0.
 //   FAIL_AT=n FAIL_WITH=errno: that call fails;  FAIL_WITH=short: that write writes half.
+// Files that have no name, which hold paged state, are counted by themselves, over all threads:
+//   FAIL_PAGING=pread, pwrite or posix_fallocate FAIL_PAGING_AT=n FAIL_WITH=errno, short or end: that call of these.
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdarg>
 #include <cstdlib>
@@ -50,9 +54,43 @@ int openAny(const char* name, const char* path, int flags, int mode) {
   return real<int (*)(const char*, int, ...)>(name)(path, flags, mode);
 }
 
+std::atomic<int> paged{0};
+
+bool hitPaging(const char* call, int descriptor) {
+  const char* wanted = std::getenv("FAIL_PAGING");
+  struct stat status;
+  if (!wanted || std::strcmp(wanted, call) != 0 || fstat(descriptor, &status) != 0 || status.st_nlink != 0)
+    return false;
+  return paged++ == std::atoi(std::getenv("FAIL_PAGING_AT"));
+}
+
+/// What a transfer that is to fail does instead: half of it, nothing, or an error.
+template <class Data>
+ssize_t failTransfer(const char* call, int descriptor, Data data, size_t bytes, off_t offset) {
+  if (isShort()) return real<ssize_t (*)(int, Data, size_t, off_t)>(call)(descriptor, data, (bytes + 1) / 2, offset);
+  if (std::strcmp(std::getenv("FAIL_WITH"), "end") == 0) return 0;
+  errno = std::atoi(std::getenv("FAIL_WITH"));
+  return -1;
+}
+
 }  // namespace
 
 extern "C" {
+
+ssize_t pread(int descriptor, void* data, size_t bytes, off_t offset) {
+  if (hitPaging("pread", descriptor)) return failTransfer("pread", descriptor, data, bytes, offset);
+  return real<ssize_t (*)(int, void*, size_t, off_t)>("pread")(descriptor, data, bytes, offset);
+}
+
+ssize_t pwrite(int descriptor, const void* data, size_t bytes, off_t offset) {
+  if (hitPaging("pwrite", descriptor)) return failTransfer("pwrite", descriptor, data, bytes, offset);
+  return real<ssize_t (*)(int, const void*, size_t, off_t)>("pwrite")(descriptor, data, bytes, offset);
+}
+
+int posix_fallocate(int descriptor, off_t offset, off_t bytes) {
+  if (hitPaging("posix_fallocate", descriptor)) return std::atoi(std::getenv("FAIL_WITH"));
+  return real<int (*)(int, off_t, off_t)>("posix_fallocate")(descriptor, offset, bytes);
+}
 
 int open(const char* path, int flags, ...) {
   va_list rest;
