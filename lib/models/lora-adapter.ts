@@ -74,12 +74,12 @@ export class LoraAdapter {
 
   /** @internal What is trained, in the order of the layers, then the modules that are trained whole. */
   get parameters(): Tensor[] {
-    return [...this.layers.flatMap((layer) => layer.parameters), ...this.whole.tensors.values()];
+    return [...this.namedParameters.values()];
   }
 
   /** @internal The same by their names in PEFT's files. */
   get namedParameters(): Map<string, Tensor> {
-    return new Map(this.layers.flatMap((layer) => partsOf(layer).map(({ key, tensor }) => [key, tensor])));
+    return new Map(partsOf(this).map(({ key, tensor }) => [key, tensor]));
   }
 
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. It is seen whole, or as it was before. */
