@@ -109,7 +109,7 @@ function checkCommandLine(env) {
   for (const command of ['train', 'generate', 'resume'])
     check(help.includes(command), `--help does not say ${command}`);
   check(/cpu/i.test(run('npx', ['qlora-node', 'doctor'], { env })), 'doctor does not say what there is to run on');
-  const answer = run('npx', ['qlora-node', 'generate', '--model', 'model', '--prompt', '2 plus 2'], { env });
+  const answer = run('npx', ['qlora-node', 'generate', 'model', '2 plus 2'], { env });
   check(answer.trim().length > 0, 'generate said nothing');
   say('npx qlora-node: --help, doctor, generate');
 }
