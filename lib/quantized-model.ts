@@ -144,6 +144,7 @@ export class QuantizedModel implements AsyncDisposable {
     directory: string,
     options: LoadOptions,
     storage: WeightOptions['storage'],
+    purpose?: 'rehearsal',
   ): Promise<QuantizedModel> {
     const resolved = resolveLoadOptions(options, 'load');
     const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolved;
@@ -157,6 +158,7 @@ export class QuantizedModel implements AsyncDisposable {
       allowUnknownConfig,
       signal,
       onProgress: progress('load'),
+      purpose,
     });
     log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
     return new QuantizedModel(core);

@@ -15,11 +15,11 @@ import type { Stepper } from './stepper.js';
 export async function firstBadPart(
   stepper: Stepper,
   adapter: LoraAdapter | undefined,
-  { rows, firstMicroStep }: EnqueuedStep,
+  { sequences, firstMicroStep }: EnqueuedStep,
 ): Promise<string | undefined> {
   const { core, optimizer } = stepper;
   const names = namesOf(core, adapter);
-  const parts = stepper.microBatches(rows);
+  const parts = stepper.microBatches(sequences);
   for (const [i, part] of parts.entries()) {
     const seen: { name: string; norm: Tensor }[] = [];
     const inspect = (what: string | Tensor, y: Tensor) => {

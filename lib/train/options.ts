@@ -35,7 +35,10 @@ export interface TrainerOptions {
   /** Of a model named `owner/name`: see LoadOptions. */
   offline?: boolean;
   revision?: string;
-  /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
+  /**
+   * Bytes on the device: a plan above it is an error before anything is loaded, and a model that the trainer loads takes
+   * no more. Default: no limit.
+   */
   maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
   lora?: LoraOptions | 'none';
@@ -80,12 +83,15 @@ export interface TrainerOptions {
   optimizer?: (typeof optimizerNames)[number];
   /**
    * Keep only each layer's input for the backward pass, and compute the rest again; default true. 'auto' does so for as
-   * many layers as maxMemory demands.
+   * many layers as maxMemory demands or, without it, what the system has free. The bits are the same.
    */
   gradientCheckpointing?: boolean | 'auto';
   /** Rows of like length, in tokens, come in one step; default true. */
   groupByLength?: boolean;
-  /** Several rows in one sequence of maxLength, none of which attends to another; default false. */
+  /**
+   * Several rows in one sequence of at most maxLength tokens, none of which attends to another; batchSize then counts
+   * sequences. Default false.
+   */
   packing?: boolean;
   /** Train on the prompt too; default false. */
   trainOnSource?: boolean;
@@ -203,8 +209,14 @@ export const schema = z.strictObject({
   seed: z.int().min(0).default(42),
 });
 
-export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
-  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
+export type ResolvedTrainerOptions = Omit<
+  z.infer<typeof schema>,
+  'dataset' | 'lora' | 'quantization' | 'device' | 'gradientCheckpointing'
+> &
+  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'> & {
+    /** A number of layers, once memory was planned. */
+    gradientCheckpointing: boolean | 'auto' | number;
+  };
 
 /** Several sources, rather than rows. */
 export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {
