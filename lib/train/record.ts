@@ -6,7 +6,7 @@ import type { RunContext, RunSample } from '../report/run-log.js';
 import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
 import type { Trainee } from './run.js';
 
-export function contextOf({ stepper, model, adapter }: Pick<Trainee, 'stepper' | 'model' | 'adapter'>): RunContext {
+export function contextOf({ stepper, model, adapter, datasets, memoryPlan }: Trainee): RunContext {
   const { directory } = model.core;
   const { options, plan, parameters } = stepper;
   const trainableParameters = adapter?.trainableParameters ?? parameters.reduce((n, { size }) => n + size, 0);
@@ -14,6 +14,8 @@ export function contextOf({ stepper, model, adapter }: Pick<Trainee, 'stepper' |
     options: plain({ ...options, model: directory }),
     totalSteps: plan.totalSteps,
     model: { name: directory, device: model.device, sizeBytes: model.sizeBytes, trainableParameters },
+    preflight: datasets.preflight,
+    ...(memoryPlan ? { memoryPlan } : {}),
   };
 }
 
