@@ -43,7 +43,7 @@ const layers: Record<string, readonly string[]> = {
     'models', 'generate',
   ],
   'devices.ts': ['errors.ts', 'native.ts'],
-  report: ['errors.ts', 'logger.ts', 'io'],
+  report: ['errors.ts', 'logger.ts', 'io', 'data'],
   train: [
     'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'autograd.ts', 'ops', 'io', 'data', 'models',
     'quantized-model.ts', 'report',

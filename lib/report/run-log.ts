@@ -2,8 +2,10 @@
 import { createReadStream } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
 import { createInterface } from 'node:readline';
+import type { Preflight } from '../data/preflight.js';
 import { QLoRAError } from '../errors.js';
 import type { TrainEvent } from '../train/events.js';
+import type { MemoryPlan } from '../train/rehearsal.js';
 import { Curve } from './curve.js';
 
 export const metricsFile = 'metrics.jsonl';
@@ -15,9 +17,9 @@ export interface RunContext {
   totalSteps: number;
   model: { name: string; device: string; sizeBytes: number; trainableParameters: number };
   /** Bytes by class with their `total`, as planned before anything was loaded. */
-  memoryPlan?: Readonly<Record<string, number>>;
-  /** What was seen in the data before the first step: numbers, texts, lists of row numbers. */
-  preflight?: Readonly<Record<string, unknown>>;
+  memoryPlan?: Readonly<MemoryPlan>;
+  /** What was seen in the data before the first step. */
+  preflight?: Preflight;
 }
 
 /** What the model answered after an evaluation. */

@@ -1,5 +1,6 @@
 /** The report of a run: how it learnt, what it said meanwhile, what it took, and with which options. */
 import { smooth } from './curve.js';
+import { dataOf } from './data-section.js';
 import { bytes, clock, duration, percent, thousands } from './format.js';
 import { type Html, html } from './html.js';
 import { type Chart, figures, type Page, section, type Tile, table, tiles } from './page.js';
@@ -38,7 +39,7 @@ export function runPage(log: RunLog, extras: Extras = {}): Page {
       ...(extras.sections ?? []),
       samples(log),
       memory(log),
-      preflight(log),
+      dataOf(log),
       messages(log),
       extras.options ?? options(log),
       extras.footer ?? html``,
@@ -236,12 +237,6 @@ ${rows.map(
     html`<tr><th scope="row">${name}${meaning ? html`<small>${meaning}</small>` : ''}</th><td class="share"><span class="meter long ${kind}"><i style="width:${((100 * size) / largest).toFixed(1)}%"></i></span></td><td class="num"><b>${bytes(size)}</b></td></tr>
 `,
 )}</tbody></table></div>`;
-}
-
-function preflight({ start }: RunLog): Html {
-  const entries = Object.entries(start?.preflight ?? {});
-  if (entries.length === 0) return html``;
-  return section('Data', facts(entries), 'What was seen in the rows before the first step.');
 }
 
 function messages({ warnings, checkpoints }: RunLog): Html {

@@ -26,6 +26,7 @@ import type { TrainEvent, TrainResult } from './events.js';
 import { differences, rowsHash, type Settings, settingsOf } from './fingerprint.js';
 import type { EnqueuedStep } from './micro-step.js';
 import { answers, contextOf } from './record.js';
+import type { MemoryPlan } from './rehearsal.js';
 import type { Stepper } from './stepper.js';
 import type { Turns } from './turns.js';
 
@@ -39,6 +40,7 @@ export interface Trainee {
   adapter: LoraAdapter | undefined;
   trained: Trained;
   datasets: Datasets;
+  memoryPlan: MemoryPlan | undefined;
   /** Calls from outside run between steps. */
   turns: Turns;
   /** Writes the result into outputDir. */

@@ -34,6 +34,8 @@ export class QLoRATrainer implements AsyncDisposable {
   readonly preflight: Preflight;
   readonly #options: ResolvedTrainerOptions;
   readonly #datasets: Datasets;
+  /** undefined where nothing demanded one. */
+  readonly #memoryPlan: MemoryPlan | undefined;
   readonly #stepper: Stepper;
   readonly #progress: Progress;
   readonly #turns = new Turns();
@@ -48,12 +50,14 @@ export class QLoRATrainer implements AsyncDisposable {
     datasets: Datasets,
     plan: StepPlan,
     optimizer: Optimizer,
+    memoryPlan: MemoryPlan | undefined,
   ) {
     this.model = model;
     this.adapter = adapter;
     this.#options = options;
     this.#datasets = datasets;
     this.preflight = datasets.preflight;
+    this.#memoryPlan = memoryPlan;
     this.#ownsModel = typeof options.model === 'string';
     const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
     this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
@@ -95,7 +99,7 @@ export class QLoRATrainer implements AsyncDisposable {
         paging: planned?.paging && { ...planned.paging, directory: resolved.outputDir },
       };
       const optimizer = await Optimizer.create(trained, resolved, setting);
-      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
+      return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer, planned?.memory);
     } catch (error) {
       await datasets?.close();
       if (typeof given === 'string') await model?.dispose();
@@ -218,6 +222,7 @@ export class QLoRATrainer implements AsyncDisposable {
       adapter: this.adapter,
       trained: this.adapter ?? whole,
       datasets: this.#datasets,
+      memoryPlan: this.#memoryPlan,
       turns: this.#turns,
       save: () => this.save(),
       progress: this.#progress,

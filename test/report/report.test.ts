@@ -26,8 +26,22 @@ const context: RunContext = {
   options: { model: 'models/tiny', learningRate: 2e-4, loggingSteps: 2, template: hostile },
   totalSteps: 6,
   model: { name: hostile, device: 'cpu', sizeBytes: 3_400_000, trainableParameters: 12_345 },
-  memoryPlan: { weights: 3e6, activations: 1e6, total: 4e6 },
-  preflight: { rows: 51_760, duplicates: 12, emptyTargets: [4, 17] },
+  memoryPlan: { weights: 3e6, adapters: 0, optimizer: 0, activations: 1e6, scratch: 0, total: 4e6 },
+  preflight: {
+    rows: 51_760,
+    tokens: 4_000_000,
+    targetTokens: 1_000_000,
+    truncatedRows: 8,
+    truncatedShare: 0.02,
+    truncatedTokens: 77,
+    duplicates: { count: 12, rows: [{ source: 'a', row: 9, sameAs: { source: 'b', row: 4 } }] },
+    emptyTargets: { count: 1, rows: [{ source: hostile, row: 17 }] },
+    longest: [{ source: 'a', row: 3, tokens: 1280 }],
+    sources: [
+      { name: 'a', used: 1000, total: 75_000, tokens: 3_000_000, weight: 2 },
+      { name: 'b', used: 50_760, total: undefined, tokens: 1_000_000, weight: 1 },
+    ],
+  },
 };
 
 const step = (n: number, loss = 1 / n): TrainEvent => ({
@@ -87,7 +101,7 @@ t.test('metrics.jsonl', async (t) => {
   const directory = folder();
   await run(directory);
   const [start, ...rest] = lines(directory);
-  t.same(start, { type: 'start', ...context });
+  t.same(start, { type: 'start', ...JSON.parse(JSON.stringify(context)) });
   t.same(
     rest.map(({ type, step }) => `${type} ${step}`),
     [
@@ -188,7 +202,7 @@ t.test('report.html', async (t) => {
   t.test('shows what strangers wrote as text', async (t) => {
     t.notMatch(html, "onerror=\"alert('1')");
     const text = '&lt;/script&gt;&lt;img src=x onerror=&quot;alert(&#39;1&#39;)&quot;&gt; &lt;!-- $&amp; $1';
-    t.equal(html.split(text).length - 1, 5, 'model, option, prompt, answer, warning');
+    t.equal(html.split(text).length - 1, 6, 'model, option, prompt, answer, warning, source');
   });
   t.test('draws every step', async (t) => {
     const [loss, , , , memory] = chartsOf(html);
@@ -205,7 +219,16 @@ t.test('report.html', async (t) => {
     for (const { id } of chartsOf(html)) t.match(html, `id="${id}" role="img" aria-label="`);
   });
   t.test('says what happened', async (t) => {
-    const texts = ['step 6, finished', '12,345 numbers', '98% of the plan', '51760', '[4,17]', 'checkpoint-3', '>one<'];
+    const texts = [
+      'step 6, finished',
+      '12,345 numbers',
+      '98% of the plan',
+      '51,760',
+      '1,000 of 75,000',
+      'checkpoint-3',
+      '>one<',
+    ];
+    texts.push('25% of them trained', '8 rows lost 77 tokens', 'is equal to row 4 of b');
     for (const text of texts) t.ok(html.includes(text), text);
   });
 });
