@@ -40,7 +40,8 @@ void readParallel(const InputFile& file, void* target, size_t bytes, uint64_t of
 /// Copies bytes of a file into one of paged state.
 void readIntoPages(const InputFile& file, const PageFile& pages, uint64_t pageOffset, size_t bytes, uint64_t offset);
 
-/// The same as readParallel, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite or NaN.
+/// The same as readParallel, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite
+/// or NaN.
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,
                         ThreadPool& pool);
 

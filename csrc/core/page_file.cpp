@@ -16,7 +16,8 @@ namespace qlora {
 
 namespace {
 
-constexpr const char* kHint = "Check the disk that the optimizer's state is paged to, then resume from the last checkpoint.";
+constexpr const char* kHint =
+    "Check the disk that the optimizer's state is paged to, then resume from the last checkpoint.";
 
 [[noreturn]] void failed(const char* code, const std::string& path, const std::string& what, const char* hint) {
   throw Error(code, path + ": cannot " + what, hint);
@@ -47,7 +48,8 @@ PageFile::PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shar
   }
   const char* hint = "Give outputDir a folder on a disk that can be written, with space for the optimizer's state.";
   descriptor_ = retry([&] { return open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600); });
-  if (descriptor_ < 0) failed("ERR_QLORA_WRITE_FAILED", path_, "create the file of paged state: " + describe(errno), hint);
+  if (descriptor_ < 0)
+    failed("ERR_QLORA_WRITE_FAILED", path_, "create the file of paged state: " + describe(errno), hint);
   unlink(path_.c_str());
   if (const int error = reserve(descriptor_, bytes_)) {
     close(descriptor_);
@@ -170,8 +172,8 @@ std::vector<Batch> cutIntoBatches(size_t slotBytes, const std::vector<Tensor>& p
   return batches;
 }
 
-/// Reads batches ahead and writes them back once they are updated, in a fixed order: batch k + 3 is read into the slot of
-/// batch k after that was written.
+/// Reads batches ahead and writes them back once they are updated, in a fixed order: batch k + 3 is read into the slot
+/// of batch k after that was written.
 class Pager {
  public:
   Pager(const PageFile& file, const std::vector<Batch>& batches) : file_(file), batches_(batches) {

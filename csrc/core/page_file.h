@@ -1,8 +1,8 @@
 // Optimizer state that may be larger than memory: kept in a file, and streamed through three slots while it is updated.
 //
 // No name leads to the file, so it goes with the process, however that ends. Its space is reserved when it is made: a
-// full disk is an error before training starts. It is read and written by pread and pwrite and never mapped: a disk that
-// fails is an error too, not a signal.
+// full disk is an error before training starts. It is read and written by pread and pwrite and never mapped: a disk
+// that fails is an error too, not a signal.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@ namespace qlora {
 
 class PageFile {
  public:
-  /// Creates `path`, which may not exist, takes its name away, and reserves `bytes` on the disk. The slots are memory of
-  /// the class optimizer; each takes a batch of at most `slotBytes`.
+  /// Creates `path`, which may not exist, takes its name away, and reserves `bytes` on the disk. The slots are memory
+  /// of the class optimizer; each takes a batch of at most `slotBytes`.
   PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory);
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;
@@ -60,11 +60,12 @@ struct PagedRun {
   size_t at[kMostPagedArrays];
 };
 
-/// Calls update(body, slot, runs, count) for batch after batch of all elements of params, in order, on the calling thread.
-/// What the slot holds was read from the arrays' file, ahead of use by a thread of its own, and is written back. Runs are
-/// cut at multiples of `piece` elements. A failure after the first batch leaves the step half done: it is passed on to
-/// params and arrays, so that nothing computes with them or saves them, and thrown.
+/// Calls update(body, slot, runs, count) for batch after batch of all elements of params, in order, on the calling
+/// thread. What the slot holds was read from the arrays' file, ahead of use by a thread of its own, and is written
+/// back. Runs are cut at multiples of `piece` elements. A failure after the first batch leaves the step half done: it
+/// is passed on to params and arrays, so that nothing computes with them or saves them, and thrown.
 void streamPages(PageFile& file, const std::vector<Tensor>& params, const PagedArray* arrays, int arrayCount,
-                 int64_t piece, void (*update)(void* body, char* slot, const PagedRun* runs, int64_t count), void* body);
+                 int64_t piece, void (*update)(void* body, char* slot, const PagedRun* runs, int64_t count),
+                 void* body);
 
 }  // namespace qlora

@@ -10,10 +10,11 @@
 //   dh[i] = s * dx[i] W;    dweight += s * dx^T h,    s = scale * lossScale[0]
 //
 // h [.., C] of any floating-point type; weight [V, C]; bias [V] of any floating-point type; labels i32 with one element
-// a row of h; lossScale and loss f32 [1]; tokenLoss f32, like labels; dh like h; dweight f32 [V, C], for a dense weight. A row whose
-// label is -100 counts for nothing: its tokenLoss and dh are 0, and it costs nothing. A label outside [0, V) fails with
-// ERR_QLORA_TOKEN_ID. Matrix operands are rounded to h's type and summed in fp32 (dx unscaled, so that a small scale
-// does not underflow f16); logits and softmax are fp32, the sum of losses fp64 in row order.
+// a row of h; lossScale and loss f32 [1]; tokenLoss f32, like labels; dh like h; dweight f32 [V, C], for a dense
+// weight. A row whose label is -100 counts for nothing: its tokenLoss and dh are 0, and it costs nothing. A label
+// outside [0, V) fails with ERR_QLORA_TOKEN_ID. Matrix operands are rounded to h's type and summed in fp32 (dx
+// unscaled, so that a small scale does not underflow f16); logits and softmax are fp32, the sum of losses fp64 in row
+// order.
 #pragma once
 
 #include "core/check.h"

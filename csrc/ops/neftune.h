@@ -2,9 +2,9 @@
 //
 //   y[b, t, c] = x[b, t, c] + magnitude[b, t] * (2 u - 1),  u uniform in [0, 1)
 //
-// u is word c % 4 of philox(seed, stream, b 2^32 + t ceil(C / 4) + c / 4): it does not depend on how far rows are padded.
-// x and y [B, T, C] of one floating-point type; magnitude f32 [B, T], alpha / sqrt(L C) for the tokens of a row (or
-// segment) of L tokens and 0 in padding; fp32 arithmetic, one rounding of the sum. dx = dy.
+// u is word c % 4 of philox(seed, stream, b 2^32 + t ceil(C / 4) + c / 4): it does not depend on how far rows are
+// padded. x and y [B, T, C] of one floating-point type; magnitude f32 [B, T], alpha / sqrt(L C) for the tokens of a row
+// (or segment) of L tokens and 0 in padding; fp32 arithmetic, one rounding of the sum. dx = dy.
 #pragma once
 
 #include "core/check.h"

@@ -85,8 +85,8 @@ void updateRuns(Context& context, const OptimizerStep& a, const PagedArray* arra
   context.pool.parallelFor(total, [&](int64_t i, int) { updatePlace<States...>(a, places[i], rule, factor); });
 }
 
-/// What every optimizer shares: skipping, unscaling and clipping, pieces, paging. The rule does its arithmetic to at most
-/// 256 elements: rule(p, g, factor, n, state...). `lists` has those of each state in turn.
+/// What every optimizer shares: skipping, unscaling and clipping, pieces, paging. The rule does its arithmetic to at
+/// most 256 elements: rule(p, g, factor, n, state...). `lists` has those of each state in turn.
 template <class... States, class Rule>
 void runStep(Context& context, const OptimizerStep& a, const Rule& rule,
              const std::vector<Tensor>* const* lists = nullptr) {

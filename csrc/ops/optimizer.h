@@ -19,9 +19,9 @@
 //
 // params, grads and each list of state are parallel lists of equal sizes; params and grads f32; grads are not changed.
 // State is f32, or in 8 bits (adamw8bit, lion8bit): u8 indices of a dynamic map (core/codes.h), m's signed and v's
-// unsigned, with f32 absmax [ceil(n / 256)] a block of 256; it is dequantized, updated, used in fp32 for p, and quantized
-// (simd/dynamic_state.h). All state of a call is in memory, or all of it in one file (core/page_file.h). sgd's state may
-// be an empty list where momentum is 0.
+// unsigned, with f32 absmax [ceil(n / 256)] a block of 256; it is dequantized, updated, used in fp32 for p, and
+// quantized (simd/dynamic_state.h). All state of a call is in memory, or all of it in one file (core/page_file.h).
+// sgd's state may be an empty list where momentum is 0.
 //
 // norm f32 [2]; counters i32 [2] and lossScale f32 [1] are finishStep's; applied f32 [1] becomes 1, or 0 where nothing
 // changed.
@@ -261,8 +261,8 @@ struct Sgd {
 ///   counters[0] counts applied steps; counters[1] those since the scale last changed
 ///   growthInterval > 0: the scale doubles after so many, and halves, to no less than 1, where a step was skipped
 ///
-/// norm f32 [2]; applied: a list of f32 [1], what the step's calls said; counters i32 [2]; lossScale f32 [1], a power of
-/// two; result f32 [3]. Where a call failed, nothing changes, and result fails with it.
+/// norm f32 [2]; applied: a list of f32 [1], what the step's calls said; counters i32 [2]; lossScale f32 [1], a power
+/// of two; result f32 [3]. Where a call failed, nothing changes, and result fails with it.
 struct FinishStep {
   Tensor norm;
   std::vector<Tensor> applied;

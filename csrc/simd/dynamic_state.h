@@ -1,8 +1,8 @@
 // How an optimizer keeps a list of state, as what a kernel does with a block of at most 256 elements: load gives it in
 // fp32, store takes back what the rule made of it.
 //
-// In 8 bits: the nearest entry of the map to x / absmax, and two guards. Where a signed entry has another sign bit than x
-// it moves by one towards x, so that a small negative does not become the zero. An unsigned x above 0 never takes the
+// In 8 bits: the nearest entry of the map to x / absmax, and two guards. Where a signed entry has another sign bit than
+// x it moves by one towards x, so that a small negative does not become the zero. An unsigned x above 0 never takes the
 // zero: a second moment of 0 would turn the next step into m / eps.
 #pragma once
 

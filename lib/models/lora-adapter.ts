@@ -74,7 +74,7 @@ export class LoraAdapter {
 
   /** @internal What is trained, in the order of the layers, then the modules that are trained whole. */
   get parameters(): Tensor[] {
-    return [...this.layers.flatMap((layer) => layer.parameters), ...this.whole.tensors.values()];
+    return [...this.namedParameters.values()];
   }
 
   /** @internal The same by their names in PEFT's files. */

@@ -59,7 +59,8 @@ std::atomic<int> paged{0};
 bool hitPaging(const char* call, int descriptor) {
   const char* wanted = std::getenv("FAIL_PAGING");
   struct stat status;
-  if (!wanted || std::strcmp(wanted, call) != 0 || fstat(descriptor, &status) != 0 || status.st_nlink != 0) return false;
+  if (!wanted || std::strcmp(wanted, call) != 0 || fstat(descriptor, &status) != 0 || status.st_nlink != 0)
+    return false;
   return paged++ == std::atoi(std::getenv("FAIL_PAGING_AT"));
 }
 

@@ -189,6 +189,25 @@ t.test("f16's loss is scaled: an overflow halves the scale, and the run goes on"
   t.not(await bitsOf(trainer), before, 'it learns again');
 });
 
+t.test('a run goes on from a checkpoint with all that the optimizer holds', async (t) => {
+  const kinds: Partial<TrainerOptions>[] = [
+    { optimizer: 'paged_adamw_8bit', lora: { r: 64 }, neftuneNoiseAlpha: 5, loraPlusRatio: 4 },
+    { optimizer: 'ademamix', computeDtype: 'f16' },
+  ];
+  for (const kind of kinds) {
+    const options = { ...kind, maxSteps: 6, saveSteps: 3, outputDir: t.testdir({}) };
+    const run = async (resume: string | false) => {
+      await using trainer = await create(t, options);
+      // The first steps of f16 overflow.
+      if (kind.computeDtype) await fillB(trainer, 1);
+      await trainer.train({ resume });
+      return await bitsOf(trainer);
+    };
+    const undisturbed = await run(false);
+    t.equal(await run(join(options.outputDir, 'checkpoint-3')), undisturbed, `${kind.optimizer}`);
+  }
+});
+
 t.test('gradients that overflow whatever the scale end the run', async (t) => {
   await using trainer = await create(t, { computeDtype: 'f16', maxSteps: 40 });
   await fillB(trainer, 1000);
