@@ -119,6 +119,7 @@ t.test('planning loads nothing and leaves nothing', async (t) => {
 });
 
 t.test('a plan above maxMemory is an error, with changes that would fit', async (t) => {
+  t.testdir(); // what an earlier run left is gone
   const wide = { batchSize: 8, gradientCheckpointing: false, optimizer: 'sgd', lora: { r: 32 } } as const;
   const { total } = await QLoRATrainer.plan(optionsOf(t, wide));
   t.equal(
