@@ -6,7 +6,7 @@ import t from 'tap';
 import { encodeRow } from '../../lib/data/encode.js';
 import { explainFile } from '../../lib/data/explain.js';
 import { mixRows } from '../../lib/data/mixture.js';
-import { logPreflight, preflight, preflightFacts, usingRows } from '../../lib/data/preflight.js';
+import { logPreflight, preflight, usingRows } from '../../lib/data/preflight.js';
 import { renderExplanation } from '../../lib/data/render-explain.js';
 import type { RowStore } from '../../lib/data/row-store.js';
 import type { Row } from '../../lib/data/rows.js';
@@ -118,13 +118,6 @@ t.test('preflight', async (t) => {
   ]);
   t.equal(usingRows({ name: 'X', used: 1000, total: 75_000 }), 'using 1,000 of 75,000 rows of X');
   t.equal(usingRows({ name: 'X', used: 1000, total: undefined }), 'using 1,000 rows of X');
-  t.match(preflightFacts(report), {
-    rows: 10,
-    'rows cut': '1 (10.0%)',
-    'rows equal to earlier ones': '3: 3 (as 1), 7 (as 1), 2 (as 6)',
-    'rows with a blank answer': '2: 4, 5',
-    'source 2': 'using 3 of 75,000 rows of two',
-  });
   const twins = { ...(await encode(Array.from({ length: 1000 }, (_, i) => instruction(i % 500)))), weight: 1 };
   t.equal((await preflight([twins])).duplicates.count, 500);
 });
