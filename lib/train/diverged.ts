@@ -56,5 +56,6 @@ function namesOf({ weights }: ModelCore, adapter: LoraAdapter | undefined): Map<
   const names = new Map<Tensor, string>();
   for (const [name, tensor] of weights.dense) names.set(tensor, name.replace(/\.(weight|bias)$/, ''));
   for (const layer of adapter?.layers ?? []) for (const tensor of layer.parameters) names.set(tensor, layer.path);
+  for (const [name, tensor] of adapter?.whole.tensors ?? []) names.set(tensor, name.replace(/\.(weight|bias)$/, ''));
   return names;
 }
