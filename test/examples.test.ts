@@ -5,6 +5,8 @@ import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
+import { Readable } from 'node:stream';
+import type { ReadableStream } from 'node:stream/web';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { packageRoot } from './support/references.js';
@@ -107,7 +109,7 @@ t.test('train-in-a-server', async (t) => {
   t.equal(progress.headers.get('content-type'), 'text/event-stream');
   const events: { type: string; step?: number; steps?: number }[] = [];
   let answered: string | undefined;
-  for await (const line of createInterface({ input: progress.body as unknown as NodeJS.ReadableStream })) {
+  for await (const line of createInterface({ input: Readable.fromWeb(progress.body as ReadableStream) })) {
     if (line === '') continue;
     t.match(line, /^data: \{/);
     events.push(JSON.parse(line.slice('data: '.length)));

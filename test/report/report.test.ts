@@ -6,6 +6,7 @@ import t from 'tap';
 import { compareRuns } from '../../lib/report/compare.js';
 import { Curve, smooth } from '../../lib/report/curve.js';
 import { clock, duration } from '../../lib/report/format.js';
+import { embeddedJson } from '../../lib/report/html.js';
 import type { RunContext } from '../../lib/report/run-log.js';
 import { type RecorderOptions, RunRecorder } from '../../lib/report/run-recorder.js';
 import type { TrainEvent } from '../../lib/train/events.js';
@@ -204,6 +205,11 @@ t.test('report.html', async (t) => {
     const text = '&lt;/script&gt;&lt;img src=x onerror=&quot;alert(&#39;1&#39;)&quot;&gt; &lt;!-- $&amp; $1';
     t.equal(html.split(text).length - 1, 6, 'model, option, prompt, answer, warning, source');
   });
+  t.test('embeds what strangers wrote', async (t) => {
+    const { html: json } = embeddedJson({ text: hostile });
+    t.notMatch(json, '<');
+    t.same(JSON.parse(json), { text: hostile });
+  });
   t.test('draws every step', async (t) => {
     const [loss, , , , memory] = chartsOf(html);
     t.same(loss.lines[0], {
@@ -238,6 +244,9 @@ t.test('a long run is drawn with few points', async (t) => {
   for (let n = 1; n <= 9; n++) curve.push(step(n, n) as Parameters<Curve['push']>[0]);
   t.same(curve.column('step'), [4, 8, 9], 'neighbours are joined twice');
   t.same(curve.column('loss'), [2.5, 6.5, 9], 'a mean of all that lie in one');
+  const twice = new Curve(2);
+  for (let n = 1; n <= 8; n++) twice.push(step(n, n) as Parameters<Curve['push']>[0]);
+  t.same(twice.column('loss'), [2.5, 6.5], 'each of four counts the same');
   const gap = new Curve(2);
   for (const loss of [Number.NaN, 2, 4, Number.POSITIVE_INFINITY])
     gap.push(step(1, loss) as Parameters<Curve['push']>[0]);
