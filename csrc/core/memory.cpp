@@ -24,8 +24,13 @@ void raise(std::atomic<int64_t>& peak, int64_t value) {
   }
 }
 
-// What lives from step to step is allocated on its own: in the segments it would only split them.
+// What lives from step to step is allocated on its own: in the segments it would only split them. So is everything
+// where AddressSanitizer looks on, which does not see where in a segment one tensor ends.
+#ifdef QLORA_NO_SEGMENTS
+bool isTransient(MemoryClass) { return false; }
+#else
 bool isTransient(MemoryClass c) { return c == MemoryClass::activations || c == MemoryClass::scratch; }
+#endif
 
 }  // namespace
 
