@@ -115,9 +115,15 @@ void SegmentAllocator::trim() {
   }
 }
 
-// What lives from step to step is allocated on its own: in the segments it would only split them.
+// What lives from step to step is allocated on its own: in the segments it would only split them. So is everything
+// where AddressSanitizer looks on, which does not see where in a segment one tensor ends.
 bool Memory::inSegments(MemoryClass c) const {
-  return backing_ == Backing::addresses || c == MemoryClass::activations || c == MemoryClass::scratch;
+  if (backing_ == Backing::addresses) return true;
+#ifdef QLORA_NO_SEGMENTS
+  return false;
+#else
+  return c == MemoryClass::activations || c == MemoryClass::scratch;
+#endif
 }
 
 void Memory::count(MemoryClass c, int64_t bytes) {

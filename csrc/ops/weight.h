@@ -36,7 +36,11 @@ struct Weight {
     v.value(offset);
   }
   void check(const char* op) const {
-    if (N < 0 || K < 0) fail("ERR_QLORA_SHAPE", "%s: a weight has no negative size", op);
+    int64_t size;
+    if (N < 0 || K < 0 || __builtin_mul_overflow(N, K, &size)) {
+      fail("ERR_QLORA_SHAPE", "%s: a weight has no size [%lld, %lld]", op, static_cast<long long>(N),
+           static_cast<long long>(K));
+    }
     if (isFloat(data.dtype)) return checkShape(op, "weight", data, {N, K});
     if (data.dtype == DType::i8) {
       checkShape(op, "weight", data, {N, K});
@@ -46,8 +50,8 @@ struct Weight {
     checkDType(op, "weight", data, {DType::u8});
     checkThat(blockSize >= 32 && blockSize <= 4096 && (blockSize & (blockSize - 1)) == 0, op,
               "blockSize must be a power of two from 32 to 4096");
-    checkThat(data.size() == (N * K + 1) / 2, op, "a 4-bit weight must hold ceil(N * K / 2) bytes");
-    const int64_t blocks = (N * K + blockSize - 1) / blockSize;
+    checkThat(data.size() == size / 2 + size % 2, op, "a 4-bit weight must hold ceil(N * K / 2) bytes");
+    const int64_t blocks = size / blockSize + (size % blockSize != 0);
     checkShape(op, "code", code, {16});
     checkDType(op, "code", code, {DType::f32});
     checkShape(op, "absmax", absmax, {blocks});

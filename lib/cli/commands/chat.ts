@@ -1,4 +1,4 @@
-import { createInterface } from 'node:readline';
+import { createInterface, type Interface } from 'node:readline';
 import type { Command } from 'commander';
 import { translate } from '../config/draft.js';
 import { allGenerationRules, generationRules } from '../config/generation.js';
@@ -51,12 +51,39 @@ export function define(command: Command): void {
       output.line('Type a message; /help lists commands, /exit ends.');
       lines.prompt();
     }
-    for await (const line of lines) {
+    for await (const line of typed(lines)) {
       if (await conversation.take(line.trim())) break;
       if (interactive) lines.prompt();
     }
     lines.close();
+    // A terminal that was read ahead would be read on, and keep the process.
+    process.stdin.destroy();
   });
+}
+
+/** Lines in their order; what is typed while an answer comes waits. */
+async function* typed(lines: Interface): AsyncGenerator<string> {
+  const waiting: string[] = [];
+  let closed = false;
+  let wake: (() => void) | undefined;
+  lines.on('line', (line) => {
+    waiting.push(line);
+    wake?.();
+  });
+  lines.on('close', () => {
+    closed = true;
+    wake?.();
+  });
+  for (;;) {
+    const line = waiting.shift();
+    if (line !== undefined) yield line;
+    else if (closed) return;
+    else {
+      await new Promise<void>((resolve) => {
+        wake = resolve;
+      });
+    }
+  }
 }
 
 const commandsHelp = `  /adapter NAME|off   who speaks: an adapter, or the base

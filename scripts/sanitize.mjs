@@ -1,0 +1,76 @@
+// Builds with a sanitizer and runs what it can see:
+//   node scripts/sanitize.mjs native         engine_test under ThreadSanitizer, then under Address-, UB- and LeakSanitizer
+//   node scripts/sanitize.mjs suite [files]  the tests with the addon under AddressSanitizer and UBSan
+//   node scripts/sanitize.mjs fuzz SECONDS   each libFuzzer harness for so long, under AddressSanitizer and UBSan
+// What it builds stays in build/<name>, so that a second run is quick.
+import { execFileSync, spawnSync } from 'node:child_process';
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { fuzzSeeds } from './fuzz-seeds.mjs';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const memoryAndArithmetic = 'address,undefined';
+
+/** @param {string} name @param {string} sanitizers @param {string[]} options */
+function build(name, sanitizers, options, env = {}) {
+  const folder = `${root}/build/${name}/build`;
+  const run = (...args) =>
+    execFileSync('cmake', args, { cwd: root, stdio: 'inherit', env: { ...process.env, ...env } });
+  run('-S', '.', '-B', folder, '-DCMAKE_BUILD_TYPE=RelWithDebInfo', `-DQLORA_SANITIZE=${sanitizers}`, ...options);
+  run('--build', folder, '--parallel', '2');
+  return folder;
+}
+
+function check(command, args, env = {}) {
+  const { status, signal } = spawnSync(command, args, { cwd: root, stdio: 'inherit', env: { ...process.env, ...env } });
+  if (status !== 0) throw new Error(`${command}: ${signal ?? `exit code ${status}`}`);
+}
+
+const UBSAN_OPTIONS = 'print_stacktrace=1:halt_on_error=1';
+
+const tasks = {
+  native() {
+    for (const [name, sanitizers] of [
+      ['thread', 'thread'],
+      ['address-native', memoryAndArithmetic],
+    ]) {
+      const folder = build(name, sanitizers, ['-DQLORA_NATIVE_TESTS=ON']);
+      check(`${folder}/engine_test`, [], { UBSAN_OPTIONS, TSAN_OPTIONS: 'halt_on_error=1' });
+    }
+  },
+  suite(...files) {
+    build('address', memoryAndArithmetic, []);
+    const compiler = process.env.CXX ?? 'c++';
+    const library = execFileSync(compiler, ['-print-file-name=libasan.so'], { encoding: 'utf8' }).trim();
+    check(process.execPath, ['scripts/test.mjs', ...files], {
+      LD_PRELOAD: library,
+      // Node's own allocations live until the process ends; leaks are looked for where Node is not.
+      ASAN_OPTIONS: 'detect_leaks=0:halt_on_error=1:allocator_may_return_null=1',
+      UBSAN_OPTIONS,
+      QLORA_NODE_PREBUILD: `${root}/build/address`,
+    });
+  },
+  fuzz(seconds = '60') {
+    const folder = build('fuzz', memoryAndArithmetic, ['-DQLORA_FUZZERS=ON', '-DQLORA_ISAS=scalar;avx2'], {
+      CC: process.env.CLANG ?? 'clang',
+      CXX: process.env.CLANGXX ?? 'clang++',
+    });
+    for (const [fuzzer, seeds] of Object.entries(fuzzSeeds())) {
+      const corpus = `${folder}/${fuzzer}.corpus`;
+      mkdirSync(corpus, { recursive: true });
+      for (const [name, bytes] of Object.entries(seeds)) writeFileSync(`${corpus}/${name}`, bytes);
+      check(
+        `${folder}/${fuzzer}`,
+        [corpus, `-max_total_time=${seconds}`, '-max_len=4096', '-timeout=10', '-print_final_stats=1'],
+        {
+          UBSAN_OPTIONS,
+          QLORA_NUM_THREADS: '2',
+        },
+      );
+    }
+  },
+};
+
+const [task, ...args] = process.argv.slice(2);
+if (!Object.hasOwn(tasks, task ?? '')) throw new Error(`expected one of ${Object.keys(tasks).join(', ')}, got ${task}`);
+tasks[task](...args);
