@@ -276,6 +276,18 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
   }
 });
 
+t.test('plan', async (t) => {
+  const [plan] = (await cli(['plan', config, '--json'])).objects as Record<string, number>[];
+  t.equal(plan?.type, 'plan');
+  for (const name of ['weights', 'adapters', 'optimizer', 'activations', 'scratch'])
+    t.ok((plan?.[name] as number) > 0 && (plan?.[name] as number) <= (plan?.total as number), name);
+  const twice = await cli(['plan', config, '--lora-r', '32', '--json']);
+  t.equal(twice.objects[0]?.adapters, 2 * (plan?.adapters as number), 'flags count');
+  t.match((await cli(['plan', config])).stdout, /^total +[\d.]+ MB$/m);
+  const small = await cli(['train', config, '--max-memory', '1MB', '--output-dir', join(folder, 'small')]);
+  t.match(small, { status: 1, stderr: /^code: ERR_QLORA_/m });
+});
+
 t.test('compare', async (t) => {
   const page = join(folder, 'compare.html');
   const runs = [join(folder, 'ours'), join(folder, 'lf')];
