@@ -22,4 +22,5 @@ export {
 export type { Device } from './tensor.js';
 export type { TrainEvent, TrainResult, TrainRun } from './train/events.js';
 export type { MixedDataset, TrainerOptions } from './train/options.js';
+export type { MemoryPlan } from './train/rehearsal.js';
 export { QLoRATrainer } from './train/trainer.js';

@@ -31,7 +31,7 @@ export interface NativeTensor {
 export type NativeArgument = NativeTensor | readonly NativeTensor[] | number | null | undefined;
 
 interface Addon {
-  Stream: new () => NativeStream;
+  Stream: new (purpose?: 'rehearsal') => NativeStream;
   Tensor: new (stream: NativeStream, dtype: string, shape: readonly number[], memoryClass: string) => NativeTensor;
   ops: Record<string, (stream: NativeStream, ...args: NativeArgument[]) => void>;
   processMemory(): NativeMemory;

@@ -6,7 +6,7 @@ import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
 import { endTokensOf, recordOf } from './generate/end-tokens.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
-import { StopStrings } from './generate/stop-strings.js';
+import { endsWithStop, StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { locate } from './io/hub.js';
 import { log } from './logger.js';
@@ -144,6 +144,7 @@ export class QuantizedModel implements AsyncDisposable {
     directory: string,
     options: LoadOptions,
     storage: WeightOptions['storage'],
+    purpose?: 'rehearsal',
   ): Promise<QuantizedModel> {
     const resolved = resolveLoadOptions(options, 'load');
     const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolved;
@@ -157,6 +158,7 @@ export class QuantizedModel implements AsyncDisposable {
       allowUnknownConfig,
       signal,
       onProgress: progress('load'),
+      purpose,
     });
     log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
     return new QuantizedModel(core);
@@ -262,6 +264,7 @@ export class QuantizedModel implements AsyncDisposable {
         const sampling = {
           ...resolved,
           endTokens: endTokensOf(this.core, record),
+          isWhole: (made: readonly number[]) => endsWithStop(tokenizer, resolved.stop, made),
           signal: joined(resolved.signal, abort.signal),
         };
         for await (const id of generateIds(this.core, ids, sampling)) {

@@ -18,8 +18,9 @@ export class Stream {
   readonly #shared = new Map<string, Tensor>();
   #closing: Promise<void> | undefined;
 
-  constructor() {
-    this.#native = guard(() => new native.Stream());
+  /** @param purpose 'rehearsal' computes nothing, and counts the memory that computing would take */
+  constructor(purpose?: 'rehearsal') {
+    this.#native = guard(() => new native.Stream(purpose));
   }
 
   get handle(): NativeStream {

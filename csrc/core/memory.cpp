@@ -24,9 +24,6 @@ void raise(std::atomic<int64_t>& peak, int64_t value) {
   }
 }
 
-// What lives from step to step is allocated on its own: in the segments it would only split them.
-bool isTransient(MemoryClass c) { return c == MemoryClass::activations || c == MemoryClass::scratch; }
-
 }  // namespace
 
 void MemoryCounter::add(MemoryClass c, int64_t bytes) {
@@ -51,9 +48,11 @@ SegmentAllocator::~SegmentAllocator() {
 
 char* SegmentAllocator::addSegment(size_t bytes) {
   bytes = std::max(kSegmentBytes, roundUp(bytes, kHugePage));
-  void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const int reserve = backing_ == Backing::pages ? 0 : MAP_NORESERVE;
+  void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | reserve, -1, 0);
   if (start == MAP_FAILED) return nullptr;
-  madvise(start, bytes, MADV_HUGEPAGE);  // advice: where it is refused, pages are merely smaller
+  // Advice: where it is refused, pages are merely smaller.
+  if (backing_ == Backing::pages) madvise(start, bytes, MADV_HUGEPAGE);
   char* address = static_cast<char*>(start);
   segments_.emplace(address, bytes);
   insertFree(blocks_.emplace(address, Block{bytes, true, true}).first);
@@ -116,12 +115,22 @@ void SegmentAllocator::trim() {
   }
 }
 
+// What lives from step to step is allocated on its own: in the segments it would only split them.
+bool Memory::inSegments(MemoryClass c) const {
+  return backing_ == Backing::addresses || c == MemoryClass::activations || c == MemoryClass::scratch;
+}
+
+void Memory::count(MemoryClass c, int64_t bytes) {
+  counter_.add(c, bytes);
+  if (backing_ == Backing::pages) processMemory().add(c, bytes);
+}
+
 void* Memory::allocate(size_t bytes, MemoryClass c) {
   const int64_t limit = limit_.load(std::memory_order_relaxed);
   const int64_t live = counter_.live();
   void* pointer = nullptr;
   if (limit == 0 || live + static_cast<int64_t>(bytes) <= limit) {
-    if (isTransient(c)) {
+    if (inSegments(c)) {
       std::lock_guard lock(mutex_);
       try {
         pointer = transient_.allocate(bytes);
@@ -139,20 +148,18 @@ void* Memory::allocate(size_t bytes, MemoryClass c) {
     throw Error("ERR_QLORA_OUT_OF_MEMORY", message,
                 "Use a smaller batchSize or maxLength, turn gradientCheckpointing on, or free other models.");
   }
-  counter_.add(c, static_cast<int64_t>(bytes));
-  processMemory().add(c, static_cast<int64_t>(bytes));
+  count(c, static_cast<int64_t>(bytes));
   return pointer;
 }
 
 void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
-  if (isTransient(c)) {
+  if (inSegments(c)) {
     std::lock_guard lock(mutex_);
     transient_.release(pointer);
   } else {
     std::free(pointer);
   }
-  counter_.add(c, -static_cast<int64_t>(bytes));
-  processMemory().add(c, -static_cast<int64_t>(bytes));
+  count(c, -static_cast<int64_t>(bytes));
 }
 
 void Memory::trim() {

@@ -16,6 +16,10 @@ enum class MemoryClass : uint8_t { weights, adapters, optimizer, activations, sc
 constexpr int kMemoryClasses = 5;
 constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters", "optimizer", "activations", "scratch"};
 
+/// What stands behind the bytes: pages, or addresses alone. The latter are for a rehearsal, which counts what a run
+/// would take without taking it: reading there gives zeros, and what is written costs a page.
+enum class Backing : uint8_t { pages, addresses };
+
 /// Bytes in use now and at most, in total and by class. Safe to read from any thread.
 class MemoryCounter {
  public:
@@ -32,14 +36,14 @@ class MemoryCounter {
   std::array<std::atomic<int64_t>, kMemoryClasses> byClass_{}, peakByClass_{};
 };
 
-/// All CPU memory of the process.
+/// All CPU memory of the process, rehearsals left out.
 MemoryCounter& processMemory();
 
 /// Best fit with coalescing over large segments. Freed blocks stay mapped for the next step, so a training step that
 /// repeats its shapes maps no page; `trim` hands wholly free segments back.
 class SegmentAllocator {
  public:
-  SegmentAllocator() = default;
+  explicit SegmentAllocator(Backing backing) : backing_(backing) {}
   SegmentAllocator(const SegmentAllocator&) = delete;
   SegmentAllocator& operator=(const SegmentAllocator&) = delete;
   ~SegmentAllocator();
@@ -60,6 +64,7 @@ class SegmentAllocator {
   void insertFree(Blocks::iterator block);
   void eraseFree(Blocks::iterator block);
 
+  const Backing backing_;
   Blocks blocks_;                              // by address
   std::set<std::pair<size_t, char*>> free_;    // by size, then address
   std::map<char*, size_t> segments_;
@@ -68,6 +73,8 @@ class SegmentAllocator {
 /// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe.
 class Memory {
  public:
+  explicit Memory(Backing backing) : backing_(backing), transient_(backing) {}
+
   void* allocate(size_t bytes, MemoryClass c);
   void release(void* pointer, size_t bytes, MemoryClass c);
 
@@ -75,8 +82,13 @@ class Memory {
   void setLimit(int64_t bytes) { limit_.store(bytes, std::memory_order_relaxed); }
   void trim();
   MemoryCounter& counter() { return counter_; }
+  Backing backing() const { return backing_; }
 
  private:
+  void count(MemoryClass c, int64_t bytes);
+  bool inSegments(MemoryClass c) const;
+
+  const Backing backing_;
   MemoryCounter counter_;
   std::atomic<int64_t> limit_{0};
   std::mutex mutex_;

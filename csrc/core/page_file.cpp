@@ -41,6 +41,11 @@ int reserve(int descriptor, uint64_t bytes) {
 
 PageFile::PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory)
     : path_(std::move(path)), bytes_(bytes), slotBytes_(slotBytes), memory_(std::move(memory)) {
+  // A rehearsal takes the memory and leaves the disk alone.
+  if (memory_->backing() == Backing::addresses) {
+    slots_ = static_cast<char*>(memory_->allocate(kPageSlots * slotBytes_, MemoryClass::optimizer));
+    return;
+  }
   const char* hint = "Give outputDir a folder on a disk that can be written, with space for the optimizer's state.";
   descriptor_ = retry([&] { return open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600); });
   if (descriptor_ < 0)
@@ -60,7 +65,7 @@ PageFile::PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shar
 }
 
 PageFile::~PageFile() {
-  close(descriptor_);
+  if (descriptor_ >= 0) close(descriptor_);
   memory_->release(slots_, kPageSlots * slotBytes_, MemoryClass::optimizer);
 }
 
@@ -72,6 +77,7 @@ uint64_t PageFile::take(uint64_t bytes) {
 }
 
 void PageFile::read(void* target, size_t bytes, uint64_t offset) const {
+  if (descriptor_ < 0) return;
   for (size_t done = 0; done < bytes;) {
     const ssize_t n = retry([&] {
       return pread(descriptor_, static_cast<char*>(target) + done, bytes - done, static_cast<off_t>(offset + done));
@@ -85,6 +91,7 @@ void PageFile::read(void* target, size_t bytes, uint64_t offset) const {
 }
 
 void PageFile::write(const void* source, size_t bytes, uint64_t offset) const {
+  if (descriptor_ < 0) return;
   for (size_t done = 0; done < bytes;) {
     const ssize_t n = retry([&] {
       return pwrite(descriptor_, static_cast<const char*>(source) + done, bytes - done,

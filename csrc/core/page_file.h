@@ -38,7 +38,7 @@ class PageFile {
   const uint64_t bytes_;
   const size_t slotBytes_;
   const std::shared_ptr<Memory> memory_;
-  int descriptor_ = -1;
+  int descriptor_ = -1;  // stays so in a rehearsal
   uint64_t taken_ = 0;
   char* slots_ = nullptr;
 };

@@ -129,6 +129,11 @@ ThreadPool& threadPool() {
   return pool;
 }
 
+ThreadPool& idlePool() {
+  static ThreadPool& pool = *new ThreadPool(ThreadPool::idle(threadPool()));
+  return pool;
+}
+
 void yieldToEventLoop() {
 #if defined(__linux__)
   const auto thread = static_cast<id_t>(syscall(SYS_gettid));

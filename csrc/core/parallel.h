@@ -19,18 +19,21 @@ namespace qlora {
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
+  /// One that says it is as large as `pool` and runs nothing: loops over it end at once.
+  static ThreadPool idle(const ThreadPool& pool) { return ThreadPool(Idle{pool.size()}); }
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool();
 
   /// The calling thread included.
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return idleSize_ > 0 ? idleSize_ : static_cast<int>(workers_.size()) + 1; }
 
   /// Calls body(index, thread) for each index in [0, count) and returns when all are done; thread is in [0, size()).
   /// The first exception is rethrown here. Not reentrant.
   template <class Body>
   QLORA_INLINE void parallelFor(int64_t count, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
+    if (idleSize_ > 0) return;
     if (count == 1 || workers_.empty()) {
       for (int64_t i = 0; i < count; ++i) body(i, 0);
       return;
@@ -42,12 +45,18 @@ class ThreadPool {
   }
 
  private:
+  struct Idle {
+    int size;
+  };
+  explicit ThreadPool(Idle idle) : idleSize_(idle.size) {}
+
   using Invoke = void (*)(void* body, int64_t index, int thread);
 
   void run(int64_t count, Invoke invoke, void* body);
   void work(int thread);
   void drain(int thread);
 
+  const int idleSize_ = 0;
   std::vector<std::thread> workers_;
   std::mutex owner_;  // one loop at a time
   std::mutex mutex_;
@@ -67,6 +76,8 @@ class ThreadPool {
 
 /// QLORA_NUM_THREADS, else one thread a core.
 ThreadPool& threadPool();
+/// As large, and runs nothing: for rehearsals, which count the memory of operations without computing them.
+ThreadPool& idlePool();
 
 /// Lowers the calling thread's priority by a few steps, so that Node's event loop is served first.
 void yieldToEventLoop();

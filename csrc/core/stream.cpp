@@ -29,6 +29,7 @@ void Stream::close() {
 
 void Stream::work() {
   yieldToEventLoop();
+  ThreadPool& pool = memory_->backing() == Backing::pages ? threadPool() : idlePool();
   while (true) {
     Task task;
     {
@@ -39,7 +40,7 @@ void Stream::work() {
       queue_.pop_front();
     }
     Scratch scratch(*memory_);
-    Context context{threadPool(), scratch};
+    Context context{pool, scratch};
     task(context);
   }
 }

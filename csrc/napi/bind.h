@@ -132,7 +132,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   void release();
 
   Tensor tensor_;
-  bool ownsBytes_ = true;  // a view and a paged tensor do not count for V8's garbage collector
+  bool ownsBytes_ = true;  // a view, a paged and a rehearsal's tensor do not count for V8's garbage collector
 };
 
 /// Fills rank and shape from an array of non-negative integers.

@@ -44,11 +44,13 @@ Napi::Function StreamHandle::define(Napi::Env env) {
        InstanceMethod<&StreamHandle::trim>("trim")});
 }
 
+/// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
 StreamHandle::StreamHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<StreamHandle>(info) {
   guarded(info.Env(), [&]() -> Napi::Value {
     info.This().As<Napi::Object>().TypeTag(&kStreamTag);
     threadPool();  // where its threads cannot be started, that is thrown here and not on the stream's thread
-    stream = std::make_shared<Stream>(std::make_shared<Memory>(), cpuTable());
+    const Backing backing = info[0].IsUndefined() ? Backing::pages : Backing::addresses;
+    stream = std::make_shared<Stream>(std::make_shared<Memory>(backing), cpuTable());
     auto& streams = info.Env().GetInstanceData<AddonData>()->streams;
     std::erase_if(streams, [](const std::weak_ptr<Stream>& s) { return s.expired(); });
     streams.push_back(stream);

@@ -82,12 +82,17 @@ IntegerRows quantizeRows(Context& context, const Tensor& x, int64_t M, int64_t K
   return rows;
 }
 
-/// sum += x[:, columns] W[:, columns]^T in fp16.
+/// gemm whose packed operands are handed back before the next one's are taken.
+void gemmAlone(Context& context, const Gemm& g) {
+  Scratch scratch = context.scratch.nested();
+  Context own{context.pool, scratch};
+  gemm(own, g);
+}
+
+/// sum += x[:, columns] W[:, columns]^T in fp16; a [M, most] and b [N, most] take the columns, `most` at a time.
 void addOutliers(Context& context, const Tensor& x, const Weight& weight, const IntegerRows& rows, int64_t M,
-                 float* sum) {
-  const int64_t N = weight.N, K = weight.K, most = std::min(rows.columnCount, kColumnsAtOnce);
-  float* a = context.scratch.take<float>(M * most);
-  float* b = context.scratch.take<float>(N * most);
+                 int64_t most, float* a, float* b, float* sum) {
+  const int64_t N = weight.N, K = weight.K;
   const int8_t* q = weight.data.data<int8_t>();
   const float* absmax = weight.absmax.data<float>();
   for (int64_t begin = 0; begin < rows.columnCount; begin += most) {
@@ -104,17 +109,17 @@ void addOutliers(Context& context, const Tensor& x, const Weight& weight, const 
         b[n * count + c] = roundToHalf(static_cast<float>(q[n * K + columns[c]]) * absmax[n] * kInverse127);
       }
     });
-    gemm(context, {.form = GemmForm::nt,
-                   .compute = DType::f16,
-                   .M = M,
-                   .N = N,
-                   .K = count,
-                   .a = {a, DType::f32, count},
-                   .b = {b, DType::f32, count},
-                   .c = sum,
-                   .cDtype = DType::f32,
-                   .cStride = N,
-                   .store = GemmStore::add});
+    gemmAlone(context, {.form = GemmForm::nt,
+                        .compute = DType::f16,
+                        .M = M,
+                        .N = N,
+                        .K = count,
+                        .a = {a, DType::f32, count},
+                        .b = {b, DType::f32, count},
+                        .c = sum,
+                        .cDtype = DType::f32,
+                        .cStride = N,
+                        .store = GemmStore::add});
   }
 }
 
@@ -144,22 +149,26 @@ void linearForward(Context& context, const Tensor& x, const Weight& weight, cons
   const IntegerRows rows = quantizeRows(context, x, M, K);
   const bool inPlace = y.dtype == DType::f32;
   float* sum = inPlace ? y.data<float>() : context.scratch.take<float>(M * N);
+  // Taken whether or not there are outliers: how much memory is needed must not depend on the numbers.
+  const int64_t most = std::min(K, kColumnsAtOnce);
+  float* a = context.scratch.take<float>(M * most);
+  float* b = context.scratch.take<float>(N * most);
   // Codes are below 2^8, so bf16 holds them and fp32 their products and sums.
-  gemm(context, {.form = GemmForm::nt,
-                 .compute = DType::bf16,
-                 .M = M,
-                 .N = N,
-                 .K = K,
-                 .a = {rows.codes, DType::i8, K},
-                 .b = {weight.data.data<void>(), DType::i8, K},
-                 .c = sum,
-                 .cDtype = DType::f32,
-                 .cStride = N,
-                 .alpha = kInverse16129,
-                 .bias = biasRow,
-                 .rowScale = rows.absmax,
-                 .columnScale = weight.absmax.data<float>()});
-  if (rows.columnCount > 0) addOutliers(context, x, weight, rows, M, sum);
+  gemmAlone(context, {.form = GemmForm::nt,
+                      .compute = DType::bf16,
+                      .M = M,
+                      .N = N,
+                      .K = K,
+                      .a = {rows.codes, DType::i8, K},
+                      .b = {weight.data.data<void>(), DType::i8, K},
+                      .c = sum,
+                      .cDtype = DType::f32,
+                      .cStride = N,
+                      .alpha = kInverse16129,
+                      .bias = biasRow,
+                      .rowScale = rows.absmax,
+                      .columnScale = weight.absmax.data<float>()});
+  if (rows.columnCount > 0) addOutliers(context, x, weight, rows, M, most, a, b, sum);
   if (extra.K > 0) {
     gemm(context, {.form = GemmForm::nt,
                    .compute = x.dtype,

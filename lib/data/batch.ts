@@ -1,17 +1,20 @@
 import type { EncodedRow } from './encode.js';
 import { IGNORED } from './encode.js';
 
-/** The segment of padding; a row's own tokens are segment 0. */
+/** The segment of padding; rows of a sequence are segments 0, 1, ... */
 export const PADDING_SEGMENT = -1;
 
-/** Rows side by side, [batch, length] row-major, shorter ones padded on the right. */
+/** Rows that stand one after the other in one sequence; without packing a single one. */
+export type Sequence = readonly Pick<EncodedRow, 'ids' | 'labels'>[];
+
+/** Sequences side by side, [batch, length] row-major, shorter ones padded on the right. */
 export interface Batch {
   batch: number;
   length: number;
   tokens: Int32Array;
   /** Aligned with `tokens`: labels[t] is tokens[t] or -100. `shiftLabels` gives what position t is to predict. */
   labels: Int32Array;
-  /** From 0 in each row; 0 in padding. */
+  /** From 0 in each row of a sequence; 0 in padding. */
   positions: Int32Array;
   /** Attention stays within a segment. Padding is known by its segment, never by its id: EOS may serve as padding. */
   segmentIds: Int32Array;
@@ -24,22 +27,27 @@ export interface CollateOptions {
   padId?: number;
 }
 
-export function collate(
-  rows: readonly Pick<EncodedRow, 'ids' | 'labels'>[],
-  { padId = 0 }: CollateOptions = {},
-): Batch {
-  const batch = rows.length;
-  const length = rows.reduce((longest, row) => Math.max(longest, row.ids.length), 0);
+/** Tokens of a sequence. */
+export function lengthOf(sequence: Sequence): number {
+  return sequence.reduce((n, row) => n + row.ids.length, 0);
+}
+
+export function collate(sequences: readonly Sequence[], { padId = 0 }: CollateOptions = {}): Batch {
+  const batch = sequences.length;
+  const length = sequences.reduce((longest, sequence) => Math.max(longest, lengthOf(sequence)), 0);
   const tokens = new Int32Array(batch * length).fill(padId);
   const labels = new Int32Array(batch * length).fill(IGNORED);
   const positions = new Int32Array(batch * length);
   const segmentIds = new Int32Array(batch * length).fill(PADDING_SEGMENT);
-  rows.forEach((row, b) => {
-    const start = b * length;
-    tokens.set(row.ids, start);
-    labels.set(row.labels, start);
-    segmentIds.fill(0, start, start + row.ids.length);
-    for (let t = 0; t < row.ids.length; t++) positions[start + t] = t;
+  sequences.forEach((sequence, b) => {
+    let start = b * length;
+    sequence.forEach((row, segment) => {
+      tokens.set(row.ids, start);
+      labels.set(row.labels, start);
+      segmentIds.fill(segment, start, start + row.ids.length);
+      for (let t = 0; t < row.ids.length; t++) positions[start + t] = t;
+      start += row.ids.length;
+    });
   });
   const targets = countTargets(shiftLabels({ batch, length, labels, segmentIds }));
   return { batch, length, tokens, labels, positions, segmentIds, targets };

@@ -1,4 +1,5 @@
 import { QLoRAError } from '../errors.js';
+import { givingWay } from './give-way.js';
 
 /**
  * 32 random bits of a seed and a counter, without state: the finalizer of MurmurHash3 over a chain of the words
@@ -59,4 +60,39 @@ export function splitRows(count: number, size: number, seed: number): Split {
   }
   const order = shuffledOrder(count, seed, SPLIT_STREAM);
   return { train: order.slice(wanted).sort(), eval: order.slice(0, wanted).sort() };
+}
+
+/** No epoch has this number: the order in which rows are packed into sequences. */
+export const PACKING_STREAM = 2 ** 32 - 2;
+
+/** Steps whose items are sorted together, at most: among more, an epoch would be a march from long to short. */
+const stretchSteps = 50;
+
+/**
+ * An order of an epoch in which each step has items of like length, as Hugging Face's LengthGroupedSampler makes it, at
+ * the size of a step: shuffled, cut into stretches of count / (4 size) steps (at least 1, at most 50), and each stretch
+ * sorted, the longest first. The longest of all is in the first step, so that what does not fit in memory shows at once.
+ * It follows from lengths, seed and epoch alone.
+ *
+ * @param size items a step
+ */
+export async function lengthGroupedOrder(
+  lengths: Int32Array,
+  size: number,
+  seed: number,
+  epoch: number,
+): Promise<Uint32Array> {
+  const count = lengths.length;
+  const order = shuffledOrder(count, seed, epoch);
+  const lengthAt = (place: number) => lengths[order[place] as number] as number;
+  let longest = 0;
+  for (let place = 1; place < count; place++) if (lengthAt(place) > lengthAt(longest)) longest = place;
+  if (count > 0) [order[0], order[longest]] = [order[longest] as number, order[0] as number];
+  const stretch = Math.max(1, Math.min(Math.floor(count / (size * 4)), stretchSteps)) * size;
+  const giveWay = givingWay();
+  for (let begin = 0; begin < count; begin += stretch) {
+    order.subarray(begin, begin + stretch).sort((a, b) => (lengths[b] as number) - (lengths[a] as number));
+    await giveWay();
+  }
+  return order;
 }

@@ -4,7 +4,8 @@ import { mkdir, readdir, readFile, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { onDisk, syncFolder } from './folder.js';
 
-const temporaryName = /^\..+\.[0-9a-f]{16}\.tmp$/;
+/** Of folders, and of the files of atomic-file.ts. */
+const temporaryName = /^\..+\.[0-9a-f]{16}\.(qlora-)?tmp$/;
 
 /** A name for what is not finished, in the folder of `path`. */
 function temporaryBeside(path: string): string {
@@ -60,8 +61,8 @@ export async function removeFolder(path: string): Promise<void> {
   });
 }
 
-/** Removes what a killed process left of folders that it was writing, or removing. */
-export async function removeTemporaryFolders(directory: string): Promise<void> {
+/** Removes what a killed process left of files and folders that it was writing, or removing. */
+export async function removeLeftovers(directory: string): Promise<void> {
   for (const name of await readdir(directory)) {
     if (!temporaryName.test(name) || name.startsWith('.replaced.')) continue;
     await onDisk(join(directory, name), 'remove it', () => remove(join(directory, name)));
@@ -99,7 +100,7 @@ export async function replaceFiles(
     await onDisk(directory, 'make a folder in it', () => mkdir(temporary));
     await write(temporary);
     const names = await readdir(temporary);
-    const companions = [...names, ...optional].filter((name) => !name.endsWith('.safetensors'));
+    const companions = [...new Set([...names, ...optional])].filter((name) => !name.endsWith('.safetensors'));
     const same = await Promise.all(companions.map((name) => sameBytes(join(directory, name), join(temporary, name))));
     const weightsOnly = same.every(Boolean);
     if (!weightsOnly && (await readdir(directory)).includes(marker)) {

@@ -53,8 +53,11 @@ export interface DecoderInput {
 
 export interface DecoderPass extends Pass {
   computeDtype: FloatDType;
-  /** 'blocks' keeps only each block's input and computes the rest again in the backward pass. */
-  checkpointing: 'none' | 'blocks';
+  /**
+   * 'blocks' keeps only each block's input and computes the rest again in the backward pass; a number does so for the
+   * first so many blocks: the others are done with before the backward pass comes to them.
+   */
+  checkpointing: 'none' | 'blocks' | number;
   /** While training: NEFTune's alpha, and the key of this micro-step's noise. */
   neftune?: { alpha: number; seed: number; microStep: number };
 }
@@ -75,10 +78,12 @@ export function decode(
   embedded.dispose();
   start.dispose();
   pass.inspect?.(weights.embedding, x);
+  const { checkpointing } = pass;
+  const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
     const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
-    const y = tape && pass.checkpointing === 'blocks' ? checkpoint(tape, x, run, needs) : run(tape, x);
+    const y = tape && layer < again ? checkpoint(tape, x, run, needs) : run(tape, x);
     x.dispose();
     x = y;
   });

@@ -15,6 +15,8 @@ export interface CoreOptions extends WeightOptions {
   computeDtype: FloatDType;
   /** What users call it; default: the folder. */
   name?: string;
+  /** See Stream. */
+  purpose?: 'rehearsal';
   /** Fields of config.json that may be left unread. */
   allowUnknownConfig?: readonly string[];
 }
@@ -39,7 +41,7 @@ async function loadFrom(folder: ModelFolder, options: CoreOptions): Promise<Mode
   fields.finish(options.allowUnknownConfig);
   const tokenizer = await loadTokenizer(directory);
   const training = await readTrainingRecord(directory);
-  const stream = new Stream();
+  const stream = new Stream(options.purpose);
   try {
     const weights = await loadWeights(stream, folder, family, config, options);
     return {

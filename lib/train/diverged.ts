@@ -15,11 +15,11 @@ import type { Stepper } from './stepper.js';
 export async function firstBadPart(
   stepper: Stepper,
   adapter: LoraAdapter | undefined,
-  { rows, firstMicroStep }: EnqueuedStep,
+  { sequences, firstMicroStep }: EnqueuedStep,
 ): Promise<string | undefined> {
   const { core, optimizer } = stepper;
   const names = namesOf(core, adapter);
-  const parts = stepper.microBatches(rows);
+  const parts = stepper.microBatches(sequences);
   for (const [i, part] of parts.entries()) {
     const seen: { name: string; norm: Tensor }[] = [];
     const inspect = (what: string | Tensor, y: Tensor) => {
@@ -56,5 +56,6 @@ function namesOf({ weights }: ModelCore, adapter: LoraAdapter | undefined): Map<
   const names = new Map<Tensor, string>();
   for (const [name, tensor] of weights.dense) names.set(tensor, name.replace(/\.(weight|bias)$/, ''));
   for (const layer of adapter?.layers ?? []) for (const tensor of layer.parameters) names.set(tensor, layer.path);
+  for (const [name, tensor] of adapter?.whole.tensors ?? []) names.set(tensor, name.replace(/\.(weight|bias)$/, ''));
   return names;
 }

@@ -1,6 +1,6 @@
 import type { RowStore } from '../data/row-store.js';
 import type { ModelCore } from '../models/core.js';
-import { enqueueLoss, readScalar } from './micro-step.js';
+import { enqueueLoss, evalBatches, readScalar } from './micro-step.js';
 
 export interface Evaluation {
   loss: number;
@@ -15,13 +15,13 @@ export async function evaluateRows(
   batchSize: number,
   signal?: AbortSignal,
 ): Promise<Evaluation> {
-  const indices = Array.from({ length: rows.count }, (_, i) => i);
-  const targets = indices.reduce((n, i) => n + rows.targets(i), 0);
+  const batches = evalBatches(rows, batchSize);
+  const targets = batches.flat().reduce((n, i) => n + rows.targets(i), 0);
   const pass = { adapter, checkpointing: 'none' as const };
   let loss = 0;
-  for (let i = 0; i < rows.count; i += batchSize) {
+  for (const batch of batches) {
     signal?.throwIfAborted();
-    const part = await rows.rows(indices.slice(i, i + batchSize));
+    const part = (await rows.rows(batch)).map((row) => [row]);
     loss += await readScalar(enqueueLoss(core, undefined, part, 1 / targets, pass));
   }
   return { loss, perplexity: Math.exp(loss) };

@@ -27,6 +27,8 @@ const harmless = new Set([
   'epochs',
   // What they come to is compared: the model, the adapter's layers, the encoded rows.
   'model',
+  'offline',
+  'revision',
   'quantization',
   'computeDtype',
   'lora',
@@ -55,6 +57,8 @@ export async function settingsOf({ core, adapter, options, rows }: Fingerprinted
   settings.computeDtype = core.computeDtype;
   settings.model = await modelHash(core, adapter === undefined);
   settings.lora = adapter ? adapterHash(adapter) : 'none';
+  // PiSSA changes the base, too.
+  settings.loraInit = (options.lora !== 'none' && options.lora?.init) || 'default';
   settings.dataset = await rowsHash(rows);
   return settings;
 }
@@ -92,8 +96,11 @@ async function modelHash({ configJson, weights }: ModelCore, trainedWhole: boole
   return short(hash);
 }
 
-function adapterHash({ layers }: LoraAdapter): string {
-  const shapes = layers.map(({ path, r, scale, dropout, magnitude }) => [path, r, scale, dropout, !!magnitude]);
+function adapterHash({ layers, whole }: LoraAdapter): string {
+  const shapes = [
+    ...layers.map(({ path, r, scale, dropout, magnitude }) => [path, r, scale, dropout, !!magnitude]),
+    ...[...whole.tensors].map(([name, { shape }]) => [name, shape]),
+  ];
   return `${layers.length} layers, ${short(createHash('sha256').update(JSON.stringify(shapes)))}`;
 }
 

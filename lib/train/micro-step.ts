@@ -1,11 +1,12 @@
 import type { Tape } from '../autograd.js';
-import { collate, shiftLabels } from '../data/batch.js';
-import type { EncodedRow } from '../data/encode.js';
+import { collate, type Sequence, shiftLabels } from '../data/batch.js';
+import type { RowStore } from '../data/row-store.js';
 import { decoderOf, hiddenStates, type ModelCore } from '../models/core.js';
 import type { DecoderPass } from '../models/decoder.js';
 import { fill } from '../ops/elementwise.js';
 import { linearCrossEntropy } from '../ops/linear-cross-entropy.js';
 import { Tensor } from '../tensor.js';
+import type { ResolvedTrainerOptions } from './options.js';
 
 /** What a step computed, read once the stream has come to it. */
 export interface StepResult {
@@ -21,29 +22,45 @@ export interface StepResult {
 export interface EnqueuedStep {
   /** From 1. */
   step: number;
-  /** What it was made of: its rows, and the number of the first of its micro-steps. */
-  rows: readonly EncodedRow[];
+  /** What it was made of: its sequences, and the number of the first of its micro-steps. */
+  sequences: readonly Sequence[];
   firstMicroStep: number;
   learningRate: number;
   result: Promise<StepResult>;
 }
 
 /**
- * Enqueues the loss of some rows, times `scale`, and with a tape its gradients, times `lossScale` [1] as well.
+ * Micro-steps of a step: items of like length side by side, `batchSize` at a time. Their sum is the same whatever their
+ * order, and the padding least.
+ */
+export function microBatches<T>(items: readonly T[], tokens: (item: T) => number, batchSize: number): T[][] {
+  const sorted = [...items].sort((a, b) => tokens(a) - tokens(b));
+  return Array.from({ length: Math.ceil(sorted.length / batchSize) }, (_, i) =>
+    sorted.slice(i * batchSize, (i + 1) * batchSize),
+  );
+}
+
+/** The rows of each pass of an evaluation, by number. */
+export function evalBatches(rows: RowStore, batchSize: number): number[][] {
+  return microBatches([...Array(rows.count).keys()], (i) => rows.tokens(i), batchSize);
+}
+
+/**
+ * Enqueues the loss of some sequences, times `scale`, and with a tape its gradients, times `lossScale` [1] as well.
  *
  * @returns the loss [1], to be read and disposed of
  */
 export function enqueueLoss(
   core: ModelCore,
   tape: Tape | undefined,
-  rows: readonly EncodedRow[],
+  sequences: readonly Sequence[],
   scale: number,
   pass: Omit<DecoderPass, 'computeDtype'>,
   lossScale?: Tensor,
 ): Tensor {
-  const batch = collate(rows, { padId: core.tokenizer?.padTokenId ?? 0 });
-  // One row has no padding, and its tokens are one segment.
-  const segments = batch.batch > 1 ? { segmentIds: batch.segmentIds } : {};
+  const batch = collate(sequences, { padId: core.tokenizer?.padTokenId ?? 0 });
+  // A row by itself has neither padding nor neighbours: its tokens are one segment.
+  const segments = sequences.length > 1 || sequences[0]?.length !== 1 ? { segmentIds: batch.segmentIds } : {};
   const { tokens, batch: B, length, positions } = batch;
   using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
   using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
@@ -54,6 +71,11 @@ export function enqueueLoss(
     tape.backward(loss, one);
   }
   return loss;
+}
+
+/** What the decoder is to compute again. 'auto' has become a number of layers when training begins. */
+export function checkpointingOf({ gradientCheckpointing: of }: ResolvedTrainerOptions): DecoderPass['checkpointing'] {
+  return typeof of === 'number' ? of : of ? 'blocks' : 'none';
 }
 
 /** Whoever awaits it is told of a failure; one that nobody comes to await any more is no unhandled rejection. */

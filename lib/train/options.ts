@@ -14,7 +14,10 @@ export interface MixedDataset {
   format?: string;
   /** At most so many of its rows, the first ones. */
   maxSamples?: number;
-  /** How often its rows come, against those of the other sets; default 1: as often as there are rows. */
+  /**
+   * How often each of its rows comes, against each row of the other sets; only proportions matter. Rows of the smallest
+   * weight come once an epoch. Default 1.
+   */
   weight?: number;
 }
 
@@ -22,12 +25,12 @@ export interface MixedDataset {
 export interface TrainerOptions {
   /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
-  /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
+  /** A file (JSON, JSONL, CSV, TSV, parquet; also .gz), a folder of such, rows, or several of these. */
   dataset: DatasetSource | MixedDataset[];
   /** A number below 1 is a share split off the data set, one from 1 on a count; the split is seeded. */
   evalDataset?: DatasetSource | number;
   datasetFormat?: string;
-  /** How instructions are written as prompts; default 'alpaca', QLoRA's. */
+  /** How rows are written; default: instructions as 'alpaca', QLoRA's, conversations by the model's own template. */
   template?: string;
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];
@@ -35,7 +38,10 @@ export interface TrainerOptions {
   /** Of a model named `owner/name`: see LoadOptions. */
   offline?: boolean;
   revision?: string;
-  /** Bytes on the device; a plan above it is an error before anything is loaded. Default: no limit. */
+  /**
+   * Bytes on the device: a plan above it is an error before anything is loaded, and a model that the trainer loads takes
+   * no more. Default: no limit.
+   */
   maxMemory?: number;
   /** 'none' is full fine-tuning: needs quantization 'none'; trained weights have fp32 masters. */
   lora?: LoraOptions | 'none';
@@ -80,12 +86,15 @@ export interface TrainerOptions {
   optimizer?: (typeof optimizerNames)[number];
   /**
    * Keep only each layer's input for the backward pass, and compute the rest again; default true. 'auto' does so for as
-   * many layers as maxMemory demands.
+   * many layers as maxMemory demands or, without it, what the system has free. The bits are the same.
    */
   gradientCheckpointing?: boolean | 'auto';
   /** Rows of like length, in tokens, come in one step; default true. */
   groupByLength?: boolean;
-  /** Several rows in one sequence of maxLength, none of which attends to another; default false. */
+  /**
+   * Several rows in one sequence of at most maxLength tokens, none of which attends to another; batchSize then counts
+   * sequences. Default false.
+   */
   packing?: boolean;
   /** Train on the prompt too; default false. */
   trainOnSource?: boolean;
@@ -203,8 +212,14 @@ export const schema = z.strictObject({
   seed: z.int().min(0).default(42),
 });
 
-export type ResolvedTrainerOptions = Omit<z.infer<typeof schema>, 'dataset' | 'lora' | 'quantization' | 'device'> &
-  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'>;
+export type ResolvedTrainerOptions = Omit<
+  z.infer<typeof schema>,
+  'dataset' | 'lora' | 'quantization' | 'device' | 'gradientCheckpointing'
+> &
+  Pick<TrainerOptions, 'dataset' | 'lora' | 'quantization' | 'device'> & {
+    /** A number of layers, once memory was planned. */
+    gradientCheckpointing: boolean | 'auto' | number;
+  };
 
 /** Several sources, rather than rows. */
 export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is MixedDataset[] {

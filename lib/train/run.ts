@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import type { RowStore } from '../data/row-store.js';
 import { QLoRAError } from '../errors.js';
-import { removeTemporaryFolders } from '../io/atomic-folder.js';
+import { removeLeftovers } from '../io/atomic-folder.js';
 import { makeFolder } from '../io/folder.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import type { QuantizedModel } from '../quantized-model.js';
@@ -82,7 +82,7 @@ export class Run {
     const { outputDir } = stepper.options;
     // Where nothing can be saved, that is known before the first step.
     await makeFolder(outputDir);
-    await removeTemporaryFolders(outputDir);
+    await removeLeftovers(outputDir);
     if (resume !== false) await this.#resume(resume);
     const goesOn = progress.run !== undefined || progress.saved === stepper.step;
     progress.run ??= await nextRun(outputDir);

@@ -1,11 +1,11 @@
 import { Tape } from '../autograd.js';
-import type { EncodedRow } from '../data/encode.js';
+import { lengthOf, type Sequence } from '../data/batch.js';
 import { targetsOf } from '../data/row-store.js';
 import type { ModelCore } from '../models/core.js';
 import type { DecoderPass } from '../models/decoder.js';
 import { scale } from '../ops/elementwise.js';
 import type { Tensor } from '../tensor.js';
-import { type EnqueuedStep, enqueueLoss, handled, readScalar } from './micro-step.js';
+import { checkpointingOf, type EnqueuedStep, enqueueLoss, handled, microBatches, readScalar } from './micro-step.js';
 import type { Optimizer } from './optimizer.js';
 import type { ResolvedTrainerOptions } from './options.js';
 import type { StepPlan } from './step-plan.js';
@@ -28,25 +28,25 @@ export class Stepper {
   ) {}
 
   /**
-   * Enqueues forward, backward and the optimizer over these rows. The loss is the sum over all of them divided by their
+   * Enqueues forward, backward and the optimizer over these sequences. The loss is the sum over all of them divided by their
    * target tokens, so that it does not depend on how they are cut into micro-steps.
    *
    * @param between runs while the first micro-step is computed
    * @returns undefined where the signal stopped it, which leaves parameters and counts as they were
    */
   async enqueue(
-    rows: readonly EncodedRow[],
+    sequences: readonly Sequence[],
     signal?: AbortSignal,
     between: () => Promise<void> = async () => {},
   ): Promise<EnqueuedStep | undefined> {
     const { core, optimizer } = this;
     const before = { step: this.step, microStep: this.microStep };
-    const targets = rows.reduce((n, row) => n + targetsOf(row), 0);
+    const targets = sequences.flat().reduce((n, row) => n + targetsOf(row), 0);
     const losses: Promise<number>[] = [];
     const checks: Tensor[] = [];
     optimizer.zeroGradients();
     try {
-      for (const part of this.microBatches(rows)) {
+      for (const part of this.microBatches(sequences)) {
         if (signal?.aborted) {
           await Promise.allSettled(losses);
           this.microStep = before.microStep;
@@ -66,7 +66,7 @@ export class Stepper {
       this.step++;
       using outcome = optimizer.step(learningRate, checks);
       const outcomes = handled(outcome.read());
-      const tokens = rows.reduce((n, row) => n + row.ids.length, 0);
+      const tokens = sequences.reduce((n, sequence) => n + lengthOf(sequence), 0);
       const result = (async () => {
         const loss = (await Promise.all(losses)).reduce((a, b) => a + b, 0);
         const [gradNorm, applied, lossScale] = (await outcomes) as unknown as [number, number, number];
@@ -76,26 +76,21 @@ export class Stepper {
       result.catch(() => {
         if (this.step > before.step) Object.assign(this, before);
       });
-      return { step: this.step, firstMicroStep: before.microStep, rows, learningRate, result };
+      return { step: this.step, firstMicroStep: before.microStep, sequences, learningRate, result };
     } finally {
       for (const check of checks) check.dispose();
     }
   }
 
-  /** Rows of like length side by side: the sum is the same, the padding less. */
-  microBatches(rows: readonly EncodedRow[]): EncodedRow[][] {
-    const { batchSize } = this.options;
-    const sorted = [...rows].sort((a, b) => a.ids.length - b.ids.length);
-    return Array.from({ length: Math.ceil(sorted.length / batchSize) }, (_, i) =>
-      sorted.slice(i * batchSize, (i + 1) * batchSize),
-    );
+  microBatches(sequences: readonly Sequence[]): Sequence[][] {
+    return microBatches(sequences, lengthOf, this.options.batchSize);
   }
 
   passOf(microStep: number): Omit<DecoderPass, 'computeDtype'> {
-    const { gradientCheckpointing, seed, neftuneNoiseAlpha: alpha } = this.options;
+    const { seed, neftuneNoiseAlpha: alpha } = this.options;
     return {
       adapter: this.adapterName,
-      checkpointing: gradientCheckpointing ? ('blocks' as const) : ('none' as const),
+      checkpointing: checkpointingOf(this.options),
       dropout: { seed, microStep },
       neftune: alpha > 0 ? { alpha, seed, microStep } : undefined,
     };

@@ -15,14 +15,15 @@ import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
+import { needsPlan, planRun } from './planned-run.js';
+import { adapterName, type MemoryPlan } from './rehearsal.js';
 import { type Progress, Run, type Trainee } from './run.js';
-import { StepPlan } from './step-plan.js';
+import { asSequences, StepPlan } from './step-plan.js';
 import { Stepper } from './stepper.js';
 import { Turns } from './turns.js';
 
 const signalSchema = z.strictObject({ signal: z.instanceof(AbortSignal).optional() });
 const trainSchema = signalSchema.extend({ resume: z.union([z.boolean(), z.string().min(1)]).optional() });
-const adapterName = 'default';
 
 /** Fine-tunes a model on rows: an adapter over a frozen, usually 4-bit base, or all weights. */
 export class QLoRATrainer implements AsyncDisposable {
@@ -71,27 +72,46 @@ export class QLoRATrainer implements AsyncDisposable {
     const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
     const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
-    const model =
-      typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
+    const planned = needsPlan(resolved) ? await planRun(resolved, 'fit') : undefined;
+    if (planned) resolved.gradientCheckpointing = planned.checkpointedLayers;
+    let model: QuantizedModel | undefined;
     let adapter: LoraAdapter | undefined;
-    let datasets: Datasets | undefined;
+    let datasets = planned?.datasets;
     try {
+      model =
+        typeof given === 'string' ? await QuantizedModel.loadWith(given, load, full ? 'masters' : 'as-in-file') : given;
+      // What takes more than was planned is an error then, not the end of the process.
+      if (typeof given === 'string') model.core.stream.setMemoryLimit(resolved.maxMemory ?? 0);
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
       // What an adapter was trained with it goes on with.
       resolved.template ??= templateOf(adapter?.training);
-      datasets = await prepareDatasets(model.core, resolved);
+      datasets ??= await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
-      const plan = new StepPlan(datasets.train, resolved);
+      const plan = planned?.steps ?? (await StepPlan.create(datasets.train, resolved));
       const trained = adapter?.namedParameters ?? model.core.weights.dense;
-      const setting = { totalSteps: plan.totalSteps, computeDtype: model.core.computeDtype };
+      const setting = {
+        totalSteps: plan.totalSteps,
+        computeDtype: model.core.computeDtype,
+        paging: planned?.paging && { ...planned.paging, directory: resolved.outputDir },
+      };
       const optimizer = await Optimizer.create(trained, resolved, setting);
       return new QLoRATrainer(model, adapter, resolved, datasets, plan, optimizer);
     } catch (error) {
       await datasets?.close();
-      if (typeof given === 'string') await model.dispose();
-      else if (adapter) model.removeLora(adapterName);
+      if (typeof given === 'string') await model?.dispose();
+      else if (adapter) given.removeLora(adapterName);
       throw error;
     }
+  }
+
+  /**
+   * Bytes of memory by class that a run with these options takes at most, before anything is loaded: the steps are gone
+   * through without being computed. The data is read and encoded; a source that can be read only once is then used up.
+   */
+  static async plan(options: TrainerOptions): Promise<MemoryPlan> {
+    const { memory, datasets } = await planRun(resolveTrainerOptions(options), 'any');
+    await datasets.close();
+    return memory;
   }
 
   /** What a row becomes: tokens, which of them are trained, what was cut. */
@@ -129,7 +149,8 @@ export class QLoRATrainer implements AsyncDisposable {
     return this.#exclusive(async () => {
       const encoding = encodeOptionsOf(this.#options);
       const encoded = await encodeRows(this.model.core, rows, encoding);
-      const step = await this.#turns.take(() => this.#stepper.enqueue(encoded));
+      const sequences = await asSequences(encoded, this.#options);
+      const step = await this.#turns.take(() => this.#stepper.enqueue(sequences));
       if (!step) throw new QLoRAError('ERR_QLORA_INTERNAL', 'a step without a signal was stopped');
       const { loss, gradNorm } = await step.result;
       return { loss, gradNorm };

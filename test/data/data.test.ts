@@ -325,7 +325,7 @@ t.test('files, folders and iterables are read', async (t) => {
 t.test('batches: padding by position, labels that count', async (t) => {
   const long = { ids: Int32Array.of(1, 9, 2, 2), labels: Int32Array.of(-100, 9, 2, 2) };
   const short = { ids: Int32Array.of(1, 2), labels: Int32Array.of(1, 2) };
-  const batch = collate([long, short], { padId: 2 });
+  const batch = collate([[long], [short]], { padId: 2 });
   t.match(batch, { batch: 2, length: 4, targets: 4 });
   t.same([...batch.tokens], [1, 9, 2, 2, 1, 2, 2, 2]);
   t.same([...batch.labels], [-100, 9, 2, 2, 1, 2, -100, -100], 'EOS counts, padding with the same id does not');
