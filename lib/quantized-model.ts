@@ -6,7 +6,7 @@ import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
 import { endTokensOf, recordOf } from './generate/end-tokens.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
-import { StopStrings } from './generate/stop-strings.js';
+import { endsWithStop, StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
 import { locate } from './io/hub.js';
 import { log } from './logger.js';
@@ -23,7 +23,7 @@ import { type Device, type FloatDType, Tensor } from './tensor.js';
 import type { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
-  /** 'none' keeps the dtype of the file. A checkpoint that is already 4-bit keeps its own. Default nf4 with double quantization. */
+  /** 'none' keeps the dtype of the file. A checkpoint that is quantized already keeps its own. Default nf4 with double quantization. */
   quantization?: (QuantizeOptions & { skipModules?: string[] }) | 'none';
   /** What is computed in; 'f32' is IEEE fp32. Default bf16. */
   computeDtype?: FloatDType;
@@ -264,6 +264,7 @@ export class QuantizedModel implements AsyncDisposable {
         const sampling = {
           ...resolved,
           endTokens: endTokensOf(this.core, record),
+          isWhole: (made: readonly number[]) => endsWithStop(tokenizer, resolved.stop, made),
           signal: joined(resolved.signal, abort.signal),
         };
         for await (const id of generateIds(this.core, ids, sampling)) {
@@ -313,7 +314,7 @@ export class QuantizedModel implements AsyncDisposable {
     detach(this.core, adapter);
   }
 
-  /** The model as a Hugging Face folder: 4-bit layers as bitsandbytes stores them, the rest in its own dtype. */
+  /** The model as a Hugging Face folder: 4- and 8-bit layers as bitsandbytes stores them, the rest in its own dtype. */
   save(outDirectory: string): Promise<void> {
     return saveModel(this.core, outDirectory);
   }

@@ -13,7 +13,10 @@
 #include "ops/grad_norm.h"
 #include "ops/key_value_cache.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/logits_choose.h"
+#include "ops/logits_process.h"
 #include "ops/lora_linear.h"
+#include "ops/low_rank.h"
 #include "ops/matmul.h"
 #include "ops/neftune.h"
 #include "ops/optimizer.h"
@@ -22,7 +25,6 @@
 #include "ops/rms_norm.h"
 #include "ops/roofline.h"
 #include "ops/rope.h"
-#include "ops/sample.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
@@ -55,14 +57,20 @@
   X(lion8bit, Lion8bit) \
   X(ademamix, AdEMAMix) \
   X(sgd, Sgd) \
+  X(logSoftmax, LogSoftmax) \
+  X(constrainLogits, ConstrainLogits) \
+  X(warpLogits, WarpLogits) \
+  X(argmax, Argmax) \
   X(finishStep, FinishStep) \
   X(neftune, Neftune) \
   X(sample, Sample) \
+  X(beamCandidates, BeamCandidates) \
   X(ropeTable, RopeTable) \
   X(rope, Rope) \
   X(attentionForward, AttentionForward) \
   X(attentionBackward, AttentionBackward) \
   X(appendKeyValue, AppendKeyValue) \
+  X(gatherKeyValue, GatherKeyValue) \
   X(matmulForward, MatmulForward) \
   X(matmulBackward, MatmulBackward) \
   X(matmulBackwardWeight, MatmulBackwardWeight) \
@@ -71,6 +79,8 @@
   X(loraRowNorm, LoraRowNorm) \
   X(doraScaleForward, DoraScaleForward) \
   X(doraScaleBackward, DoraScaleBackward) \
+  X(orthonormalizeRows, OrthonormalizeRows) \
+  X(singularFactors, SingularFactors) \
   X(roofline, Roofline) \
   /* the end */
 // clang-format on

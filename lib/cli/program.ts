@@ -14,6 +14,11 @@ const commands: readonly { name: string; summary: string; load: () => Promise<Co
   { name: 'train', summary: 'fine-tune a model on rows', load: () => import('./commands/train.js') },
   { name: 'resume', summary: 'go on with a run that was stopped', load: () => import('./commands/resume.js') },
   {
+    name: 'plan',
+    summary: 'the memory that a run would take, before anything is loaded',
+    load: () => import('./commands/plan.js'),
+  },
+  {
     name: 'explain',
     summary: 'what rows become: tokens, what is trained, what is cut',
     load: () => import('./commands/explain.js'),
@@ -27,6 +32,11 @@ const commands: readonly { name: string; summary: string; load: () => Promise<Co
   },
   { name: 'merge', summary: 'write a model with an adapter merged into it', load: () => import('./commands/merge.js') },
   { name: 'info', summary: 'what a model folder or an adapter holds', load: () => import('./commands/info.js') },
+  {
+    name: 'compare',
+    summary: 'the curves of several runs in one page',
+    load: () => import('./commands/compare.js'),
+  },
   {
     name: 'doctor',
     summary: 'what this machine can run, and why not the rest',

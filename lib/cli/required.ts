@@ -1,10 +1,12 @@
 import { QLoRAError } from '../errors.js';
 import type { PlainOptions } from './config/resolve.js';
 
-const required = ['model', 'dataset', 'outputDir'] as const;
-
 /** @throws ERR_QLORA_OPTION_INVALID which names all that is missing */
-export function requireOptions(options: PlainOptions, file: string | undefined): void {
+export function requireOptions(
+  options: PlainOptions,
+  required: readonly ('model' | 'dataset' | 'outputDir')[],
+  file: string | undefined,
+): void {
   const missing = required.filter((name) => options[name] === undefined);
   if (missing.length === 0) return;
   const flags = missing.map((name) => `--${name === 'outputDir' ? 'output-dir' : name}`).join(', ');

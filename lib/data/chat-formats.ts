@@ -30,18 +30,19 @@ const chatml: ChatFormat = {
   end: '<|im_end|>',
 };
 
-const alpaca = (opening: string): ChatFormat => ({
+/** A space between the heading and the answer is the answer's: with the heading it might share a token with its first word. */
+const alpaca = (opening: string, answer: string): ChatFormat => ({
   system: { message: '{content}' },
   defaultSystem: task,
   user: '### Instruction:\n{content}\n\n',
   opening,
-  answer: '{content}{eos}\n\n',
+  answer,
 });
 
 export const chatFormats = {
-  alpaca: alpaca('### Response: '),
-  'alpaca-lit-gpt': alpaca('### Response:'),
-  'alpaca-llama-factory': alpaca('### Response:\n'),
+  alpaca: alpaca('### Response:', ' {content}{eos}\n\n'),
+  'alpaca-lit-gpt': alpaca('### Response:', '{content}{eos}\n\n'),
+  'alpaca-llama-factory': alpaca('### Response:\n', '{content}{eos}\n\n'),
   chatml,
   qwen: { ...chatml, defaultSystem: 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' },
   llama2: {
@@ -87,8 +88,8 @@ export const chatFormats = {
       'only answer questions related to computer science. For politically sensitive questions, security and privacy ' +
       'issues, and other non-computer science questions, you will refuse to answer\n',
     user: '### Instruction:\n{content}\n',
-    opening: '### Response:',
-    answer: '\n{content}\n{end}\n',
+    opening: '### Response:\n',
+    answer: '{content}\n{end}\n',
     end: '<|EOT|>',
   },
   vicuna: {

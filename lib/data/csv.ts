@@ -11,7 +11,6 @@ const mostColumns = 10_000;
 export async function* readTable(path: string, delimiter: ',' | '\t'): AsyncGenerator<RawRecord> {
   const parser = parse({
     delimiter,
-    bom: true,
     info: true,
     skip_empty_lines: true,
     // A quote inside a field that does not begin with one is text, as for most programs that write tables.

@@ -152,6 +152,29 @@ export function logPreflight(result: Preflight): void {
   }
 }
 
+/** The same as names and short values, for a table. */
+export function preflightFacts(result: Preflight): Record<string, string | number> {
+  const { rows, tokens, targetTokens, truncatedRows, truncatedShare, duplicates, emptyTargets, longest } = result;
+  const listed = (list: readonly string[], all: { count: number; rows: readonly unknown[] }) =>
+    all.count === 0 ? '0' : `${number(all.count)}: ${list.join(', ')}${rest(all)}`;
+  return {
+    rows,
+    tokens,
+    'tokens trained': targetTokens,
+    'rows cut': `${number(truncatedRows)} (${(100 * truncatedShare).toFixed(1)}%)`,
+    'rows equal to earlier ones': listed(
+      duplicates.rows.map(({ row, sameAs }) => `${row} (as ${sameAs.row})`),
+      duplicates,
+    ),
+    'rows with a blank answer': listed(
+      emptyTargets.rows.map(({ row }) => String(row)),
+      emptyTargets,
+    ),
+    'longest rows': longest.map(({ row, tokens }) => `${row} (${number(tokens)} tokens)`).join(', '),
+    ...Object.fromEntries(result.sources.map((source, i) => [`source ${i + 1}`, usingRows(source)])),
+  };
+}
+
 function rest({ count, rows }: { count: number; rows: readonly unknown[] }): string {
   return count > rows.length ? `, and ${number(count - rows.length)} more` : '';
 }

@@ -8,7 +8,9 @@ import type { SamplingOptions } from './tokens.js';
 export interface GenerateOptions {
   /** Default 256. */
   maxNewTokens?: number;
-  /** false is greedy. */
+  /** Before so many tokens the text does not end; default 0. */
+  minNewTokens?: number;
+  /** false, the default, is greedy. */
   doSample?: boolean;
   /** Default 1. */
   temperature?: number;
@@ -16,6 +18,16 @@ export interface GenerateOptions {
   topK?: number;
   /** Sample among the likeliest that together have this probability; default 1. */
   topP?: number;
+  /** Sample among those nearest to the entropy that together have this probability; default 1. */
+  typicalP?: number;
+  /** Above 1 tokens that are there already become less likely, those of the prompt too; default 1. */
+  repetitionPenalty?: number;
+  /** No so many tokens come twice in the same order, those of the prompt counted; default 0, which allows all. */
+  noRepeatNgramSize?: number;
+  /** How many texts are followed at once to find the likeliest; default 1. It comes when it is whole. */
+  numBeams?: number;
+  /** With beams: scores are divided by the length to this power, so above 0 longer texts gain; default 1. */
+  lengthPenalty?: number;
   /** Texts that end the answer; they are not part of it. */
   stop?: string[];
   /** Of sampling; default 42. The same seed gives the same text. */
@@ -27,31 +39,45 @@ export interface GenerateOptions {
 
 const schema = z.strictObject({
   maxNewTokens: z.int().min(1).optional(),
+  minNewTokens: z.int().min(0).optional(),
   doSample: z.boolean().optional(),
   temperature: z.number().min(0).optional(),
   topK: z.int().min(0).optional(),
   topP: z.number().gt(0).max(1).optional(),
+  typicalP: z.number().gt(0).max(1).optional(),
+  repetitionPenalty: z.number().gt(0).optional(),
+  noRepeatNgramSize: z.int().min(0).optional(),
+  numBeams: z.int().min(1).optional(),
+  lengthPenalty: z.number().optional(),
   stop: z.array(z.string().min(1)).optional(),
   seed: z.int().min(0).optional(),
   adapter: z.string().nullable().optional(),
   signal: z.instanceof(AbortSignal).optional(),
 });
+const defaults = {
+  maxNewTokens: 256,
+  minNewTokens: undefined,
+  doSample: false,
+  temperature: 1,
+  topK: 50,
+  topP: 1,
+  typicalP: 1,
+  repetitionPenalty: 1,
+  noRepeatNgramSize: 0,
+  numBeams: 1,
+  lengthPenalty: 1,
+  stop: [],
+  seed: 42,
+};
 const tokensSchema = schema.omit({ stop: true }).extend({ ignoreEos: z.boolean().optional() });
 
-export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens'> & {
+export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens' | 'isWhole'> & {
   stop: readonly string[];
   ignoreEos: boolean;
 };
 
-/** What generation_config.json may ask for that this version does not do; each with the value that changes nothing. */
-const unsupported = {
-  repetitionPenalty: 1,
-  typicalP: 1,
-  noRepeatNgramSize: 0,
-  numBeams: 1,
-  minLength: 0,
-  minNewTokens: 0,
-} as const;
+/** The options that generation_config.json may set as well. */
+const fileSchema = schema.omit({ stop: true, seed: true, adapter: true, signal: true });
 
 /** @param what 'text' takes stop strings, 'tokens' takes ignoreEos */
 export function resolveGenerateOptions(
@@ -62,27 +88,46 @@ export function resolveGenerateOptions(
   const given: GenerateOptions & { ignoreEos?: boolean } =
     what === 'text' ? checkOptions(schema, options, 'generate') : checkOptions(tokensSchema, options, 'generateTokens');
   const { generation } = core;
-  for (const [field, neutral] of Object.entries(unsupported)) {
-    const value = generation[field as keyof typeof unsupported];
-    if (value === undefined || value === neutral) continue;
+  const [field] = generation.unsupported;
+  if (field !== undefined) {
+    throw new QLoRAError('ERR_QLORA_GENERATION_CONFIG', `generation_config.json: ${field} is not supported`, {
+      hint: 'Take it out of generation_config.json.',
+      detail: { field },
+    });
+  }
+  const names = Object.keys(fileSchema.shape) as (keyof typeof fileSchema.shape)[];
+  const fromFile = Object.fromEntries(names.map((name) => [name, generation[name]]));
+  const merged = {
+    ...defaults,
+    ...defined(checkOptions(fileSchema, fromFile, 'generation_config.json')),
+    ...defined(given),
+  };
+  const { doSample, signal, ignoreEos, adapter, ...rest } = merged;
+  const { minNewTokens, maxNewTokens } = rest;
+  if (minNewTokens !== undefined && minNewTokens > maxNewTokens) {
     throw new QLoRAError(
-      'ERR_QLORA_GENERATION_CONFIG',
-      `generation_config.json: ${field} = ${JSON.stringify(value)} is not supported yet, only ${JSON.stringify(neutral)}`,
-      { hint: `Take it out of generation_config.json.`, detail: { field, value } },
+      'ERR_QLORA_OPTION_CONFLICT',
+      `minNewTokens must be at most maxNewTokens, ${maxNewTokens}, got ${minNewTokens}`,
+      {
+        hint: 'What is not passed comes from generation_config.json, or is the default.',
+        detail: { minNewTokens, maxNewTokens },
+      },
     );
   }
-  const doSample = given.doSample ?? generation.doSample ?? false;
   return {
-    maxNewTokens: given.maxNewTokens ?? generation.maxNewTokens ?? 256,
-    temperature: doSample ? (given.temperature ?? generation.temperature ?? 1) : 0,
-    topK: given.topK ?? generation.topK ?? 50,
-    topP: given.topP ?? generation.topP ?? 1,
-    seed: given.seed ?? 42,
-    stop: given.stop ?? [],
-    adapter: chooseAdapter(core, given.adapter),
-    ignoreEos: given.ignoreEos ?? false,
-    signal: given.signal,
+    ...rest,
+    minNewTokens,
+    minLength: generation.minLength ?? 0,
+    temperature: doSample ? rest.temperature : 0,
+    earlyStopping: generation.earlyStopping ?? false,
+    adapter: chooseAdapter(core, adapter),
+    ignoreEos: ignoreEos ?? false,
+    signal,
   };
+}
+
+function defined<T extends object>(options: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined)) as T;
 }
 
 /**

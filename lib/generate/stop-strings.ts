@@ -1,3 +1,14 @@
+import type { Tokenizer } from '../tokenizer/tokenizer.js';
+
+/** Whether the last of `ids` completes a stop string. */
+export function endsWithStop(tokenizer: Tokenizer, stops: readonly string[], ids: readonly number[]): boolean {
+  if (stops.length === 0) return false;
+  // A token is a byte or more; some bytes of a character may be in front.
+  const reach = Math.max(...stops.map((stop) => Buffer.byteLength(stop))) + 4;
+  const text = tokenizer.decode(ids.slice(-reach), { skipSpecialTokens: true });
+  return stops.some((stop) => text.includes(stop));
+}
+
 /** Holds back what may be the start of a stop string, until it is one or cannot become one. */
 export class StopStrings {
   #held = '';

@@ -2,24 +2,30 @@
 import { QLoRAError } from '../errors.js';
 import { checkIds, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
-import { sample } from '../ops/sample.js';
+import { argmax, sample } from '../ops/logits-choose.js';
+import { beamSearch } from './beams.js';
+import { processScores, type ScoreOptions } from './scores.js';
 
-export interface SamplingOptions {
+export interface SamplingOptions extends Omit<ScoreOptions, 'minNewTokens'> {
   maxNewTokens: number;
-  /** 0 is greedy. */
-  temperature: number;
-  /** 0 keeps all. */
-  topK: number;
-  /** 1 keeps all. */
-  topP: number;
+  /** Left out: what minLength asks for. */
+  minNewTokens: number | undefined;
+  /** As minNewTokens, with the prompt counted. */
+  minLength: number;
+  /** 1 keeps one text; more search for the likeliest. */
+  numBeams: number;
+  /** A finished beam's score is divided by its length to this power. */
+  lengthPenalty: number;
+  /** When beams stop: see BeamSearch. */
+  earlyStopping: boolean | 'never';
   seed: number;
-  /** Ids that end the text; they are not given out. */
-  endTokens: ReadonlySet<number>;
+  /** Whether these new ids are a whole text although none of endTokens ended it; beams ask it. */
+  isWhole?: (ids: readonly number[]) => boolean;
   adapter: string | undefined;
   signal?: AbortSignal;
 }
 
-/** New ids, one by one. */
+/** New ids, one by one; those of beams when the search is over. */
 export async function* generateIds(
   core: ModelCore,
   prompt: ArrayLike<number>,
@@ -31,27 +37,37 @@ export async function* generateIds(
       hint: 'A tokenizer without BOS makes nothing of an empty text.',
     });
   }
-  using cache = new KeyValueCache(core.stream, core.config, 1, prompt.length + options.maxNewTokens, core.computeDtype);
-  let tokens = Int32Array.from(prompt);
-  for (let step = 0; step < options.maxNewTokens; step++) {
+  const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - prompt.length);
+  if (options.numBeams > 1) {
+    yield* (await beamSearch(core, prompt, { ...options, minNewTokens })).ids;
+    return;
+  }
+  const capacity = prompt.length + options.maxNewTokens;
+  using cache = new KeyValueCache(core.stream, core.config, 1, capacity, core.computeDtype);
+  const ids = new Int32Array(capacity);
+  ids.set(prompt);
+  for (let length = prompt.length; length < capacity; length++) {
     options.signal?.throwIfAborted();
-    const id = await nextId(core, tokens, cache, step, options);
+    const id = await nextId(core, ids.subarray(0, length), cache, length - prompt.length, { ...options, minNewTokens });
     if (options.endTokens.has(id)) return;
     yield id;
-    tokens = Int32Array.of(id);
+    ids[length] = id;
   }
 }
 
+/** @param ids all so far; those that the cache does not hold yet go through the model */
 async function nextId(
   core: ModelCore,
-  tokens: Int32Array,
+  ids: Int32Array,
   cache: KeyValueCache,
   step: number,
-  { temperature, topK, topP, seed, adapter }: SamplingOptions,
+  options: SamplingOptions & ScoreOptions,
 ): Promise<number> {
+  const tokens = ids.subarray(cache.length);
   const rows = { tokens, batch: 1, length: tokens.length };
-  using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(core, adapter, hidden, Int32Array.of(tokens.length - 1));
-  using id = sample(logits, { temperature, topK, topP, seed, stream: step });
+  using hidden = hiddenStates(core, undefined, rows, { adapter: options.adapter, checkpointing: 'none' }, cache);
+  using logits = logitsOf(core, options.adapter, hidden, Int32Array.of(tokens.length - 1));
+  using scores = processScores(logits, ids, step, 1, options);
+  using id = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
   return (await id.readBits())[0] as number;
 }

@@ -1,4 +1,4 @@
-/** bitsandbytes' 4-bit weights inside safetensors: formats.md, "A bitsandbytes 4-bit checkpoint in safetensors". */
+/** bitsandbytes' 4-bit weights inside safetensors, and the quantization_config of its checkpoints. Its 8-bit weights: int8-checkpoint.ts. */
 import { QLoRAError } from '../errors.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 import { isObject, type JsonObject, show } from './json.js';
@@ -135,7 +135,8 @@ function checkTensors(source: TensorSource, names: QuantTensorNames, { shape, bl
   }
 }
 
-function bad(name: string, message: string, cause?: unknown): never {
+/** @throws ERR_QLORA_QUANT_STATE */
+export function bad(name: string, message: string, cause?: unknown): never {
   throw new QLoRAError('ERR_QLORA_QUANT_STATE', `'${name}' ${message}`, {
     hint: 'The checkpoint is damaged, or was written by another version of bitsandbytes: quantize the 16-bit model again.',
     cause,
@@ -196,7 +197,7 @@ export function quantItems(path: string, state: QuantState, parts: QuantParts): 
 }
 
 export interface BnbConfig {
-  readonly type: QuantType;
+  readonly type: QuantType | 'int8';
   readonly doubleQuant: boolean;
   readonly computeDtype: FloatDType;
   /** Modules left in 16 bits besides output head and embeddings. */
@@ -205,19 +206,20 @@ export interface BnbConfig {
 
 /** `quantization_config` of config.json, as transformers writes it. */
 export function bnbConfigJson({ type, doubleQuant, computeDtype, skipModules }: BnbConfig): JsonObject {
+  const fourBit = type !== 'int8';
   return {
-    _load_in_4bit: true,
-    _load_in_8bit: false,
-    bnb_4bit_compute_dtype: dtypeNames[computeDtype],
+    _load_in_4bit: fourBit,
+    _load_in_8bit: !fourBit,
+    bnb_4bit_compute_dtype: fourBit ? dtypeNames[computeDtype] : 'float32',
     bnb_4bit_quant_storage: 'uint8',
-    bnb_4bit_quant_type: type,
+    bnb_4bit_quant_type: fourBit ? type : 'fp4',
     bnb_4bit_use_double_quant: doubleQuant,
     llm_int8_enable_fp32_cpu_offload: false,
     llm_int8_has_fp16_weight: false,
     llm_int8_skip_modules: skipModules.length ? skipModules : null,
     llm_int8_threshold: new PythonFloat(6),
-    load_in_4bit: true,
-    load_in_8bit: false,
+    load_in_4bit: fourBit,
+    load_in_8bit: !fourBit,
     quant_method: 'bitsandbytes',
   };
 }
@@ -225,18 +227,16 @@ export function bnbConfigJson({ type, doubleQuant, computeDtype, skipModules }: 
 /**
  * What `quantization_config` of a config.json says; undefined where there is none.
  *
- * @throws ERR_QLORA_QUANTIZATION_UNSUPPORTED for other methods (GPTQ, AWQ, ...) and 8-bit checkpoints
+ * @throws ERR_QLORA_QUANTIZATION_UNSUPPORTED for other methods (GPTQ, AWQ, ...)
  */
 export function readBnbConfig(config: JsonObject): BnbConfig | undefined {
   const value = config.quantization_config ?? undefined;
   if (value === undefined) return undefined;
   const q = isObject(value) ? value : {};
-  if (q.quant_method !== 'bitsandbytes' || q.load_in_4bit !== true) {
-    const what =
-      q.quant_method === 'bitsandbytes' ? 'an 8-bit bitsandbytes checkpoint' : `quant_method ${show(q.quant_method)}`;
+  if (q.quant_method !== 'bitsandbytes' || (q.load_in_4bit !== true && q.load_in_8bit !== true)) {
     throw new QLoRAError(
       'ERR_QLORA_QUANTIZATION_UNSUPPORTED',
-      `config.json: the model is quantized with ${what}; 4-bit bitsandbytes is supported`,
+      `config.json: the model is quantized with quant_method ${show(q.quant_method)}; bitsandbytes' 4 and 8 bits are supported`,
       {
         hint: 'Use the 16-bit model: it is quantized while it is loaded.',
       },
@@ -245,7 +245,7 @@ export function readBnbConfig(config: JsonObject): BnbConfig | undefined {
   const compute = (Object.keys(dtypeNames) as FloatDType[]).find((d) => dtypeNames[d] === q.bnb_4bit_compute_dtype);
   const skip = q.llm_int8_skip_modules;
   return {
-    type: q.bnb_4bit_quant_type === 'nf4' ? 'nf4' : 'fp4',
+    type: q.load_in_4bit !== true ? 'int8' : q.bnb_4bit_quant_type === 'nf4' ? 'nf4' : 'fp4',
     doubleQuant: q.bnb_4bit_use_double_quant === true,
     computeDtype: compute ?? 'f32',
     skipModules: Array.isArray(skip) ? skip.filter((s): s is string => typeof s === 'string') : [],

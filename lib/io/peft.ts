@@ -136,8 +136,17 @@ function modules(fields: Fields, key: string): readonly string[] | string | unde
 
 function refuseUnsupported(fields: Fields): void {
   const type = fields.string('peft_type') ?? 'LORA';
+  if (type !== 'LORA') {
+    throw new QLoRAError(
+      'ERR_QLORA_ADAPTER_UNSUPPORTED',
+      `${fields.path}: the adapter is of peft_type ${show(type)}, this library knows "LORA" alone`,
+      {
+        hint: 'Merge it into its base in Python, with merge_and_unload() and save_pretrained(), and load that model.',
+        detail: { path: fields.path, type },
+      },
+    );
+  }
   const found: string[] = [];
-  if (type !== 'LORA') found.push(`peft_type ${show(type)} (only "LORA")`);
   const init = fields.raw('init_lora_weights');
   if (typeof init === 'string' && changesBase.test(init)) {
     found.push(

@@ -3,6 +3,7 @@
 import type { Tape } from '../autograd.js';
 import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
+import type { ModelFolder } from '../io/model-folder.js';
 import type { TrainingRecord } from '../io/training-record.js';
 import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
@@ -19,6 +20,8 @@ import type { LoadedWeights } from './weights.js';
 
 export interface ModelCore {
   readonly directory: string;
+  /** Open as long as the model is: PiSSA starts from the weights before they were quantized. */
+  readonly folder: ModelFolder;
   /** The folder as it was given, or owner/name of the hub. */
   readonly name: string;
   readonly stream: Stream;

@@ -1,5 +1,6 @@
 import { zeros } from '../ops/elementwise.js';
-import type { FloatDType, Stream, Tensor } from '../tensor.js';
+import { gatherKeyValue } from '../ops/key-value-cache.js';
+import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { DecoderConfig } from './config.js';
 
 /** Keys and values of the tokens so far, for each layer [B, S, G, D] with room for S. */
@@ -8,9 +9,9 @@ export class KeyValueCache implements Disposable {
   readonly #layers: { keys: Tensor; values: Tensor }[];
 
   constructor(
-    stream: Stream,
+    readonly stream: Stream,
     config: DecoderConfig,
-    batch: number,
+    readonly batch: number,
     readonly capacity: number,
     dtype: FloatDType,
   ) {
@@ -33,6 +34,21 @@ export class KeyValueCache implements Disposable {
   /** After all layers have appended theirs. */
   advance(tokens: number): void {
     this.#length += tokens;
+  }
+
+  /**
+   * Row b becomes what row from[b] of `source` holds, from the token `begin` on; before it all rows are the same already.
+   * `source` may be this cache.
+   */
+  gather(source: KeyValueCache, from: Int32Array, begin: number): void {
+    this.#length = source.length;
+    if (source === this && from.every((row, b) => row === b)) return;
+    using rows = Tensor.from(this.stream, from, [this.batch]);
+    this.#layers.forEach(({ keys, values }, i) => {
+      const layer = source.layer(i);
+      gatherKeyValue(layer.keys, rows, keys, begin, source.length);
+      gatherKeyValue(layer.values, rows, values, begin, source.length);
+    });
   }
 
   dispose(): void {

@@ -1,7 +1,7 @@
 /** From a model folder to a model that computes, and its end. */
 import type { QLoRAError } from '../errors.js';
 import { readBnbConfig } from '../io/bnb-checkpoint.js';
-import { openModelFolder } from '../io/model-folder.js';
+import { type ModelFolder, openModelFolder } from '../io/model-folder.js';
 import { readTrainingRecord } from '../io/training-record.js';
 import { type FloatDType, Stream } from '../tensor.js';
 import { Tokenizer } from '../tokenizer/tokenizer.js';
@@ -23,7 +23,17 @@ export interface CoreOptions extends WeightOptions {
 
 /** On a stream of its own. @throws what QuantizedModel.load() does */
 export async function loadCore(directory: string, options: CoreOptions): Promise<ModelCore> {
-  using folder = await openModelFolder(directory);
+  const folder = await openModelFolder(directory);
+  try {
+    return await loadFrom(folder, options);
+  } catch (error) {
+    folder.close();
+    throw error;
+  }
+}
+
+async function loadFrom(folder: ModelFolder, options: CoreOptions): Promise<ModelCore> {
+  const { directory } = folder;
   const family = familyOf(folder.config);
   readBnbConfig(folder.config); // other ways of quantizing are refused here
   const fields = new ConfigReader(folder.config);
@@ -36,6 +46,7 @@ export async function loadCore(directory: string, options: CoreOptions): Promise
     const weights = await loadWeights(stream, folder, family, config, options);
     return {
       directory,
+      folder,
       name: options.name ?? directory,
       stream,
       family,
@@ -61,6 +72,7 @@ export async function disposeCore(core: ModelCore): Promise<void> {
   for (const adapter of [...adapters.values()]) detach(core, adapter);
   for (const linear of weights.linears) linear.dispose();
   for (const tensor of weights.dense.values()) tensor.dispose();
+  core.folder.close();
   await stream.close();
 }
 

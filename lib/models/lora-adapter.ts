@@ -23,6 +23,7 @@ import type { Linear } from '../nn/linear.js';
 import { LoraLinear } from '../nn/lora.js';
 import { Tensor } from '../tensor.js';
 import type { ModelCore } from './core.js';
+import { doubled, originalWeight, refuseWithDora, restorePrincipal } from './pissa.js';
 import { copyModules, type WholeModules, wholePaths } from './whole-modules.js';
 
 /** What addLora() takes; a loaded PEFT folder brings its own. */
@@ -47,7 +48,11 @@ export interface LoraOptions {
    * embed_tokens, lm_head. Default: none.
    */
   modulesToSave?: string[];
-  /** 'pissa' starts A and B from the largest singular values of the weight. Default: A random, B zero. */
+  /**
+   * 'pissa' starts A and B from the largest singular values of the weight, and the adapter holds what is left of it, in
+   * the form that the base has: so much memory more. The base stays as it is. save() writes a plain adapter of rank 2 r
+   * over the original weights. Default: A random, B zero.
+   */
   init?: 'default' | 'pissa';
   /** Of A's random start; default 42. */
   seed?: number;
@@ -92,15 +97,29 @@ export class LoraAdapter {
   /** @internal Takes the values that write() wrote, bit for bit. */
   async restore(folder: string): Promise<void> {
     using file = await openAdapterWeights(folder);
-    for (const { key, tensor } of partsOf(this)) await file.readFinite(key, tensor);
+    const layers = this.layers.filter(({ start }) => start);
+    const principal = new Set(layers.flatMap(({ A, B }) => [A, B]));
+    for (const { key, tensor } of partsOf(this)) {
+      // Of PiSSA's A and B the file holds more than is trained.
+      if (!principal.has(tensor)) await file.readFinite(key, tensor);
+    }
+    for (const layer of layers) {
+      await restorePrincipal(file, { A: adapterKey(layer.path, 'A'), B: adapterKey(layer.path, 'B') }, layer);
+    }
   }
 
   /** @internal The files of save(), into a folder that nobody reads yet. */
   async write(folder: string): Promise<void> {
-    const items = partsOf(this).map(({ key, tensor }) => ({ name: key, data: tensor }));
-    await writeSafetensors(adapterWeightsPath(folder), items, { format: 'pt' });
+    const own = new Set(this.parameters);
+    const items = partsOf(this, (layer) => layer.overWhole()).map(({ key, tensor }) => ({ name: key, data: tensor }));
+    try {
+      await writeSafetensors(adapterWeightsPath(folder), items, { format: 'pt' });
+    } finally {
+      for (const { data } of items) if (!own.has(data)) data.dispose();
+    }
     if (this.training) await writeTrainingRecord(folder, this.training);
-    await writeAdapterConfig(folder, this.config);
+    const principal = this.layers.some(({ start }) => start);
+    await writeAdapterConfig(folder, principal ? doubled(this.config) : this.config);
   }
 
   /** @internal */
@@ -110,17 +129,28 @@ export class LoraAdapter {
   }
 }
 
-/** All tensors of an adapter with their names in PEFT's files. */
-function partsOf({ layers, whole }: LoraAdapter): { key: string; tensor: Tensor }[] {
-  const parts = layers.flatMap(({ path, A, B, magnitude }) => [
-    { key: adapterKey(path, 'A'), tensor: A },
-    { key: adapterKey(path, 'B'), tensor: B },
-    ...(magnitude ? [{ key: adapterKey(path, 'magnitude'), tensor: magnitude }] : []),
-  ]);
+/**
+ * All tensors of an adapter with their names in PEFT's files.
+ *
+ * @param factors A and B of a layer; default: its own
+ */
+function partsOf(
+  { layers, whole }: LoraAdapter,
+  factors: (layer: LoraLinear) => { A: Tensor; B: Tensor } = (layer) => layer,
+): { key: string; tensor: Tensor }[] {
+  const parts = layers.flatMap((layer) => {
+    const { path, magnitude } = layer;
+    const { A, B } = factors(layer);
+    return [
+      { key: adapterKey(path, 'A'), tensor: A },
+      { key: adapterKey(path, 'B'), tensor: B },
+      ...(magnitude ? [{ key: adapterKey(path, 'magnitude'), tensor: magnitude }] : []),
+    ];
+  });
   return [...parts, ...[...whole.tensors].map(([name, tensor]) => ({ key: adapterKey(name, 'whole'), tensor }))];
 }
 
-/** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did. */
+/** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did; or PiSSA's. */
 export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
   const { targetModules = 'all-linear', seed = 42 } = options;
   const config: AdapterConfig = {
@@ -138,11 +168,17 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
     useDora: options.useDora ?? false,
   };
   refuseTaken(core, name);
+  if (options.init === 'pissa') refuseWithDora(options.useDora);
   const adapter = makeAdapter(core, name, config);
   const byPath = linearsByPath(core);
   for (const layer of adapter.layers) {
     const linear = byPath.get(layer.path) as Linear;
-    layer.initialize(linear, core.computeDtype, seed, linear.index);
+    if (options.init !== 'pissa') {
+      layer.initialize(linear, core.computeDtype, seed, linear.index);
+      continue;
+    }
+    using original = originalWeight(core, linear);
+    layer.initializePrincipal(original, linear, seed);
   }
   publish(core, adapter);
   return adapter;

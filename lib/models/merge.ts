@@ -10,9 +10,8 @@ import type { Linear } from '../nn/linear.js';
 import type { LoraLinear } from '../nn/lora.js';
 import { loraRowNorm } from '../ops/dora.js';
 import { cast } from '../ops/elementwise.js';
-import { matmul } from '../ops/matmul.js';
+import { addProduct } from '../ops/low-rank.js';
 import { dequantizeWeight } from '../ops/quantize.js';
-import { Weight } from '../ops/weight.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 import { copyCompanions, type Manners, writeManners } from './companions.js';
 import { decoderOf, hiddenStates, logitsOf, type ModelCore } from './core.js';
@@ -112,24 +111,19 @@ function mergedTensors(core: ModelCore, adapter: string | undefined): LazyTensor
 }
 
 /** W + scale * B A, with DoRA its rows at their trained lengths, f32 [N, K]. Computed in fp32. */
-async function mergedWeight({ weight }: Linear, lora: LoraLinear | undefined): Promise<Tensor> {
+async function mergedWeight(linear: Linear, lora: LoraLinear | undefined): Promise<Tensor> {
+  const weight = lora?.residual ?? linear.weight;
   const merged = dequantizeWeight(weight, 'f32');
   if (!lora) return merged;
-  const { A, B, r, scale, magnitude } = lora;
-  const { stream } = merged;
-  // scale * B^T, as a product with a scaled unit matrix, which is exact but for the scaling.
-  const unit = Float32Array.from({ length: r * r }, (_, i) => (i % (r + 1) === 0 ? scale : 0));
-  using scaledUnit = Tensor.from(stream, unit, [r, r]);
-  using transposed = matmul(undefined, scaledUnit, Weight.dense(B));
-  // Adds (scale * B^T)^T A, as the gradient of a weight is added up.
-  stream.run('matmulBackwardWeight', transposed, A, merged, undefined);
+  const { A, B, scale, magnitude } = lora;
+  addProduct(merged, B, A, scale);
   if (!magnitude) return merged;
   using norm = loraRowNorm(weight, A, B, scale, 'f32');
   const [lengths, norms] = await Promise.all([magnitude.read(), norm.read()]);
   const values = await merged.read();
   merged.dispose();
   await scaleRows(values, lengths, norms);
-  return Tensor.from(stream, values, [weight.N, weight.K]);
+  return Tensor.from(norm.stream, values, [weight.N, weight.K]);
 }
 
 /** Multiplies row n of `values` by lengths[n] / norms[n], some at a time, so that the event loop stays free. */

@@ -1,19 +1,19 @@
-/** Weights to and from a bitsandbytes 4-bit checkpoint. */
+/** Weights to and from a bitsandbytes checkpoint. */
 import { quantItems, quantTensorNames, readQuantState } from '../io/bnb-checkpoint.js';
+import { int8Items, int8Names, readInt8Shape } from '../io/int8-checkpoint.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import type { SafetensorsItem } from '../io/safetensors.js';
-import type { FourBitType } from '../ops/quantize.js';
 import { Weight, type WeightTensors } from '../ops/weight.js';
 import { type Stream, Tensor } from '../tensor.js';
 
-/** The weight of a module as the folder stores it in 4 bits, with the maps of the file; undefined where it does not. */
+/** The weight of a module as the folder stores it in 4 bits, with the maps of the file, or in 8; undefined where it does not. */
 export async function readQuantizedWeight(
   stream: Stream,
   folder: ModelFolder,
   path: string,
 ): Promise<Weight | undefined> {
   const state = await readQuantState(folder, path);
-  if (!state) return undefined;
+  if (!state) return readInt8Weight(stream, folder, path);
   const names = quantTensorNames(path, state.type);
   const [N, K] = state.shape as [number, number];
   const blocks = Math.ceil((N * K) / state.blockSize);
@@ -45,12 +45,33 @@ export async function readQuantizedWeight(
   }
 }
 
-/** The tensors of a 4-bit weight as bitsandbytes writes them. */
+async function readInt8Weight(stream: Stream, folder: ModelFolder, path: string): Promise<Weight | undefined> {
+  const shape = await readInt8Shape(folder, path);
+  if (!shape) return undefined;
+  const names = int8Names(path);
+  const data = new Tensor(stream, 'i8', shape, 'weights');
+  const absmax = new Tensor(stream, 'f32', [shape[0]], 'weights');
+  const { torch_dtype, dtype = torch_dtype } = folder.config;
+  const original = dtype === 'bfloat16' ? 'bf16' : dtype === 'float32' ? 'f32' : 'f16';
+  const weight = new Weight(...shape, { data, absmax, original });
+  const reads = [folder.entry(names.data).file.read(names.data, data), folder.read(names.absmax, absmax)];
+  try {
+    await Promise.all(reads);
+    return weight;
+  } catch (error) {
+    await Promise.allSettled(reads);
+    weight.dispose();
+    throw error;
+  }
+}
+
+/** The tensors of a quantized weight as bitsandbytes writes them. */
 export function quantizedItems(path: string, weight: Weight): SafetensorsItem[] {
   const { data, absmax, code, nestedAbsmax, nestedCode, offset, blockSize, type } = weight.tensors;
+  if (!type) return int8Items(path, data, absmax as Tensor);
   const nested = nestedAbsmax ? { blockSize: 256, offset: offset as number } : undefined;
   const state = {
-    type: type as FourBitType,
+    type,
     blockSize: blockSize as number,
     dtype: weight.originalDtype,
     shape: [weight.N, weight.K],

@@ -1,14 +1,11 @@
 /** A model as a Hugging Face folder that transformers, with bitsandbytes, loads. */
 import { join } from 'node:path';
-import { QLoRAError } from '../errors.js';
 import { removeTemporaryFiles, writeFileAtomic } from '../io/atomic-file.js';
 import { replaceFiles } from '../io/atomic-folder.js';
 import { bnbConfigJson } from '../io/bnb-checkpoint.js';
 import { makeFolder } from '../io/folder.js';
 import { pythonJson } from '../io/python-json.js';
 import { openSafetensors, type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
-import type { Linear } from '../nn/linear.js';
-import type { FourBitType } from '../ops/quantize.js';
 import { companions, copyCompanions } from './companions.js';
 import type { ModelCore } from './core.js';
 import { quantizedItems } from './quantized-weight.js';
@@ -16,7 +13,6 @@ import { quantizedItems } from './quantized-weight.js';
 const weightsName = 'model.safetensors';
 
 export async function saveModel(core: ModelCore, directory: string): Promise<void> {
-  refuseEightBit(core.weights.linears);
   await makeFolder(directory);
   await removeTemporaryFiles(directory);
   await replaceFiles(directory, 'config.json', [], (folder) => writeModel(core, folder));
@@ -35,7 +31,7 @@ export async function writeModel(core: ModelCore, directory: string): Promise<vo
     const { type, nestedAbsmax } = first.weight.tensors;
     const skipModules = linears.filter((linear) => linear.weight.isDense).map((linear) => linear.path);
     config.quantization_config = bnbConfigJson({
-      type: type as FourBitType,
+      type: type ?? 'int8',
       doubleQuant: nestedAbsmax !== undefined,
       computeDtype: core.computeDtype,
       skipModules: skipModules.length ? [...skipModules, 'lm_head'] : [],
@@ -55,17 +51,4 @@ function dtypeFields({ configJson, weights }: ModelCore): Record<string, unknown
 export async function restoreModel(core: ModelCore, directory: string): Promise<void> {
   using file = await openSafetensors(join(directory, weightsName));
   for (const [name, tensor] of core.weights.dense) await file.readFinite(name, tensor);
-}
-
-function refuseEightBit(linears: readonly Linear[]): void {
-  const eightBit = linears.find((linear) => linear.weight.tensors.data.dtype === 'i8');
-  if (eightBit) {
-    throw new QLoRAError(
-      'ERR_QLORA_SAVE_UNSUPPORTED',
-      `${eightBit.path} is in 8 bits: only 4-bit and unquantized models can be saved`,
-      {
-        hint: "Load the model with quantization 'none' or a 4-bit type.",
-      },
-    );
-  }
 }

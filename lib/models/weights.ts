@@ -108,8 +108,8 @@ function checkNames(folder: ModelFolder, family: Family, modules: readonly Modul
   }
   const tiedCopy = (name: string) => config.tiedHead && name === `${tiedHeadPath}.weight`;
   for (const name of folder.tensors.keys()) {
-    // A quantized layer's parts stand beside its weight: weight.absmax, weight.quant_map and so on.
-    const owner = name.replace(/\.weight\..*$/, '.weight');
+    // A quantized layer's parts stand beside its weight: weight.absmax, weight.quant_map and so on; SCB, weight_format.
+    const owner = name.replace(/\.(weight\..*|SCB|weight_format)$/, '.weight');
     if (expected.has(owner) || tiedCopy(name) || family.ignored.some((pattern) => pattern.test(name))) continue;
     throw new QLoRAError(
       'ERR_QLORA_TENSOR_UNEXPECTED',
@@ -145,7 +145,7 @@ async function readFloat(stream: Stream, folder: ModelFolder, name: string): Pro
       'ERR_QLORA_DTYPE',
       `${folder.directory}: '${name}' must be F32, BF16 or F16, got ${fileDType}`,
       {
-        hint: 'Quantized checkpoints of other kinds than bitsandbytes 4-bit cannot be loaded; take the original model.',
+        hint: 'Quantized checkpoints of other kinds than those of bitsandbytes cannot be loaded; take the original model.',
       },
     );
   }

@@ -40,11 +40,12 @@ export class Linear {
     const lora = pass.adapter === undefined ? undefined : this.adapters.get(pass.adapter);
     if (!lora) return matmul(tape, x, this.weight, this.bias);
     const { A, B, scale, magnitude } = lora;
+    const weight = lora.residual ?? this.weight;
     const dropout = pass.dropout ? lora.dropout : 0;
     const key = { seed: pass.dropout?.seed ?? 0, stream: (pass.dropout?.microStep ?? 0) * 2 ** 20 + this.index };
-    if (!magnitude) return loraLinear(tape, x, this.weight, this.bias, { A, B, scale, dropout, ...key });
-    using z = loraLinear(tape, x, this.weight, undefined, { A, B, scale, dropout, ...key });
-    using norm = loraRowNorm(this.weight, A, B, scale, x.dtype as FloatDType);
+    if (!magnitude) return loraLinear(tape, x, weight, this.bias, { A, B, scale, dropout, ...key });
+    using z = loraLinear(tape, x, weight, undefined, { A, B, scale, dropout, ...key });
+    using norm = loraRowNorm(weight, A, B, scale, x.dtype as FloatDType);
     return doraScale(tape, z, magnitude, norm, this.bias);
   }
 

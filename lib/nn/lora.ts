@@ -1,7 +1,11 @@
 import { QLoRAError } from '../errors.js';
 import { loraRowNorm } from '../ops/dora.js';
-import { fill } from '../ops/elementwise.js';
+import { add, cast, fill } from '../ops/elementwise.js';
+import { addProduct, principalFactors, selection } from '../ops/low-rank.js';
+import { matmul } from '../ops/matmul.js';
+import { quantizeLike } from '../ops/quantize.js';
 import { randomUniform } from '../ops/random.js';
+import { Weight } from '../ops/weight.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Linear } from './linear.js';
 
@@ -33,6 +37,10 @@ export class LoraLinear {
   readonly B: Tensor;
   /** @internal */
   readonly magnitude: Tensor | undefined;
+  /** @internal With PiSSA: what is left of the weight without the adapter's start, in the form that the weight has. */
+  residual: Weight | undefined;
+  /** @internal With PiSSA: A and B as they were at the start. */
+  start: { A: Tensor; B: Tensor } | undefined;
 
   /** @internal */
   constructor(stream: Stream, linear: Linear, shape: LoraShape) {
@@ -57,6 +65,47 @@ export class LoraLinear {
     if (this.magnitude) {
       loraRowNorm(linear.weight, this.A, this.B, this.scale, dtype, this.magnitude);
     }
+  }
+
+  /**
+   * @internal PiSSA's start: scale * B A is the best approximation of the weight of rank r, and the layer computes with
+   * what is left of it. So the quantization's error is that of a matrix without its largest directions.
+   *
+   * Source: PiSSA (Meng et al., 2024).
+   *
+   * @param W f32 [N, K], the weight before it was quantized; it is overwritten
+   */
+  initializePrincipal(W: Tensor, linear: Linear, seed: number): void {
+    const { A, B, scale } = this;
+    principalFactors(W, { A, B }, { scale, seed, stream: linear.index });
+    addProduct(W, B, A, -scale);
+    this.residual = quantizeLike(W, linear.weight);
+    this.start = { A: cast(undefined, A, 'f32', 'adapters'), B: cast(undefined, B, 'f32', 'adapters') };
+  }
+
+  /**
+   * @internal A and B over the whole weight, for files, to be disposed of where they are not the layer's own. With PiSSA
+   * they are [A; A0] and [B, -B0], of rank 2 r: scale * (B A - B0 A0) is what changed since the start.
+   */
+  overWhole(): { A: Tensor; B: Tensor } {
+    const { A, B, r, start } = this;
+    if (!start) return { A, B };
+    const place = (part: 0 | 1, value: number) => selection(A, [2 * r, r], -part * r, value);
+    const upper = (x: Tensor, part: 0 | 1) => {
+      using at = place(part, 1);
+      const y = new Tensor(x.stream, 'f32', [2 * r, this.inFeatures]);
+      x.stream.run('matmulBackward', at, ...Weight.dense(x).args, y);
+      return y;
+    };
+    const beside = (x: Tensor, part: 0 | 1) => {
+      using at = place(part, part === 0 ? 1 : -1);
+      return matmul(undefined, x, Weight.dense(at));
+    };
+    using a = upper(A, 0);
+    using a0 = upper(start.A, 1);
+    using b = beside(B, 0);
+    using b0 = beside(start.B, 1);
+    return { A: add(undefined, a, a0), B: add(undefined, b, b0) };
   }
 
   /** @internal What is trained, A first. */
@@ -85,5 +134,7 @@ export class LoraLinear {
   /** @internal */
   dispose(): void {
     for (const t of this.parameters) t.dispose();
+    this.residual?.dispose();
+    for (const t of [this.start?.A, this.start?.B]) t?.dispose();
   }
 }

@@ -1,5 +1,6 @@
 import type { ResolvedQuantizeOptions } from '../quantization.js';
 import { type FloatDType, type MemoryClass, type Stream, Tensor } from '../tensor.js';
+import { cast } from './elementwise.js';
 import { Weight } from './weight.js';
 
 export type FourBitType = 'nf4' | 'fp4';
@@ -116,6 +117,22 @@ export async function quantizeWeight(x: Tensor, options: ResolvedQuantizeOptions
   } finally {
     offset.dispose();
   }
+}
+
+/**
+ * x [N, K] in the form that `like` has, without waiting: a value that is not finite is found by whatever reads the
+ * result. 4-bit block maxima stay fp32, whatever `like` does. x is not needed any more once this has been called.
+ */
+export function quantizeLike(x: Tensor, like: Weight): Weight {
+  const { N, K, originalDtype: original } = like;
+  const { type, blockSize } = like.tensors;
+  if (like.isDense) return Weight.dense(cast(undefined, x, original, 'weights'));
+  if (!type || !blockSize) {
+    const { q, absmax } = quantizeInt8(x);
+    return new Weight(N, K, { data: q, absmax, original });
+  }
+  const { packed, absmax } = quantize4bit(x, type, blockSize);
+  return new Weight(N, K, { data: packed, absmax, code: fourBitCode(x.stream, type), type, blockSize, original });
 }
 
 /** The weight, once its last part is known to be good. */

@@ -108,9 +108,9 @@ export class ChatTemplate implements ChatRenderer {
         })),
       );
       environment.set('add_generation_prompt', addGenerationPrompt);
-      for (const [name, value] of Object.entries(CONSTANTS)) environment.set(name, value);
+      const constants = { ...CONSTANTS, ...(tools && { tools }) };
+      for (const [name, value] of Object.entries(constants)) environment.set(name, value);
       for (const [name, value] of Object.entries(tokens)) environment.set(name, value);
-      if (tools) environment.set('tools', tools);
       environment.set('range', boundedRange);
       environment.set('strftime_now', (format: unknown) => strftime(now, String(format)));
       environment.set('raise_exception', (message: unknown) => {

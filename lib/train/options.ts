@@ -14,7 +14,10 @@ export interface MixedDataset {
   format?: string;
   /** At most so many of its rows, the first ones. */
   maxSamples?: number;
-  /** How often its rows come, against those of the other sets; default 1: as often as there are rows. */
+  /**
+   * How often each of its rows comes, against each row of the other sets; only proportions matter. Rows of the smallest
+   * weight come once an epoch. Default 1.
+   */
   weight?: number;
 }
 
@@ -22,12 +25,12 @@ export interface MixedDataset {
 export interface TrainerOptions {
   /** A model folder, `owner/name` on the hub, or a model. A model passed in is not disposed of with the trainer. */
   model: string | QuantizedModel;
-  /** A JSON or JSONL file, a folder of such, rows, or several of these one after the other. */
+  /** A file (JSON, JSONL, CSV, TSV, parquet; also .gz), a folder of such, rows, or several of these. */
   dataset: DatasetSource | MixedDataset[];
   /** A number below 1 is a share split off the data set, one from 1 on a count; the split is seeded. */
   evalDataset?: DatasetSource | number;
   datasetFormat?: string;
-  /** How instructions are written as prompts; default 'alpaca', QLoRA's. */
+  /** How rows are written; default: instructions as 'alpaca', QLoRA's, conversations by the model's own template. */
   template?: string;
   quantization?: LoadOptions['quantization'];
   computeDtype?: LoadOptions['computeDtype'];

@@ -1,12 +1,18 @@
 /** What a trainer tells the recorder of its run. */
 import { IGNORED } from '../data/encode.js';
+import { preflightFacts } from '../data/preflight.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import type { RowStore } from '../data/row-store.js';
 import type { RunContext, RunSample } from '../report/run-log.js';
 import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
 import type { Trainee } from './run.js';
 
-export function contextOf({ stepper, model, adapter }: Pick<Trainee, 'stepper' | 'model' | 'adapter'>): RunContext {
+export function contextOf({
+  stepper,
+  model,
+  adapter,
+  datasets,
+}: Pick<Trainee, 'stepper' | 'model' | 'adapter' | 'datasets'>): RunContext {
   const { directory } = model.core;
   const { options, plan, parameters } = stepper;
   const trainableParameters = adapter?.trainableParameters ?? parameters.reduce((n, { size }) => n + size, 0);
@@ -14,6 +20,7 @@ export function contextOf({ stepper, model, adapter }: Pick<Trainee, 'stepper' |
     options: plain({ ...options, model: directory }),
     totalSteps: plan.totalSteps,
     model: { name: directory, device: model.device, sizeBytes: model.sizeBytes, trainableParameters },
+    preflight: preflightFacts(datasets.preflight),
   };
 }
 

@@ -276,6 +276,14 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
   }
 });
 
+t.test('compare', async (t) => {
+  const page = join(folder, 'compare.html');
+  const runs = [join(folder, 'ours'), join(folder, 'lf')];
+  t.same((await cli(['compare', ...runs, '--out', page, '--json'])).objects, [{ type: 'result', file: page }]);
+  t.match(readFileSync(page, 'utf8'), /ours[\s\S]*lf/);
+  t.match(await cli(['compare', folder, ...runs, '--out', page]), { status: 1, stderr: /ERR_QLORA_RUN_NOT_FOUND/ });
+});
+
 t.test('explain', async (t) => {
   const long = join(folder, 'long.jsonl');
   writeFileSync(

@@ -10,6 +10,8 @@ import { type ReadReport, readRows } from '../../lib/data/read-rows.js';
 import type { LocatedRow, Row } from '../../lib/data/rows.js';
 import { setLogger } from '../../lib/index.js';
 
+t.setTimeout(600_000); // a busy machine is slow
+
 const all = async (path: string, format?: string, limit?: number, report?: ReadReport): Promise<LocatedRow[]> => {
   const rows: LocatedRow[] = [];
   for await (const row of readRows(path, { format, limit, report })) rows.push(row);
@@ -88,6 +90,7 @@ t.test('JSON in pieces', async (t) => {
   const at = folderOf(t, {
     'long.json': JSON.stringify({ data: long }, null, 2),
     'nested.json': '{"a":{"data":[{"text":"no"}]},"x":"data","data":\n[{"text":"yes","y":[1,{"z":"]"}]}],"b":[{}]}',
+    'quote.json': '[{"text":"a \\" ], [ b"},{"text":"\\\\"}]',
     'none.json': '[]',
     'blank.json': ' [ ] ',
     'comma.json': '[{"text":"a"},]',
@@ -104,6 +107,7 @@ t.test('JSON in pieces', async (t) => {
   });
   t.same(await rowsOf(at('long.json')), long);
   t.same(await rowsOf(at('nested.json')), [{ text: 'yes' }]);
+  t.same(await rowsOf(at('quote.json')), [{ text: 'a " ], [ b' }, { text: '\\' }]);
   t.same(await rowsOf(at('none.json')), []);
   t.same(await rowsOf(at('blank.json')), []);
   t.match((await all(at('long.json')))[1]?.place, { row: 2, line: 6 });

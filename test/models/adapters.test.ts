@@ -4,8 +4,12 @@ import t from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { QLoRATrainer, QuantizedModel } from '../../lib/index.js';
 import { decoderOf, hiddenStates } from '../../lib/models/core.js';
+import type { Linear } from '../../lib/nn/linear.js';
 import { fill, zeros } from '../../lib/ops/elementwise.js';
 import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
+import { addProduct } from '../../lib/ops/low-rank.js';
+import { dequantizeWeight } from '../../lib/ops/quantize.js';
+import type { Weight } from '../../lib/ops/weight.js';
 import { Tensor } from '../../lib/tensor.js';
 import { largestError } from '../support/op-harness.js';
 import { packageRoot, readJson, referencesDir } from '../support/references.js';
@@ -159,4 +163,77 @@ t.test('embeddings, head, norms and a 4-bit layer are trained whole', async (t) 
   t.same(await again.logits(at), await model.logits(at), 'saved and loaded: the same bits');
   const options = { maxNewTokens: 5 };
   t.same(await again.generateTokens(at, options), await model.generateTokens(at, options));
+});
+
+t.test('PiSSA', async (t) => {
+  const folder = t.testdir({});
+  const at = Array.from({ length: 40 }, (_, i) => (i * 7) % 90);
+  const f32 = { computeDtype: 'f32' } as const;
+  await using exact = await QuantizedModel.load(demo, { ...f32, quantization: 'none' });
+  const want = await exact.logits(at);
+  await using model = await QuantizedModel.load(demo, f32);
+  const base = await model.logits(at);
+  const adapter = model.addLora('a', { r: 16, init: 'pissa' });
+  t.same(await model.logits(at, { adapter: null }), base, 'the base is as it was');
+  const distance = (x: Float32Array) => Math.sqrt(x.reduce((sum, v, i) => sum + (v - (want[i] as number)) ** 2, 0));
+  const [started, quantized] = [distance(await model.logits(at)), distance(base)];
+  t.ok(started < quantized, `logits at the start are off by ${started}, in plain NF4 by ${quantized}`);
+  for (const layer of adapter.layers) {
+    const linear = exact.core.weights.linears.find(({ path }) => path === layer.path);
+    const own = model.core.weights.linears.find(({ path }) => path === layer.path);
+    using whole = dequantizeWeight((linear as Linear).weight, 'f32');
+    using plainNf4 = dequantizeWeight((own as Linear).weight, 'f32');
+    using rest = dequantizeWeight(layer.residual as Weight, 'f32');
+    addProduct(rest, layer.B, layer.A, layer.scale);
+    const W = await whole.read();
+    const error = (x: Float32Array) => x.reduce((sum, v, i) => sum + (v - (W[i] as number)) ** 2, 0);
+    const [pissa, nf4] = [error(await rest.read()), error(await plainNf4.read())];
+    if (!(pissa < nf4)) t.fail(`${layer.path}: ${pissa}, in plain NF4 ${nf4}`);
+  }
+  // Fresh, what it saves changes nothing of the whole weights.
+  await adapter.save(join(folder, 'fresh'));
+  await exact.loadLora('fresh', join(folder, 'fresh'));
+  t.ok(largestError(await exact.logits(at), want, 1) < 1e-3);
+  const { logitDrift } = await model.merge(join(folder, 'merged'), { adapter: 'a' });
+  t.ok(logitDrift < 0.2, `drift ${logitDrift}`);
+  t.throws(() => model.addLora('x', { init: 'pissa', useDora: true }), { code: 'ERR_QLORA_OPTION_CONFLICT' });
+});
+
+t.test('PiSSA, trained and saved', async (t) => {
+  const folder = t.testdir({});
+  const options = {
+    r: 3,
+    alpha: 5,
+    useRslora: true,
+    rankPattern: { 'layers.1.*gate_proj': 2 },
+    alphaPattern: { k_proj: 7 },
+    targetModules: ['q_proj', 'k_proj', 'gate_proj'],
+    init: 'pissa' as const,
+  };
+  await using model = await QuantizedModel.load(whole, plain);
+  await using trainer = await QLoRATrainer.create({
+    model,
+    dataset: [{ inputIds: ids }],
+    outputDir: join(folder, 'out'),
+    lora: options,
+    learningRate: 1e-2,
+    gradientAccumulationSteps: 1,
+    maxSteps: 5,
+  });
+  const before = await model.logits(ids);
+  t.ok(largestError(before, reference('base.logits'), 1) < 1e-4, 'the start is the base');
+  await trainer.train();
+  const trained = await model.logits(ids);
+  t.ok(largestError(trained, before, 1) > 0.05, 'it learnt');
+  const config = readJson<Record<string, unknown>>(folder, 'out', 'adapter_config.json');
+  t.match(config, { r: 6, lora_alpha: 5 * Math.SQRT2, rank_pattern: { 'layers.1.*gate_proj': 4 }, use_rslora: true });
+  t.match(config, { init_lora_weights: true, alpha_pattern: { k_proj: 7 * Math.SQRT2 } });
+  await using again = await QuantizedModel.load(whole, plain);
+  await again.loadLora('a', join(folder, 'out'));
+  t.ok(largestError(await again.logits(ids), trained, 1) < 1e-4, 'over the whole weights it computes the same');
+
+  // A checkpoint goes on: the start is made again, A and B are read.
+  const fresh = again.addLora('fresh', { ...options, seed: 42 });
+  await fresh.restore(join(folder, 'out'));
+  t.same(await again.logits(ids, { adapter: 'fresh' }), trained, 'the same bits');
 });

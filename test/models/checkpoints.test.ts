@@ -3,8 +3,8 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
-import { QuantizedModel, type QuantizeOptions } from '../../lib/index.js';
-import { writeSafetensors } from '../../lib/io/safetensors.js';
+import { type LoadOptions, QuantizedModel, type QuantizeOptions } from '../../lib/index.js';
+import { type SafetensorsItem, writeSafetensors } from '../../lib/io/safetensors.js';
 import { forEachIsa, largestError } from '../support/op-harness.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, type StoredTensor, valuesOf } from '../support/safetensors.js';
@@ -68,6 +68,46 @@ await forEachIsa(t, import.meta.url, async () => {
       compareFresh(t, tensorsOf(join(scratch, `${name}-fresh`)), want, name);
     });
   }
+
+  await t.test('8 bits, as LLM.int8 is stored', async (t) => {
+    const options: LoadOptions = { computeDtype: 'f32', quantization: { type: 'int8' } };
+    await using model = await QuantizedModel.load(join(folder, 'llama-64'), options);
+    const directory = join(scratch, 'int8');
+    await model.save(directory);
+    const tensors = tensorsOf(directory);
+    for (const { path, weight } of model.core.weights.linears) {
+      const { N, K } = weight;
+      t.match(tensors.get(`${path}.weight`), { dtype: 'I8', shape: [N, K] });
+      t.match(tensors.get(`${path}.SCB`), { dtype: 'F32', shape: [N] });
+      t.same(tensors.get(`${path}.weight_format`), { dtype: 'U8', shape: [], data: Uint8Array.of(0) });
+    }
+    t.match(readJson(directory, 'config.json'), {
+      quantization_config: { load_in_8bit: true, load_in_4bit: false, quant_method: 'bitsandbytes' },
+    });
+    await using again = await QuantizedModel.load(directory, { computeDtype: 'f32' });
+    t.same(await again.logits(inputIds), await model.logits(inputIds), 'saved and loaded: the same bits');
+    t.equal(again.core.weights.linears[0]?.weight.originalDtype, 'bf16');
+
+    const items = (change: (name: string, tensor: StoredTensor) => StoredTensor | undefined): SafetensorsItem[] =>
+      [...tensors].flatMap(([name, tensor]) => {
+        const { dtype, shape, data } = change(name, tensor) ?? tensor;
+        return [{ name, dtype, shape, data: data as Float32Array }];
+      });
+    const wrong: [string, (tensor: StoredTensor) => StoredTensor, RegExp][] = [
+      ['weight_format', (s) => ({ ...s, data: Uint8Array.of(1) }), /weight_format' must be 0/],
+      ['SCB', ({ dtype, data }) => ({ dtype, shape: [1], data: data.slice(0, 1) }), /SCB' must be F32 \[/],
+      ['weight', (s) => ({ ...s, dtype: 'U8' }), /must be I8/],
+    ];
+    for (const [part, change, message] of wrong) {
+      const name = `${model.core.weights.linears[0]?.path}.${part}`;
+      const path = join(directory, 'model.safetensors');
+      await writeSafetensors(
+        path,
+        items((key, tensor) => (key === name ? change(tensor) : undefined)),
+      );
+      await t.rejects(QuantizedModel.load(directory), { code: 'ERR_QLORA_QUANT_STATE', message });
+    }
+  });
 
   await t.test('a load holds the 4-bit model and at most two of its largest tensors', async (t) => {
     const directory = join(scratch, 'wide');

@@ -238,13 +238,43 @@ t.test('generation_config.json', async (t) => {
     all.slice(0, 7),
     'an option wins',
   );
-  configure({ num_beams: 4 });
+
+  // What the file says is what the options would.
+  const settings = { maxNewTokens: 20, repetitionPenalty: 1.4, noRepeatNgramSize: 2, numBeams: 3, lengthPenalty: -0.5 };
+  const snake = (name: string) => name.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`);
+  configure(Object.fromEntries(Object.entries(settings).map(([name, value]) => [snake(name), value])));
   await using beams = await QuantizedModel.load(directory);
-  await t.rejects(async () => beams.generateTokens([9]), {
-    code: 'ERR_QLORA_GENERATION_CONFIG',
-    message: /numBeams = 4/,
-    hint: String,
-  });
+  t.same(await beams.generateTokens([9, 8, 7]), await plain.generateTokens([9, 8, 7], settings));
+  t.same(
+    await beams.generateTokens([9, 8, 7], { numBeams: 1, repetitionPenalty: 1, noRepeatNgramSize: 0, ignoreEos: true }),
+    all.slice(0, 20),
+  );
+  const end = all[4] as number;
+  configure({ eos_token_id: end, min_length: 3 + 7, early_stopping: true });
+  await using longer = await QuantizedModel.load(directory);
+  const made = await longer.generateTokens([9, 8, 7], { maxNewTokens: 30 });
+  t.ok(made.length >= 7, 'min_length counts the prompt');
+  t.equal(longer.core.generation.earlyStopping, true);
+  t.equal(
+    (await longer.generateTokens([9, 8, 7], { minNewTokens: 0 })).length,
+    all.indexOf(end),
+    'minNewTokens takes its place',
+  );
+  for (const [change, code, message] of [
+    [{ penalty_alpha: 0.6 }, 'ERR_QLORA_GENERATION_CONFIG', /penalty_alpha/],
+    [{ num_beam_groups: 2 }, 'ERR_QLORA_GENERATION_CONFIG', /num_beam_groups/],
+    [{ bad_words_ids: [[5]] }, 'ERR_QLORA_GENERATION_CONFIG', /bad_words_ids/],
+    [{ typical_p: 0 }, 'ERR_QLORA_OPTION_INVALID', /generation_config.json: option 'typicalP': .*>0, got 0/],
+    [{ num_beams: 0 }, 'ERR_QLORA_OPTION_INVALID', /generation_config.json: option 'numBeams'/],
+    [{ min_new_tokens: 300 }, 'ERR_QLORA_OPTION_CONFLICT', /at most maxNewTokens, 256, got 300/],
+  ] as const) {
+    configure(change);
+    await using refused = await QuantizedModel.load(directory);
+    await t.rejects(async () => refused.generateTokens([9]), { code, message, hint: String }, JSON.stringify(change));
+  }
+  configure({ penalty_alpha: null, bad_words_ids: [], num_beam_groups: 1, diversity_penalty: 0, use_cache: true });
+  await using neutral = await QuantizedModel.load(directory);
+  t.equal((await neutral.generateTokens([9], { maxNewTokens: 2, ignoreEos: true })).length, 2, 'what changes nothing');
 });
 
 t.test('without a tokenizer, and without a chat template', async (t) => {

@@ -1,4 +1,5 @@
 /** An adapter merged into 16-bit weights, against the arithmetic of PEFT in fp64 and the logits of model and adapter. */
+import { spawnSync } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
@@ -207,4 +208,23 @@ t.test('whole or not at all', async (t) => {
   await model.merge(join(folder, 'out'), { adapter: null });
   t.same(left(), ['file', 'filled', 'out']);
   rmSync(join(folder, 'out'), { recursive: true });
+});
+
+t.test('a disk that takes no more', async (t) => {
+  const folder = t.testdir({});
+  // tap's hook in child processes would end at the signal of this limit.
+  const run = spawnSync(
+    'sh',
+    [
+      '-c',
+      `unset NODE_OPTIONS; ulimit -f 100; exec "${process.execPath}" --input-type=module -e '
+    import { QuantizedModel } from "${new URL('../../lib/index.js', import.meta.url)}";
+    const model = await QuantizedModel.load("${demo}");
+    await model.merge("out").catch((e) => console.log(e.code, e.message));
+    await model.dispose();'`,
+    ],
+    { cwd: folder, encoding: 'utf8' },
+  );
+  t.match(run.stdout, /^ERR_QLORA_WRITE_FAILED .*cannot write it/, run.stderr);
+  t.same(readdirSync(folder), [], 'nothing is left');
 });

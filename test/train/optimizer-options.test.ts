@@ -1,5 +1,6 @@
 /** Options of the optimizer and of noise, through QLoRATrainer: each changes what it must, and nothing else. */
 import { createHash } from 'node:crypto';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
 import { QLoRATrainer, QuantizedModel, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
@@ -206,6 +207,37 @@ t.test('a run goes on from a checkpoint with all that the optimizer holds', asyn
     const undisturbed = await run(false);
     t.equal(await run(join(options.outputDir, 'checkpoint-3')), undisturbed, `${kind.optimizer}`);
   }
+});
+
+t.test('overflows do not end a run, however many come in a row', async (t) => {
+  const outputDir = t.testdir({});
+  const options = { computeDtype: 'f16', maxSteps: 22, saveSteps: 2, outputDir } as const;
+  {
+    await using trainer = await create(t, { ...options, maxSteps: 2 });
+    await trainer.train();
+  }
+  // As if it had found no gradient too large for a long time.
+  const folder = join(outputDir, 'checkpoint-2');
+  const path = join(folder, 'optimizer.safetensors');
+  const bytes = readFileSync(path);
+  const headerLength = Number(bytes.readBigUInt64LE(0));
+  const header = JSON.parse(bytes.toString('utf8', 8, 8 + headerLength));
+  const before = createHash('sha256').update(bytes).digest('hex');
+  bytes.writeFloatLE(2 ** 34, 8 + headerLength + header.loss_scale.data_offsets[0]);
+  writeFileSync(path, bytes);
+  const manifest = readFileSync(join(folder, 'manifest.json'), 'utf8');
+  t.match(manifest, before);
+  writeFileSync(
+    join(folder, 'manifest.json'),
+    manifest.replace(before, createHash('sha256').update(bytes).digest('hex')),
+  );
+  await using trainer = await create(t, options);
+  const run = trainer.train({ resume: folder });
+  const codes = (await eventsOf(run)).flatMap((e) => (e.type === 'warning' ? [e.code] : []));
+  const overflows = codes.filter((code) => code === 'LOSS_SCALE').length;
+  t.ok(overflows > 5 && overflows < 20, `${overflows} overflows: ${codes}`);
+  t.notOk(codes.includes('NON_FINITE_GRADIENT'));
+  t.equal((await run).steps, 22);
 });
 
 t.test('gradients that overflow whatever the scale end the run', async (t) => {

@@ -28,7 +28,7 @@ export function define(command: Command): void {
     const output = makeOutput(flags);
     const configuration = await readConfiguration(config, settings());
     const { options, resume, overwrite, exportDir, places } = configuration;
-    requireOptions(options, config);
+    requireOptions(options, ['model', 'dataset', 'outputDir'], config);
     if (flags.printConfig) {
       const { printConfig } = await import('../print-config.js');
       printConfig(configuration, output);

@@ -1,0 +1,112 @@
+#include "ops/logits_choose.h"
+
+#include <cmath>
+
+#include "core/random.h"
+
+namespace qlora::QLORA_ISA {
+
+namespace {
+
+uint64_t bitsOf(uint64_t seed, uint64_t stream, uint64_t index) {
+  const auto words = philox(seed, stream, index);
+  return (static_cast<uint64_t>(words[0]) << 32) | words[1];
+}
+
+int32_t draw(const float* weights, int64_t V, double uniform01) {
+  double total = 0;
+  for (int64_t i = 0; i < V; ++i) total += static_cast<double>(weights[i]);
+  const double wanted = uniform01 * total;
+  double sum = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < V; ++i) {
+    if (weights[i] == 0) continue;
+    last = i;
+    sum += static_cast<double>(weights[i]);
+    if (sum > wanted) break;
+  }
+  return static_cast<int32_t>(last);
+}
+
+struct Continuation {
+  float key, score;
+  int32_t place;
+};
+
+/// Inserts into the `count` best of at most K, best first; among equals the earlier comes first.
+void insert(Continuation* best, int64_t K, int64_t& count, Continuation c) {
+  if (count == K && c.key <= best[K - 1].key) return;
+  int64_t i = count < K ? count++ : K - 1;
+  for (; i > 0 && best[i - 1].key < c.key; --i) best[i] = best[i - 1];
+  best[i] = c;
+}
+
+}  // namespace
+
+void argmax(Context& context, const Argmax& a) {
+  const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
+  const float* logits = a.logits.data<float>();
+  int32_t* ids = a.ids.data<int32_t>();
+  checkSomeLogit("argmax", logits, B, V);
+  context.pool.parallelFor(B, [&](int64_t row, int) {
+    const float* z = logits + row * V;
+    const float largest = largestLogit(z, V);
+    int32_t i = 0;
+    while (z[i] != largest) ++i;
+    ids[row] = i;
+  });
+}
+
+void sample(Context& context, const Sample& a) {
+  const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
+  const float* logits = a.logits.data<float>();
+  int32_t* ids = a.ids.data<int32_t>();
+  checkSomeLogit("sample", logits, B, V);
+  float* weightsOfThread = context.scratch.take<float>(context.pool.size() * V);
+  context.pool.parallelFor(B, [&](int64_t row, int thread) {
+    const float* z = logits + row * V;
+    float* weights = weightsOfThread + thread * V;
+    const float largest = largestLogit(z, V);
+    for (int64_t i = 0; i < V; ++i) weights[i] = fastExp(z[i] - largest);
+    const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(row));
+    ids[row] = draw(weights, V, static_cast<double>(bits >> 11) * 0x1p-53);
+  });
+}
+
+void beamCandidates(Context& context, const BeamCandidates& a) {
+  const int64_t B = a.logProbs.dim(0), V = a.logProbs.dim(1), K = a.places.dim(0);
+  const float* logProbs = a.logProbs.data<float>();
+  const float* running = a.running.data<float>();
+  checkLogits("beamCandidates", logProbs, B, V);
+  Continuation* bestOfBeam = context.scratch.take<Continuation>(B * K);
+  int64_t* counts = context.scratch.take<int64_t>(B);
+  context.pool.parallelFor(B, [&](int64_t b, int) {
+    Continuation* best = bestOfBeam + b * K;
+    int64_t count = 0;
+    for (int64_t place = b * V; place < (b + 1) * V; ++place) {
+      const float score = logProbs[place] + running[b];
+      if (score == -__builtin_inff()) continue;
+      float key = score;
+      if (a.noise > 0) {
+        const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(place));
+        const double u = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
+        key += a.noise * static_cast<float>(-std::log(-std::log(u)));
+      }
+      insert(best, K, count, {key, score, static_cast<int32_t>(place)});
+    }
+    counts[b] = count;
+  });
+  Continuation* best = context.scratch.take<Continuation>(K);
+  int64_t count = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < counts[b]; ++i) insert(best, K, count, bestOfBeam[b * K + i]);
+  }
+  int32_t* places = a.places.data<int32_t>();
+  float* scores = a.scores.data<float>();
+  for (int64_t i = 0; i < K; ++i) {
+    places[i] = i < count ? best[i].place : 0;
+    scores[i] = i < count ? best[i].score : -__builtin_inff();
+  }
+}
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,27 @@
+import type { Command } from 'commander';
+import { allRules } from '../config/draft.js';
+import { ourRules } from '../config/options.js';
+import { locate, readConfiguration, trainerOptions } from '../config/resolve.js';
+import { addSettingFlags } from '../flags.js';
+import { bytes, table } from '../format.js';
+import { addOutputFlags, makeOutput } from '../output.js';
+import { requireOptions } from '../required.js';
+
+export function define(command: Command): void {
+  command.argument('[config]', 'a file, as for `train`');
+  addOutputFlags(command);
+  const settings = addSettingFlags(command, allRules('qlora'), ourRules);
+  command.action(async (config: string | undefined, flags: { json?: boolean; color?: boolean }) => {
+    const output = makeOutput(flags);
+    const { options, places } = await readConfiguration(config, settings());
+    requireOptions(options, ['model', 'dataset'], config);
+    const { QLoRATrainer } = await import('../../train/trainer.js');
+    // Nothing is written.
+    const planned = trainerOptions({ ...options, outputDir: options.outputDir ?? '.' });
+    const plan = await QLoRATrainer.plan(planned).catch((error: unknown) => {
+      throw locate(error, places);
+    });
+    output.object({ type: 'plan', ...plan });
+    for (const line of table(Object.entries(plan).map(([name, n]) => [name, bytes(n)]))) output.line(line);
+  });
+}
