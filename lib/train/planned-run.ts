@@ -44,7 +44,7 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
     const { peakBytes, byClass } = core.stream.memory();
     const outside =
       typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
-    const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter'));
+    const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter', { offline }));
     const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
     // What an adapter was trained with it goes on with.
     options.template ??= templateOf(record);
