@@ -171,17 +171,22 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
   if (options.init === 'pissa') refuseWithDora(options.useDora);
   const adapter = makeAdapter(core, name, config);
   const byPath = linearsByPath(core);
-  for (const layer of adapter.layers) {
-    const linear = byPath.get(layer.path) as Linear;
-    if (options.init !== 'pissa') {
-      layer.initialize(linear, core.computeDtype, seed, linear.index);
-      continue;
+  try {
+    for (const layer of adapter.layers) {
+      const linear = byPath.get(layer.path) as Linear;
+      if (options.init !== 'pissa') {
+        layer.initialize(linear, core.computeDtype, seed, linear.index);
+        continue;
+      }
+      using original = originalWeight(core, linear);
+      layer.initializePrincipal(original, linear, seed);
     }
-    using original = originalWeight(core, linear);
-    layer.initializePrincipal(original, linear, seed);
+    publish(core, adapter);
+    return adapter;
+  } catch (error) {
+    adapter.dispose();
+    throw error;
   }
-  publish(core, adapter);
-  return adapter;
 }
 
 /** PEFT knows 'all-linear', but in files it writes the names. */
