@@ -14,6 +14,7 @@ import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
+import { warnOfIdle } from './idle-options.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
 import { needsPlan, planRun } from './planned-run.js';
@@ -74,6 +75,7 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
+    warnOfIdle(resolved);
     const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
     const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';

@@ -6,7 +6,14 @@ import { setImmediate } from 'node:timers/promises';
 import t, { type Test } from 'tap';
 import { EncodedRows } from '../../lib/data/encoded-rows.js';
 import { promptTemplate } from '../../lib/data/templates.js';
-import { QLoRATrainer, QuantizedModel, type Row, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
+import {
+  QLoRATrainer,
+  QuantizedModel,
+  type Row,
+  setLogger,
+  type TrainEvent,
+  type TrainerOptions,
+} from '../../lib/index.js';
 import { packageRoot, referencesDir } from '../support/references.js';
 
 const tiny = join(referencesDir('models'), 'llama');
@@ -314,6 +321,21 @@ t.test('leaving the loop, stop() and a signal keep the last whole step', async (
       t.same(await bitsOf(calm), await bitsOf(trainer), `${name}: ${result.steps} undisturbed steps`);
     }
   }
+});
+
+t.test('an option that changes nothing is told of', async (t) => {
+  t.teardown(() => setLogger(null));
+  const told = async (options: Partial<TrainerOptions>) => {
+    const names: unknown[] = [];
+    setLogger((level, _, fields) => level === 'warn' && names.push((fields as { option?: string }).option));
+    await (await create(t, options)).dispose();
+    return names;
+  };
+  const sgd = { optimizer: 'sgd', lrScheduler: 'cosine', evalDataset: rows } as const;
+  const given = { momentum: 0.9, evalSteps: 2, warmupSteps: 3, schedulerOptions: { numCycles: 1 } };
+  t.same(await told(given), ['momentum', 'evalSteps', 'warmupSteps', 'schedulerOptions']);
+  t.same(await told({ ...given, ...sgd }), [], 'these take effect');
+  t.same(await told({ ...sgd, adamBeta2: 0.99, adamEpsilon: 1e-8 }), ['adamBeta2'], 'a default says nothing');
 });
 
 t.test('one run at a time', async (t) => {
