@@ -117,7 +117,7 @@ export const trainerRules: Rules = {
 };
 
 /** What only the command line does. */
-export const runRules: Rules = {
+const runRules: Rules = {
   resume: maps('@resume', z.union([boolean, text]), 'go on from the newest checkpoint in outputDir, or from this one'),
   overwrite: maps(
     '@overwrite',
