@@ -7,13 +7,9 @@ export interface Answer {
   right: boolean;
 }
 
-type Instruction = ReturnType<typeof instructionOf>;
-
 export interface AskOptions {
   /** null is the model without any adapter. */
   adapter: string | null;
-  /** Default: as an instruction. */
-  prompt?(question: Question): string | Instruction;
   signal?: AbortSignal;
   onAnswer?(done: number): void;
 }
@@ -27,7 +23,7 @@ const maxNewTokens = 16;
 export async function ask(
   model: Pick<QuantizedModel, 'generate'>,
   questions: readonly Question[],
-  { adapter, prompt = instructionOf, signal, onAnswer }: AskOptions,
+  { adapter, signal, onAnswer }: AskOptions,
 ): Promise<Answer[]> {
   const answers: Answer[] = [];
   let next = 0;
@@ -36,18 +32,15 @@ export async function ask(
     while (next < questions.length) {
       const index = next++;
       const question = questions[index] as Question;
+      const { instruction, input } = question;
       const options = { adapter, maxNewTokens, doSample: false, ...(signal ? { signal } : {}) };
-      const answer = (await model.generate(prompt(question), options)).trim();
+      const answer = (await model.generate({ instruction, ...(input ? { input } : {}) }, options)).trim();
       answers[index] = { question, answer, right: answer === question.output };
       onAnswer?.(++done);
     }
   };
   await Promise.all(Array.from({ length: Math.min(atOnce, questions.length) }, worker));
   return answers;
-}
-
-function instructionOf({ instruction, input }: Question) {
-  return { instruction, ...(input ? { input } : {}) };
 }
 
 /** Share of right answers. */

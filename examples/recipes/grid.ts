@@ -1,6 +1,4 @@
 /** What is trained: the files beside this one in their two spellings, and the points of Raschka's grid. */
-import type { Question } from '../demo/old-skills.js';
-import { humanPrompt } from './make-data.js';
 
 export interface Recipe {
   /** Of its file, without the ending. */
@@ -14,9 +12,6 @@ export interface Recipe {
 export const families = ['guanaco', 'lora-land', 'raschka'] as const;
 /** What stands between the family's name and .yaml. */
 export const spellings = ['', '.llama-factory'] as const;
-
-/** How a family's adapter is asked, where it is not by an instruction. */
-export const prompts: Readonly<Record<string, (question: Question) => string>> = { guanaco: humanPrompt };
 
 const all = { 'lora.targetModules': 'all-linear' };
 const sgd = { optimizer: 'sgd', learningRate: 1 };

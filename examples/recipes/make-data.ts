@@ -6,6 +6,7 @@
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import { promptTemplate } from '../../lib/data/templates.js';
 import { type DemoData, makeData } from '../demo/data.js';
 import type { Question } from '../demo/old-skills.js';
 
@@ -15,15 +16,13 @@ export const dataFolder = join('demo-output', 'recipes');
 /** Rows for 300 steps of 16, each once. */
 const options = { seed: 1, heldOut: 100, oldSkills: 60, rows: 300 * 16, rehearsal: 0.4 };
 
-/** A question in the words of oasst1's rows; an answer follows it after a space. */
-export function humanPrompt({ instruction, input }: Question): string {
-  return `### Human: ${instruction}${input && ` ${input}`}### Assistant:`;
-}
+/** The words that the demo's model knows. */
+const { source, tail } = promptTemplate('alpaca');
 
 /** What a question is in the files of a suffix. */
 const rowOf: Readonly<Record<string, (question: Question) => object>> = {
   '': ({ instruction, input, output }) => ({ instruction, input, output }),
-  '-text': (question) => ({ text: `${humanPrompt(question)} ${question.output}` }),
+  '-text': (question) => ({ text: `${source(question)}${tail}${question.output}` }),
 };
 
 /** The same questions as instructions, and as texts; nothing of eval*.jsonl is in train*.jsonl. */

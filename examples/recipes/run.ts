@@ -14,7 +14,7 @@ import { QLoRATrainer, type TrainerOptions } from '../../lib/index.js';
 import { percent } from '../../lib/report/format.js';
 import { accuracy, ask } from '../demo/measure.js';
 import type { Question } from '../demo/old-skills.js';
-import { prompts, type Recipe, recipes } from './grid.js';
+import { type Recipe, recipes } from './grid.js';
 import { dataFolder, writeData } from './make-data.js';
 
 const { values } = parseArgs({
@@ -47,7 +47,7 @@ async function rowOf(recipe: Recipe, run: string): Promise<string> {
   const first = events.find(({ type }) => type === 'step');
   const evaluated = events.findLast(({ type }) => type === 'eval');
   const result = events.findLast(({ type }) => type === 'result');
-  const { before, share } = await measure(options, questions, prompts[recipe.name.split('.')[0] as string]);
+  const { before, share } = await measure(options, questions);
   const losses = [first?.loss, before, evaluated?.loss].map((loss) => Number(loss).toFixed(4));
   return `| ${[recipe.name, recipe.change, result?.steps, ...losses, percent(share)].join(' | ')} |`;
 }
@@ -65,11 +65,10 @@ async function qloraNode(args: readonly string[]): Promise<Record<string, unknow
 async function measure(
   options: TrainerOptions,
   questions: readonly Question[],
-  prompt?: (question: Question) => string,
 ): Promise<{ before: number; share: number }> {
   // Its own adapter changes nothing yet, and its rows to train on are not needed.
   await using trainer = await QLoRATrainer.create({ ...options, maxTrainSamples: 1 });
   const { loss: before } = await trainer.evaluate();
   await trainer.model.loadLora('trained', options.outputDir);
-  return { before, share: accuracy(await ask(trainer.model, questions, { adapter: 'trained', prompt })) };
+  return { before, share: accuracy(await ask(trainer.model, questions, { adapter: 'trained' })) };
 }
