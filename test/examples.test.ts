@@ -109,13 +109,15 @@ t.test('train-in-a-server', async (t) => {
   t.equal(progress.headers.get('content-type'), 'text/event-stream');
   const events: { type: string; step?: number; steps?: number }[] = [];
   let answered: string | undefined;
-  for await (const line of createInterface({ input: Readable.fromWeb(progress.body as ReadableStream) })) {
+  const stream = Readable.fromWeb(progress.body as ReadableStream);
+  for await (const line of createInterface({ input: stream })) {
     if (line === '') continue;
     t.match(line, /^data: \{/);
     events.push(JSON.parse(line.slice('data: '.length)));
     if (events.length === 3) answered = await ask(21);
     if (events.at(-1)?.type === 'done') break;
   }
+  stream.destroy();
   t.same(
     events.filter(({ type }) => type === 'step').map(({ step }) => step),
     Array.from({ length: 30 }, (_, i) => i + 1),

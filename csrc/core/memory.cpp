@@ -117,7 +117,7 @@ void SegmentAllocator::trim() {
 
 // What lives from step to step is allocated on its own: in the segments it would only split them. So is everything
 // where AddressSanitizer looks on, which does not see where in a segment one tensor ends.
-bool Memory::inSegments(MemoryClass c) const {
+bool Memory::inSegments([[maybe_unused]] MemoryClass c) const {
   if (backing_ == Backing::addresses) return true;
 #ifdef QLORA_NO_SEGMENTS
   return false;

@@ -214,8 +214,12 @@ function hubError(
       { hint: 'A relative path starts at the working directory of the process.', cause },
     );
   }
-  return new QLoRAError('ERR_QLORA_DOWNLOAD_FAILED', `${page}: cannot download it: ${message}`, {
-    hint: `Try again: it goes on where it stopped. What is in the cache loads with offline: true. By hand: ${fetchCommand(source)}`,
-    cause,
-  });
+  return new QLoRAError(
+    'ERR_QLORA_DOWNLOAD_FAILED',
+    `there is no folder '${source}', and ${page} cannot be downloaded: ${message}`,
+    {
+      hint: `Try again: it goes on where it stopped. What is in the cache loads with offline: true. By hand: ${fetchCommand(source)}`,
+      cause,
+    },
+  );
 }

@@ -34,7 +34,9 @@ export async function readQuantizedWeight(
     nested = { nestedAbsmax, nestedCode, offset: state.nested.offset };
   }
   const { blockSize, type, dtype: original } = state;
-  const weight = new Weight(N, K, { data, absmax, code, blockSize, type, original, ...nested });
+  const tensors = { data, absmax, code, blockSize, type, original, ...nested };
+  // The file's own codes are not those that other weights share.
+  const weight = new Weight(N, K, tensors, [data, absmax, code, nested.nestedAbsmax, nested.nestedCode]);
   try {
     await Promise.all(reads);
     return weight;

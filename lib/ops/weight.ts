@@ -26,6 +26,8 @@ export class Weight {
     /** Input features. */
     readonly K: number,
     readonly tensors: WeightTensors,
+    /** What goes with the weight. Left out: all but the codes, which the weights of a stream share. */
+    private readonly owned: readonly (Tensor | undefined)[] = [tensors.data, tensors.absmax, tensors.nestedAbsmax],
   ) {
     this.stream = tensors.data.stream;
   }
@@ -79,8 +81,7 @@ export class Weight {
   }
 
   dispose(): void {
-    const { data, absmax, nestedAbsmax } = this.tensors; // the codes are shared
-    for (const t of [data, absmax, nestedAbsmax]) t?.dispose();
+    for (const t of this.owned) t?.dispose();
   }
 }
 

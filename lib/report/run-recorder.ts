@@ -18,6 +18,8 @@ const pageInterval = 5000;
 export interface RecorderOptions {
   /** The step that the run goes on from: what the log has of later ones is dropped. Left out: it begins anew. */
   resumeAt?: number;
+  /** The checkpoint of that step, which may have been written by a process that was killed before it could log it. */
+  checkpoint?: string;
   /** Told once, where something could not be written: that never ends a run. */
   onWarning?(warning: { code: string; message: string }): void;
 }
@@ -73,6 +75,10 @@ export class RunRecorder {
       if (damage) throw damage;
     });
     if (!known.start) recorder.#add({ type: 'start', ...context });
+    const { checkpoint } = options;
+    if (checkpoint && resumeAt !== undefined && !known.checkpoints.some(({ step }) => step === resumeAt)) {
+      recorder.#add({ type: 'checkpoint', step: resumeAt, path: relative(folder, checkpoint) });
+    }
     recorder.#write();
     await recorder.#page;
     return recorder;

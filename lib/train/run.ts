@@ -126,7 +126,13 @@ export class Run {
   /** @param resumeAt the step that it goes on from, where the log in outputDir is of this run */
   async #record(resumeAt: number | undefined): Promise<RunRecorder> {
     const onWarning = (warning: { code: string; message: string }) => this.#emit({ type: 'warning', ...warning });
-    const recorder = await RunRecorder.open(this.#outputDir, contextOf(this.#t), { resumeAt, onWarning });
+    const saved = resumeAt !== undefined && this.#t.progress.saved === resumeAt;
+    const options = {
+      resumeAt,
+      onWarning,
+      ...(saved ? { checkpoint: checkpointPath(this.#outputDir, resumeAt) } : {}),
+    };
+    const recorder = await RunRecorder.open(this.#outputDir, contextOf(this.#t), options);
     for (const event of this.#early) recorder.event(event);
     this.#recorder = recorder;
     return recorder;

@@ -139,24 +139,19 @@ t.test('train, and what can be done with an adapter', async (t) => {
     t.same(talk.lines, ['42', '(the base speaks)', '(a new beginning)', '7', '(a new beginning)', '(twice speaks)', '60', '(loaded: twice; twice speaks)']); // biome-ignore format: a talk
     t.match(talk.stderr, /there is no \/adaptr\nhint: Did you mean '\/adapter'\?/);
     t.match(talk.stderr, /no adapter 'no' is loaded\nhint: Loaded: twice/);
-    // The second question comes after the first one's answer: the template writes both.
-    const history = await cli(['chat', model, '--json', '--max-new-tokens', '3'], {
-      stdin: `/load twice ${adapter}\nDouble 2.\nDouble 3.\n/load broken ${folder}\n`,
+    // The second question comes after the first one's answer, which changes what the base says to it.
+    const [first, second] = ['What is 12 plus 30?', 'Repeat it.'] as const;
+    const history = await cli(['chat', model, '--json', '--max-new-tokens', '12'], {
+      stdin: `${first}\n${second}\n/load broken ${folder}\n`,
     });
     const answers = history.objects.filter(({ type }) => type === 'answer');
-    t.match(answers[0], { text: '4', adapter: 'twice' });
-    const messages = [
-      { role: 'user', content: 'Double 2.' },
-      { role: 'assistant', content: '4' },
-      { role: 'user', content: 'Double 3.' },
-    ] as const;
+    t.match(answers[0], { text: '42', adapter: null });
     await using loaded = await QuantizedModel.load(model);
-    await loaded.loadLora('twice', adapter);
-    t.equal(
-      answers[1]?.text,
-      await loaded.generate([...messages], { maxNewTokens: 3 }),
-      'what was said is part of the prompt',
-    );
+    const question = { role: 'user', content: second } as const;
+    const talked = [{ role: 'user', content: first }, { role: 'assistant', content: '42' }, question] as const;
+    const expected = await loaded.generate([...talked], { maxNewTokens: 12 });
+    t.equal(answers[1]?.text, expected, 'what was said is part of the prompt');
+    t.not(expected, await loaded.generate([question], { maxNewTokens: 12 }), 'and counts');
     t.match(JSON.parse(history.stderr), { code: 'ERR_QLORA_ADAPTER_NOT_FOUND' });
     t.equal(history.status, 0, 'the end of its input ends it');
   });
@@ -274,6 +269,18 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
     writeFileSync(file, [...lines, line].join('\n'));
     t.match(await cli(['train', file, '--overwrite']), { status: 2, stderr: message }, line);
   }
+});
+
+t.test('plan', async (t) => {
+  const [plan] = (await cli(['plan', config, '--json'])).objects as Record<string, number>[];
+  t.equal(plan?.type, 'plan');
+  for (const name of ['weights', 'adapters', 'optimizer', 'activations', 'scratch'])
+    t.ok((plan?.[name] as number) > 0 && (plan?.[name] as number) <= (plan?.total as number), name);
+  const twice = await cli(['plan', config, '--lora-r', '32', '--json']);
+  t.equal(twice.objects[0]?.adapters, 2 * (plan?.adapters as number), 'flags count');
+  t.match((await cli(['plan', config])).stdout, /^total +[\d.]+ MB$/m);
+  const small = await cli(['train', config, '--max-memory', '1MB', '--output-dir', join(folder, 'small')]);
+  t.match(small, { status: 1, stderr: /^code: ERR_QLORA_/m });
 });
 
 t.test('compare', async (t) => {

@@ -300,6 +300,17 @@ t.test('data sets of dataset_info.json', async (t) => {
   t.match(await failure(lines('pairs')), { message: /ranking/ });
 });
 
+t.test('bytes with units', async (t) => {
+  const sizes = { '24GB': 24e9, '1.5 MB': 1.5e6, '3kB': 3000, '512MiB': 2 ** 29, '2TiB': 2 ** 41, '1000': 1000 };
+  for (const [text, bytes] of Object.entries(sizes))
+    t.equal((await read([`maxMemory: ${text}`])).options.maxMemory, bytes, text);
+  for (const text of ['24 apples', 'GB', '-1GB', '1e3GB'])
+    t.match(await failure([`maxMemory: ${text}`]), {
+      code: 'ERR_QLORA_OPTION_INVALID',
+      message: /:1: option 'maxMemory'/,
+    });
+});
+
 t.test('flags win over the file', async (t) => {
   const lines = ['lora:', '  r: 8', '  alpha: 4', 'learningRate: 1e-3', 'epochs: 2', 'bits: 4', 'quant_type: fp4'];
   const merged = (await read(lines, { lora_r: '32', learning_rate: '2e-5', max_steps: '10' })).options;

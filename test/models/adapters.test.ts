@@ -237,3 +237,23 @@ t.test('PiSSA, trained and saved', async (t) => {
   await fresh.restore(join(folder, 'out'));
   t.same(await again.logits(ids, { adapter: 'fresh' }), trained, 'the same bits');
 });
+
+t.test('a run with PiSSA and whole modules goes on from a checkpoint bit for bit', async (t) => {
+  const folder = t.testdir({});
+  const run = async (name: string, resume?: string) => {
+    const outputDir = join(folder, name);
+    await using trainer = await QLoRATrainer.create({
+      model: demo,
+      dataset: Array.from({ length: 6 }, (_, i) => ({ text: `What is ${i} plus 3? ${i + 3}` })),
+      outputDir,
+      lora: { r: 4, targetModules: ['q_proj', 'up_proj'], modulesToSave: ['lm_head'], init: 'pissa', dropout: 0.1 },
+      gradientAccumulationSteps: 1,
+      saveSteps: 3,
+      maxSteps: 6,
+    });
+    await trainer.train(resume ? { resume } : {});
+    return readSafetensors(join(outputDir, 'adapter_model.safetensors'));
+  };
+  const whole = await run('whole');
+  t.same(await run('resumed', join(folder, 'whole', 'checkpoint-3')), whole);
+});

@@ -170,7 +170,7 @@ std::vector<std::vector<char>> runLayer(Stream& stream, const OpTable& ops, DTyp
     for (int64_t i = 0; i < T; ++i) labels.data<int32_t>()[i] = i % 3 ? static_cast<int32_t>(i) : kIgnoredLabel;
   });
   const Tensor loss = make(DType::f32, {1}), dhidden = make(dtype, {T, K}), dhead = zeros({V, K});
-  enqueue(stream, LinearCrossEntropy{hidden, head, {}, labels, loss, {}, dhidden, dhead, 0.04f, 0},
+  enqueue(stream, LinearCrossEntropy{hidden, head, {}, labels, {}, loss, {}, dhidden, dhead, 0.04f, 0},
           ops.linearCrossEntropy);
   const Tensor dq = make(dtype, {1, T, H, D}), dk = make(dtype, {1, T, H, D}), dv = make(dtype, {1, T, H, D});
   enqueue(stream,

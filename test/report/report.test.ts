@@ -137,10 +137,10 @@ t.test('a resumed log equals that of a run which was never disturbed', async (t)
   first.finish({ steps: 4, finalLoss: 1 / 4, stopped: true, outputDir: stopped }, 1);
   await first.close();
   t.match(page(stopped), 'stopped at step 4');
-  await run(stopped, { resumeAt: 4 });
-  t.same(lines(stopped), lines(whole), 'its first end is gone');
-  await run(stopped);
-  t.same(lines(stopped), lines(whole), 'without resume it begins anew');
+  for (const resumeAt of [4, undefined]) {
+    await run(stopped, { resumeAt });
+    t.same(lines(stopped), lines(whole), 'its first end is gone; without resume it begins anew');
+  }
   const none = folder();
   await run(none, { resumeAt: 3 });
   t.equal(lines(none)[0]?.type, 'start', 'there need not be a log');
@@ -385,8 +385,7 @@ t.test('a trainer leaves them in its outputDir', async (t) => {
     for await (const event of first.train()) if (event.type === 'step' && event.step === 5) break;
     t.match(lines(parts).at(-1), { type: 'end', status: 'stopped' });
   }
-  rmSync(join(parts, 'checkpoint-5'), { recursive: true, force: true });
-  rmSync(join(parts, 'checkpoint-6'), { recursive: true, force: true });
+  for (const n of [5, 6]) rmSync(join(parts, `checkpoint-${n}`), { recursive: true, force: true });
   await using second = await QLoRATrainer.create({ ...options, outputDir: parts });
   await second.train({ resume: true });
   const name = (line: Written) =>

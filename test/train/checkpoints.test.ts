@@ -96,11 +96,12 @@ t.test('early stopping', async (t) => {
 
 t.test('what was stopped goes on as if it had not been', async (t) => {
   t.testdir({});
+  const dataset = Array.from({ length: 16 }, (_, i) => rowOf(i, 5 + (i % 3)));
   const full = { ...plainRun, lora: 'none', quantization: 'none', computeDtype: 'f32', learningRate: 1e-3 } as const;
   for (const [name, options, file] of [
     ['adapter', { maxSteps: 12 }, 'adapter_model.safetensors'],
     // Stopped between two micro-steps of eight.
-    ['long steps', { ...plainRun, maxSteps: 8, gradientAccumulationSteps: 8 }, 'adapter_model.safetensors'],
+    ['long steps', { ...plainRun, maxSteps: 8, gradientAccumulationSteps: 8, dataset }, 'adapter_model.safetensors'],
     ['sgd', { ...plainRun, maxSteps: 12, optimizer: 'sgd', momentum: 0.9 }, 'adapter_model.safetensors'],
     ['dora', { ...plainRun, maxSteps: 8, lora: { r: 2, useDora: true, dropout: 0.1 } }, 'adapter_model.safetensors'],
     ['all weights', { ...full, maxSteps: 8 }, 'model.safetensors'],

@@ -64,6 +64,15 @@ function logOf(folder: string): Map<string, Set<string>> {
   return log;
 }
 
+/** The run's own log: everything but times, speed and memory, and the warnings about what a kill left. */
+function metricsOf(out: string): unknown[] {
+  const lines = readFileSync(join(out, 'metrics.jsonl'), 'utf8').trim().split('\n');
+  return lines
+    .map((text) => JSON.parse(text))
+    .filter(({ type }) => type !== 'start' && type !== 'warning')
+    .map(({ time: _, tokensPerSecond: __, memoryBytes: ___, peakMemoryBytes: ____, ...line }) => line);
+}
+
 function hashesOf(out: string, names: readonly string[]): Record<string, string> {
   const hash = (name: string) =>
     createHash('sha256')
@@ -117,6 +126,7 @@ t.test('killed again and again, at any moment', async (t) => {
   t.comment(`killed ${kills} times, ${duringSaves} of them during a save`);
   t.same(temporaryIn(out), [], 'nothing half-written is left');
   t.same(logOf(killed), logOf(calm), 'every loss, and every evaluation, is the same');
+  t.same(metricsOf(out), metricsOf(join(calm, 'out')), 'and so does metrics.jsonl say');
   // The report has times in it.
   const names = readdirSync(join(calm, 'out')).filter((name) => !/^(metrics\.jsonl|report\.html)$/.test(name));
   for (const name of names) t.ok(readdirSync(out).includes(name), name);
