@@ -52,7 +52,7 @@ function load(): Addon {
 }
 
 /** An error of the addon as a QLoRAError; anything else as it is. */
-export function wrapError(error: unknown): unknown {
+function wrapError(error: unknown): unknown {
   const { code, hint, message } = error as { code?: unknown; hint?: string; message?: string };
   if (error instanceof QLoRAError || typeof code !== 'string' || !code.startsWith('ERR_QLORA_')) return error;
   return new QLoRAError(code as QLoRAError['code'], message ?? code, { hint, cause: error });

@@ -1,10 +1,10 @@
 import { z } from 'zod';
-import { exportedChatTemplate } from './data/exported-template.js';
 import { encodePrompt } from './data/prompt.js';
 import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
 import { type EventStream, eventStream } from './event-stream.js';
 import { endTokensOf, recordOf } from './generate/end-tokens.js';
+import { mannersOf } from './generate/manners.js';
 import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
 import { endsWithStop, StopStrings } from './generate/stop-strings.js';
 import { generateIds } from './generate/tokens.js';
@@ -31,7 +31,7 @@ export interface LoadOptions {
   device?: Device | 'auto';
   /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
   allowUnknownConfig?: string[];
-  /** Of a model named `owner/name`: use what the cache holds, and ask no hub. Default: whether HF_HUB_OFFLINE is set. */
+  /** Of a model named `owner/name`, and of its adapters: use what the cache holds, and ask no hub. Default: whether HF_HUB_OFFLINE is set. */
   offline?: boolean;
   /** Of a model named `owner/name`: branch, tag or commit. Default 'main'. */
   revision?: string;
@@ -121,9 +121,12 @@ export const loraSchema = z.strictObject({
 export class QuantizedModel implements AsyncDisposable {
   /** @internal */
   readonly core: ModelCore;
+  /** As it was given to load(); adapters are looked for in the same way. */
+  readonly #offline: boolean | undefined;
 
-  private constructor(core: ModelCore) {
+  private constructor(core: ModelCore, offline: boolean | undefined) {
     this.core = core;
+    this.#offline = offline;
   }
 
   /**
@@ -161,7 +164,7 @@ export class QuantizedModel implements AsyncDisposable {
       purpose,
     });
     log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
-    return new QuantizedModel(core);
+    return new QuantizedModel(core, resolved.offline);
   }
 
   get device(): Device {
@@ -306,7 +309,7 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** An adapter from a PEFT folder, or from the hub as load() takes a model. */
   async loadLora(name: string, directory: string): Promise<LoraAdapter> {
-    return loadAdapter(this.core, name, await locate(directory, 'adapter'));
+    return loadAdapter(this.core, name, await locate(directory, 'adapter', { offline: this.#offline }));
   }
 
   removeLora(name: string): void {
@@ -316,7 +319,7 @@ export class QuantizedModel implements AsyncDisposable {
 
   /** The model as a Hugging Face folder: 4- and 8-bit layers as bitsandbytes stores them, the rest in its own dtype. */
   save(outDirectory: string): Promise<void> {
-    return saveModel(this.core, outDirectory);
+    return saveModel(this.core, outDirectory, mannersOf(this.core, undefined));
   }
 
   /**
@@ -337,13 +340,7 @@ export class QuantizedModel implements AsyncDisposable {
     const { core } = this;
     const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
     const adapter = chooseAdapter(core, choice);
-    const training = recordOf(core, adapter);
-    const manners = {
-      training,
-      chatTemplate: core.tokenizer && exportedChatTemplate(training, core.tokenizer),
-      endTokens: endTokensOf(core, training),
-    };
-    return mergeModel(core, outDirectory, { adapter, manners, signal });
+    return mergeModel(core, outDirectory, { adapter, manners: mannersOf(core, adapter), signal });
   }
 
   /** Frees everything. What was enqueued before is finished first. */

@@ -9,7 +9,8 @@ import { progress } from '../examples/demo/progress.js';
 import { makeReportData, samplesOf } from '../examples/demo/report-data.js';
 import { reportExtras } from '../examples/demo/report-page.js';
 import { training } from '../examples/demo/settings.js';
-import { bytes, duration, percent } from '../lib/report/format.js';
+import { bytes } from '../lib/format.js';
+import { duration, percent } from '../lib/report/format.js';
 import { loadAssets, renderPage } from '../lib/report/page.js';
 import { RunLog } from '../lib/report/run-log.js';
 import { runPage } from '../lib/report/run-page.js';
@@ -136,7 +137,7 @@ t.test('progress without a terminal is ten plain lines', async (t) => {
 
 t.test('numbers as people read them', async (t) => {
   t.same([0, 0.02, 0.9, 0.995, 1].map(percent), ['0%', '2%', '90%', '99.5%', '100%']);
-  t.same([0, 999, 3448160, 312e6, 4.2e9].map(bytes), ['0 bytes', '999 bytes', '3.4 MB', '312 MB', '4.2 GB']);
+  t.same([0, 999, 3448160, 312e6, 4.2e9].map(bytes), ['0 bytes', '999 bytes', '3.45 MB', '312 MB', '4.2 GB']);
   t.same([3.21, 84.4, 119.7].map(duration), ['3.2 seconds', '84 seconds', '2 min 0 s']);
 });
 

@@ -7,8 +7,9 @@
 import { mkdir, rm, stat, writeFile } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import { bytes, thousands } from '../../lib/format.js';
 import { type Device, QLoRATrainer, QuantizedModel } from '../../lib/index.js';
-import { bytes, duration, percent, thousands } from '../../lib/report/format.js';
+import { duration, percent } from '../../lib/report/format.js';
 import { type DemoData, makeData } from './data.js';
 import { sourceFolder } from './folder.js';
 import { accuracy, ask } from './measure.js';

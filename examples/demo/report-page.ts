@@ -1,5 +1,6 @@
 /** What the demo adds to the report of its run: accuracy before and after, answers side by side, what all of it means. */
-import { bytes, duration, percent, thousands } from '../../lib/report/format.js';
+import { bytes, thousands } from '../../lib/format.js';
+import { duration, percent } from '../../lib/report/format.js';
 import { type Html, html } from '../../lib/report/html.js';
 import { type Chart, section, type Tile, table } from '../../lib/report/page.js';
 import { bars, type Extras } from '../../lib/report/run-page.js';

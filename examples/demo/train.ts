@@ -1,5 +1,6 @@
+import { thousands } from '../../lib/format.js';
 import type { QLoRATrainer, TrainEvent, TrainResult } from '../../lib/index.js';
-import { percent, thousands } from '../../lib/report/format.js';
+import { percent } from '../../lib/report/format.js';
 import type { DemoData } from './data.js';
 import { accuracy, ask } from './measure.js';
 import { progress } from './progress.js';

@@ -1,16 +1,4 @@
-/** Numbers as people read them. */
-
-const bytePowers = ['B', 'kB', 'MB', 'GB', 'TB'];
-
-export function bytes(n: number): string {
-  const power = Math.min(bytePowers.length - 1, n < 1 ? 0 : Math.floor(Math.log10(n) / 3));
-  const value = n / 1000 ** power;
-  return `${power === 0 ? value : value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0)} ${bytePowers[power]}`;
-}
-
-export function thousands(n: number): string {
-  return Math.round(n).toLocaleString('en-US');
-}
+/** What the command line writes beside words. */
 
 export function duration(seconds: number): string {
   const s = Math.max(0, Math.round(seconds));

@@ -1,8 +1,9 @@
 /** A run as it is watched: a progress bar on a terminal, a line a logging step where piped, an object an event for programs. */
 import { MultiBar, type SingleBar } from 'cli-progress';
+import { bytes, thousands } from '../format.js';
 import type { LogLevel } from '../logger.js';
 import type { TrainEvent, TrainResult } from '../train/events.js';
-import { bytes, duration, thousands } from './format.js';
+import { duration } from './format.js';
 import type { Output } from './output.js';
 
 export interface TrainingView {

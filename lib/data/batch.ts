@@ -2,7 +2,7 @@ import type { EncodedRow } from './encode.js';
 import { IGNORED } from './encode.js';
 
 /** The segment of padding; rows of a sequence are segments 0, 1, ... */
-export const PADDING_SEGMENT = -1;
+const PADDING_SEGMENT = -1;
 
 /** Rows that stand one after the other in one sequence; without packing a single one. */
 export type Sequence = readonly Pick<EncodedRow, 'ids' | 'labels'>[];
@@ -18,8 +18,6 @@ export interface Batch {
   positions: Int32Array;
   /** Attention stays within a segment. Padding is known by its segment, never by its id: EOS may serve as padding. */
   segmentIds: Int32Array;
-  /** Labels that count: those that some position predicts. */
-  targets: number;
 }
 
 export interface CollateOptions {
@@ -49,8 +47,7 @@ export function collate(sequences: readonly Sequence[], { padId = 0 }: CollateOp
       start += row.ids.length;
     });
   });
-  const targets = countTargets(shiftLabels({ batch, length, labels, segmentIds }));
-  return { batch, length, tokens, labels, positions, segmentIds, targets };
+  return { batch, length, tokens, labels, positions, segmentIds };
 }
 
 /** What each position is to predict: the label behind it, -100 at the end of a row and where a segment ends. */
@@ -67,9 +64,4 @@ export function shiftLabels({
     }
   }
   return shifted;
-}
-
-/** How many labels are not -100. */
-export function countTargets(labels: Int32Array): number {
-  return labels.reduce((count, label) => (label === IGNORED ? count : count + 1), 0);
 }

@@ -6,6 +6,7 @@ import { homedir, tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { removeTemporaryFiles } from '../io/atomic-file.js';
+import { syncFolder } from '../io/folder.js';
 import { log } from '../logger.js';
 import { unreadable } from './data-errors.js';
 import { columns, wordsOf } from './encoded-chunk.js';
@@ -216,9 +217,4 @@ async function removeForgotten(folder: string): Promise<void> {
     const { mtimeMs } = await stat(path).catch(() => ({ mtimeMs: Date.now() }));
     if (Date.now() - mtimeMs > forgotten) await rm(path, { force: true });
   }
-}
-
-async function syncFolder(folder: string): Promise<void> {
-  const handle = await open(folder);
-  await handle.sync().finally(() => handle.close());
 }

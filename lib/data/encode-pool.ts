@@ -10,6 +10,8 @@ const mostWorkers = 8;
 
 class EncodeWorker {
   readonly #worker: Worker;
+  /** Why it ended. */
+  #failure: QLoRAError | undefined;
   readonly #waiting: { resolve(chunk: EncodedChunk): void; reject(error: unknown): void }[] = [];
 
   constructor(task: EncodeTask) {
@@ -21,6 +23,7 @@ class EncodeWorker {
     });
     const failed = (what: string) => {
       const error = new QLoRAError('ERR_QLORA_INTERNAL', `a thread that encodes rows ended: ${what}`);
+      this.#failure ??= error;
       for (const { reject } of this.#waiting.splice(0)) reject(error);
     };
     this.#worker.once('error', ({ message }) => failed(message));
@@ -28,6 +31,7 @@ class EncodeWorker {
   }
 
   encode(rows: readonly LocatedRow[]): Promise<EncodedChunk> {
+    if (this.#failure) return Promise.reject(this.#failure);
     return new Promise((resolve, reject) => {
       this.#waiting.push({ resolve, reject });
       this.#worker.postMessage(rows);

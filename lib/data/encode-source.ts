@@ -1,5 +1,4 @@
 /** From a source of rows to encoded rows: from the cache, or tokenized once. */
-import { setImmediate } from 'node:timers/promises';
 import { log } from '../logger.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import { cacheFolder, cacheKey, openCached, spillFolder, writeCached } from './cache.js';
@@ -8,6 +7,7 @@ import { type EncodeOptions, IGNORED, noTargets } from './encode.js';
 import { EncodePool } from './encode-pool.js';
 import { ChunkBuilder, column, columns, type EncodedChunk, unpackRow, wordsOf } from './encoded-chunk.js';
 import { type EncodedRows, RowSink } from './encoded-rows.js';
+import { givingWay } from './give-way.js';
 import { type DatasetSource, nameOf, type ReadReport, readRows } from './read-rows.js';
 import { describePlace, type LocatedRow, type Row, type RowPlace } from './rows.js';
 
@@ -33,8 +33,6 @@ export interface EncodedSource {
   total: number | undefined;
 }
 
-/** Work between two turns of the event loop, in milliseconds. */
-const slice = 5;
 /** A chunk goes to a worker when it has so many characters. */
 const chunkSize = 2 ** 16;
 /** Of rows with nothing to train so many are named. */
@@ -141,12 +139,10 @@ async function encodeInSlices(
   encoding: EncodeOptions,
 ): Promise<EncodedChunk> {
   const builder = new ChunkBuilder();
-  let turn = performance.now();
+  const giveWay = givingWay();
   for (const row of rows) {
     builder.add(row, tokenizer, encoding);
-    if (performance.now() - turn < slice) continue;
-    await setImmediate();
-    turn = performance.now();
+    await giveWay();
   }
   return builder.take();
 }
@@ -157,7 +153,7 @@ async function checkChunk(
   check: SourceOptions['check'],
 ): Promise<void> {
   let at = 0;
-  let turn = performance.now();
+  const giveWay = givingWay();
   for (const [i, { place }] of rows.entries()) {
     const entry = index.subarray(i * columns, (i + 1) * columns);
     const length = wordsOf(entry[column.tokens] as number, entry[column.flags] as number);
@@ -168,9 +164,7 @@ async function checkChunk(
       place,
     );
     at += length;
-    if (performance.now() - turn < slice) continue;
-    await setImmediate();
-    turn = performance.now();
+    await giveWay();
   }
 }
 

@@ -195,7 +195,7 @@ export async function writeWhole(file: FileHandle, bytes: Uint8Array): Promise<v
     at += (await file.write(bytes, at, Math.min(bytes.length - at, 2 ** 24))).bytesWritten;
 }
 
-export function notWritten(folder: string, error: NodeJS.ErrnoException): QLoRAError {
+function notWritten(folder: string, error: NodeJS.ErrnoException): QLoRAError {
   const full = error.code === 'ENOSPC' || error.code === 'EDQUOT';
   return new QLoRAError(
     full ? 'ERR_QLORA_DISK_FULL' : 'ERR_QLORA_WRITE_FAILED',

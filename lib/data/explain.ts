@@ -1,6 +1,5 @@
 /** What rows become, to be shown to people. */
-import type { Tokenizer } from '../tokenizer/tokenizer.js';
-import { Tokenizer as TokenizerClass } from '../tokenizer/tokenizer.js';
+import { Tokenizer } from '../tokenizer/tokenizer.js';
 import { type EncodedRow, type EncodeOptions, encodeAny, encodeRow, IGNORED } from './encode.js';
 import { type DatasetSource, readRows } from './read-rows.js';
 import type { Row, RowPlace } from './rows.js';
@@ -50,7 +49,9 @@ function readable(tokenizer: Tokenizer, id: number): string {
 
 export interface ExplainOptions extends EncodeOptions {
   datasetFormat?: string;
-  /** At most so many rows, the first ones. Default: all. */
+  /** Rows left out at the start. Default: none. */
+  skip?: number;
+  /** At most so many rows, the first ones behind them. Default: all. */
   limit?: number;
 }
 
@@ -63,16 +64,16 @@ export async function* explainFile(
   modelDirectory: string,
   options: ExplainOptions = {},
 ): AsyncGenerator<LocatedExplanation> {
-  const { datasetFormat, limit = Number.POSITIVE_INFINITY, ...encoding } = options;
-  const tokenizer = await TokenizerClass.load(modelDirectory);
+  const { datasetFormat, skip = 0, limit = Number.POSITIVE_INFINITY, ...encoding } = options;
+  const tokenizer = await Tokenizer.load(modelDirectory);
   if (limit < 1) return;
-  let left = limit;
   for await (const { row, place } of readRows(source, { format: datasetFormat })) {
+    if (place.row <= skip) continue;
     const encoded = encodeAny(row, tokenizer, encoding, place);
     const whole = encoded.truncated > 0 ? encodeAny(row, tokenizer, { ...encoding, ...unlimited }, place) : encoded;
     const cuts = cutsOf(encoded, whole.ids).map(({ at, ids }) => ({ at, tokens: texts(ids, tokenizer) }));
     yield { place, ...explained(encoded, tokenizer), cuts };
-    if (--left <= 0) return;
+    if (place.row >= skip + limit) return;
   }
 }
 

@@ -1,5 +1,6 @@
 /** What the data is like, looked at before training starts. */
 import { setImmediate } from 'node:timers/promises';
+import { thousands } from '../format.js';
 import { log } from '../logger.js';
 import type { EncodedSource } from './encode-source.js';
 
@@ -124,34 +125,40 @@ class FirstRows {
   }
 }
 
-const number = (n: number): string => n.toLocaleString('en-US');
-
 /** 'using 1,000 of 75,000 rows of X', where the total is known. */
 export function usingRows({ name, used, total }: Pick<PreflightSource, 'name' | 'used' | 'total'>): string {
-  return `using ${number(used)}${total === undefined ? '' : ` of ${number(total)}`} rows of ${name}`;
+  return `using ${thousands(used)}${total === undefined ? '' : ` of ${thousands(total)}`} rows of ${name}`;
 }
 
 export function logPreflight(result: Preflight): void {
   const { rows, tokens, targetTokens, truncatedRows, truncatedShare, duplicates, emptyTargets, longest } = result;
   const share = (x: number): string => `${(100 * x).toFixed(1)}%`;
   const parts = [
-    `${number(rows)} rows`,
-    `${number(tokens)} tokens, ${number(targetTokens)} of them trained (${share(targetTokens / Math.max(tokens, 1))})`,
-    `${number(truncatedRows)} rows cut (${share(truncatedShare)})`,
-    `${number(duplicates.count)} duplicates`,
-    `the longest row has ${number(longest[0]?.tokens ?? 0)} tokens`,
+    `${thousands(rows)} rows`,
+    `${thousands(tokens)} tokens, ${thousands(targetTokens)} of them trained (${share(targetTokens / Math.max(tokens, 1))})`,
+    `${thousands(truncatedRows)} rows cut (${share(truncatedShare)})`,
+    `${thousands(duplicates.count)} duplicates`,
+    `the longest row has ${thousands(longest[0]?.tokens ?? 0)} tokens`,
   ];
   log('info', `preflight: ${parts.join('; ')}`, result);
   if (duplicates.count > 0) {
     const list = duplicates.rows.map(({ row, sameAs }) => `${row} (as ${sameAs.row})`).join(', ');
-    log('warn', `${number(duplicates.count)} rows are equal to earlier ones: ${list}${rest(duplicates)}`, duplicates);
+    log(
+      'warn',
+      `${thousands(duplicates.count)} rows are equal to earlier ones: ${list}${rest(duplicates)}`,
+      duplicates,
+    );
   }
   if (emptyTargets.count > 0) {
     const list = emptyTargets.rows.map(({ row }) => row).join(', ');
-    log('warn', `${number(emptyTargets.count)} rows have a blank answer: ${list}${rest(emptyTargets)}`, emptyTargets);
+    log(
+      'warn',
+      `${thousands(emptyTargets.count)} rows have a blank answer: ${list}${rest(emptyTargets)}`,
+      emptyTargets,
+    );
   }
 }
 
 function rest({ count, rows }: { count: number; rows: readonly unknown[] }): string {
-  return count > rows.length ? `, and ${number(count - rows.length)} more` : '';
+  return count > rows.length ? `, and ${thousands(count - rows.length)} more` : '';
 }

@@ -7,13 +7,13 @@ export type ExplainStyle = 'ansi' | 'plain';
 
 const marks: Readonly<Record<ExplainStyle, Record<'trained' | 'cut' | 'note', readonly [string, string]>>> = {
   ansi: { trained: ['\x1b[32m', '\x1b[39m'], cut: ['\x1b[31;9m', '\x1b[39;29m'], note: ['\x1b[2m', '\x1b[22m'] },
-  plain: { trained: ['[', ']'], cut: ['{-', '-}'], note: ['', ''] },
+  plain: { trained: ['«', '»'], cut: ['{-', '-}'], note: ['', ''] },
 };
 /** Of a cut that is longer, its start and end are shown. */
 const mostCutTokens = 40;
 
 /**
- * The tokens of a row as they read, what is trained green (or in brackets), what was cut red and struck through (or in
+ * The tokens of a row as they read, what is trained green (or in « »), what was cut red and struck through (or in
  * {- -}), with a line of counts in front. Control characters of the data are written out, so that a row cannot steer the
  * terminal.
  */

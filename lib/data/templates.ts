@@ -40,7 +40,7 @@ const promptTemplates: Readonly<Record<string, PromptTemplate>> = {
   },
 };
 
-export const DEFAULT_TEMPLATE = 'alpaca';
+const DEFAULT_TEMPLATE = 'alpaca';
 /** The name of the model's own chat template. */
 const ownTemplate = 'chat';
 

@@ -6,7 +6,7 @@ import { QLoRAError } from '../errors.js';
 export type JsonObject = { readonly [key: string]: unknown };
 
 /** Enough for config.json and its kin; an index of a model with 100,000 tensors takes 10 MB. */
-export const defaultMaxJsonBytes = 64 * 2 ** 20;
+const defaultMaxJsonBytes = 64 * 2 ** 20;
 
 export function isObject(value: unknown): value is JsonObject {
   return typeof value === 'object' && value !== null && !Array.isArray(value);

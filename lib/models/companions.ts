@@ -9,6 +9,8 @@ import type { TrainingRecord } from '../io/training-record.js';
 import { writeTrainingRecord } from '../io/training-record.js';
 import type { ModelCore } from './core.js';
 
+export const chatTemplateName = 'chat_template.jinja';
+
 /** Copied as they are. */
 export const companions = [
   'tokenizer.json',
@@ -18,7 +20,7 @@ export const companions = [
   'added_tokens.json',
   'vocab.json',
   'merges.txt',
-  'chat_template.jinja',
+  chatTemplateName,
 ];
 
 /** Copies those of the names that the model's folder has. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED, ERR_QLORA_UNSAFE_PATH */
@@ -57,6 +59,6 @@ export async function writeManners(
   }
   if (training) await writeTrainingRecord(directory, training);
   if (chatTemplate !== undefined) {
-    await writeFileAtomic(join(directory, 'chat_template.jinja'), chatTemplate);
+    await writeFileAtomic(join(directory, chatTemplateName), chatTemplate);
   }
 }

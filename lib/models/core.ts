@@ -33,8 +33,8 @@ export interface ModelCore {
   readonly weights: LoadedWeights;
   readonly computeDtype: FloatDType;
   readonly tokenizer: Tokenizer | undefined;
-  /** Of a model that an adapter was merged into: how that was trained. */
-  readonly training: TrainingRecord | undefined;
+  /** Of a model that an adapter was merged into, or that was trained whole: how that was done. */
+  training: TrainingRecord | undefined;
   readonly adapters: Map<string, LoraAdapter>;
 }
 

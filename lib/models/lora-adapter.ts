@@ -12,7 +12,7 @@ import {
   writeAdapterConfig,
 } from '../io/peft.js';
 import { adaptedModules } from '../io/peft-targets.js';
-import { type SafetensorsFile, writeSafetensors } from '../io/safetensors.js';
+import { type SafetensorsFile, type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
 import {
   readTrainingRecord,
   type TrainingRecord,
@@ -84,7 +84,7 @@ export class LoraAdapter {
 
   /** @internal The same by their names in PEFT's files. */
   get namedParameters(): Map<string, Tensor> {
-    return new Map(partsOf(this).map(({ key, tensor }) => [key, tensor]));
+    return new Map([...partsOf(this)].map(({ key, tensor }) => [key, tensor]));
   }
 
   /** Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. It is seen whole, or as it was before. */
@@ -111,12 +111,17 @@ export class LoraAdapter {
   /** @internal The files of save(), into a folder that nobody reads yet. */
   async write(folder: string): Promise<void> {
     const own = new Set(this.parameters);
-    const items = partsOf(this, (layer) => layer.overWhole()).map(({ key, tensor }) => ({ name: key, data: tensor }));
-    try {
-      await writeSafetensors(adapterWeightsPath(folder), items, { format: 'pt' });
-    } finally {
-      for (const { data } of items) if (!own.has(data)) data.dispose();
+    const items: Promise<SafetensorsItem>[] = [];
+    for (const { key: name, tensor } of partsOf(this, (layer) => layer.overWhole())) {
+      if (own.has(tensor)) items.push(Promise.resolve({ name, data: tensor }));
+      else {
+        // Made for the file alone: on the stream it is freed before the next is made.
+        const { shape } = tensor;
+        items.push(tensor.read().then((data) => ({ name, dtype: 'F32', shape, data })));
+        tensor.dispose();
+      }
     }
+    await writeSafetensors(adapterWeightsPath(folder), await Promise.all(items), { format: 'pt' });
     if (this.training) await writeTrainingRecord(folder, this.training);
     const principal = this.layers.some(({ start }) => start);
     await writeAdapterConfig(folder, principal ? doubled(this.config) : this.config);
@@ -134,20 +139,18 @@ export class LoraAdapter {
  *
  * @param factors A and B of a layer; default: its own
  */
-function partsOf(
+function* partsOf(
   { layers, whole }: LoraAdapter,
   factors: (layer: LoraLinear) => { A: Tensor; B: Tensor } = (layer) => layer,
-): { key: string; tensor: Tensor }[] {
-  const parts = layers.flatMap((layer) => {
+): Generator<{ key: string; tensor: Tensor }> {
+  for (const layer of layers) {
     const { path, magnitude } = layer;
     const { A, B } = factors(layer);
-    return [
-      { key: adapterKey(path, 'A'), tensor: A },
-      { key: adapterKey(path, 'B'), tensor: B },
-      ...(magnitude ? [{ key: adapterKey(path, 'magnitude'), tensor: magnitude }] : []),
-    ];
-  });
-  return [...parts, ...[...whole.tensors].map(([name, tensor]) => ({ key: adapterKey(name, 'whole'), tensor }))];
+    yield { key: adapterKey(path, 'A'), tensor: A };
+    yield { key: adapterKey(path, 'B'), tensor: B };
+    if (magnitude) yield { key: adapterKey(path, 'magnitude'), tensor: magnitude };
+  }
+  for (const [name, tensor] of whole.tensors) yield { key: adapterKey(name, 'whole'), tensor };
 }
 
 /** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did; or PiSSA's. */
@@ -171,17 +174,22 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
   if (options.init === 'pissa') refuseWithDora(options.useDora);
   const adapter = makeAdapter(core, name, config);
   const byPath = linearsByPath(core);
-  for (const layer of adapter.layers) {
-    const linear = byPath.get(layer.path) as Linear;
-    if (options.init !== 'pissa') {
-      layer.initialize(linear, core.computeDtype, seed, linear.index);
-      continue;
+  try {
+    for (const layer of adapter.layers) {
+      const linear = byPath.get(layer.path) as Linear;
+      if (options.init !== 'pissa') {
+        layer.initialize(linear, core.computeDtype, seed, linear.index);
+        continue;
+      }
+      using original = originalWeight(core, linear);
+      layer.initializePrincipal(original, linear, seed);
     }
-    using original = originalWeight(core, linear);
-    layer.initializePrincipal(original, linear, seed);
+    publish(core, adapter);
+    return adapter;
+  } catch (error) {
+    adapter.dispose();
+    throw error;
   }
-  publish(core, adapter);
-  return adapter;
 }
 
 /** PEFT knows 'all-linear', but in files it writes the names. */
@@ -197,9 +205,8 @@ export async function loadAdapter(core: ModelCore, name: string, directory: stri
   using file = await openAdapterWeights(directory);
   const adapter = makeAdapter(core, name, config);
   try {
-    const parts = partsOf(adapter);
     const unread = new Set(file.tensors.keys());
-    for (const { key, tensor } of parts) {
+    for (const { key, tensor } of partsOf(adapter)) {
       checkAdapterShape(directory, key, file.entry(key).shape, tensor.shape);
       unread.delete(key);
       await readAsF32(file, key, tensor);

@@ -6,20 +6,22 @@ import { bnbConfigJson } from '../io/bnb-checkpoint.js';
 import { makeFolder } from '../io/folder.js';
 import { pythonJson } from '../io/python-json.js';
 import { openSafetensors, type SafetensorsItem, writeSafetensors } from '../io/safetensors.js';
-import { companions, copyCompanions } from './companions.js';
+import { trainingRecordName } from '../io/training-record.js';
+import { chatTemplateName, companions, copyCompanions, type Manners, writeManners } from './companions.js';
 import type { ModelCore } from './core.js';
 import { quantizedItems } from './quantized-weight.js';
 
 const weightsName = 'model.safetensors';
 
-export async function saveModel(core: ModelCore, directory: string): Promise<void> {
+export async function saveModel(core: ModelCore, directory: string, manners: Manners): Promise<void> {
   await makeFolder(directory);
   await removeTemporaryFiles(directory);
-  await replaceFiles(directory, 'config.json', [], (folder) => writeModel(core, folder));
+  const optional = [trainingRecordName, chatTemplateName];
+  await replaceFiles(directory, 'config.json', optional, (folder) => writeModel(core, folder, manners));
 }
 
 /** The files of a saved model, into a folder that nobody reads yet. */
-export async function writeModel(core: ModelCore, directory: string): Promise<void> {
+export async function writeModel(core: ModelCore, directory: string, manners: Manners): Promise<void> {
   const { linears, dense } = core.weights;
   const quantized = linears.filter((linear) => !linear.weight.isDense);
   const items: SafetensorsItem[] = [...dense].map(([name, tensor]) => ({ name, data: tensor }));
@@ -38,7 +40,12 @@ export async function writeModel(core: ModelCore, directory: string): Promise<vo
     });
   }
   await writeFileAtomic(join(directory, 'config.json'), `${pythonJson(config, 2)}\n`);
-  await copyCompanions(core, directory, ['generation_config.json', ...companions]);
+  if (manners.training) {
+    await copyCompanions(core, directory);
+    await writeManners(core, directory, manners);
+  } else {
+    await copyCompanions(core, directory, ['generation_config.json', ...companions]);
+  }
 }
 
 /** After full fine-tuning the weights are fp32 masters, whatever the files had. */

@@ -3,9 +3,6 @@ import { Tensor } from '../tensor.js';
 import { scaleByTensor } from './elementwise.js';
 import type { Weight } from './weight.js';
 
-/** The label of a token that does not count. */
-export const ignoredLabel = -100;
-
 export interface LinearCrossEntropyOptions {
   /** Multiplies the sum of the tokens' losses: 1 / (tokens that count) for their mean. */
   scale: number;

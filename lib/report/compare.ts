@@ -1,9 +1,10 @@
 /** Several runs in one page: their curves together, what they ended with, and how their options differ. */
 import { basename, dirname, resolve } from 'node:path';
 import { QLoRAError } from '../errors.js';
+import { bytes, thousands } from '../format.js';
 import { writeFileAtomic } from '../io/atomic-file.js';
 import { type CurveField, smooth } from './curve.js';
-import { bytes, clock, thousands } from './format.js';
+import { clock } from './format.js';
 import { type Html, html } from './html.js';
 import { type Chart, figures, type Line, loadAssets, type Page, renderPage, section, table } from './page.js';
 import { type RunLog, readRun } from './run-log.js';
@@ -49,7 +50,7 @@ function look(i: number): Pick<Line, 'color' | 'dash'> {
   return { color: colors[i % colors.length] as string, ...(dash ? { dash } : {}) };
 }
 
-export function comparePage(runs: readonly NamedRun[]): Page {
+function comparePage(runs: readonly NamedRun[]): Page {
   const charts = chartsOf(runs);
   return {
     title: `${runs.length} runs: ${runs.map(({ name }) => name).join(', ')}`,

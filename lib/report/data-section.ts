@@ -1,6 +1,7 @@
 /** What was seen in the rows before the first step. */
 import type { Preflight, RowNumber } from '../data/preflight.js';
-import { percent, thousands } from './format.js';
+import { thousands } from '../format.js';
+import { percent } from './format.js';
 import { type Html, html } from './html.js';
 import { section, table, tiles } from './page.js';
 import type { RunLog } from './run-log.js';

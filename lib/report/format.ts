@@ -6,13 +6,6 @@ export function percent(share: number): string {
   return `${value > 99 && value < 100 ? value.toFixed(1) : Math.round(value)}%`;
 }
 
-export function bytes(n: number): string {
-  const units = ['bytes', 'kB', 'MB', 'GB'];
-  const power = Math.min(units.length - 1, n < 1 ? 0 : Math.floor(Math.log10(n) / 3));
-  const value = n / 1000 ** power;
-  return `${value < 10 && power > 0 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
-}
-
 export function duration(seconds: number): string {
   if (seconds < 10) return `${seconds.toFixed(1)} seconds`;
   const whole = Math.round(seconds);
@@ -27,8 +20,4 @@ export function clock(seconds: number): string {
   const [h, m, s] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   const two = (n: number) => String(n).padStart(2, '0');
   return h > 0 ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
-}
-
-export function thousands(n: number): string {
-  return Math.round(n).toLocaleString('en-US');
 }

@@ -1,7 +1,9 @@
 /** The report of a run: how it learnt, what it said meanwhile, what it took, and with which options. */
+
+import { bytes, thousands } from '../format.js';
 import { smooth } from './curve.js';
 import { dataOf } from './data-section.js';
-import { bytes, clock, duration, percent, thousands } from './format.js';
+import { clock, duration, percent } from './format.js';
 import { type Html, html } from './html.js';
 import { type Chart, figures, type Page, section, type Tile, table, tiles } from './page.js';
 import type { RunLog } from './run-log.js';

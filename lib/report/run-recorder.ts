@@ -11,7 +11,7 @@ import { metricsFile, type RunContext, type RunLine, RunLog, type RunSample, rea
 import { runPage } from './run-page.js';
 import { TensorBoardFile } from './tensorboard.js';
 
-export const reportFile = 'report.html';
+const reportFile = 'report.html';
 /** Least milliseconds between two writings of the page. */
 const pageInterval = 5000;
 

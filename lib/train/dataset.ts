@@ -1,7 +1,7 @@
 /** From sources of rows to encoded rows by number. */
-import { setImmediate } from 'node:timers/promises';
 import { type EncodedRow, type EncodeOptions, encodeRow, IGNORED } from '../data/encode.js';
 import { type EncodedSource, encodeSource } from '../data/encode-source.js';
+import { givingWay } from '../data/give-way.js';
 import { mixRows } from '../data/mixture.js';
 import { splitRows } from '../data/order.js';
 import { logPreflight, type Preflight, preflight, usingRows } from '../data/preflight.js';
@@ -12,9 +12,6 @@ import { QLoRAError } from '../errors.js';
 import { log } from '../logger.js';
 import { checkIds, type ModelCore } from '../models/core.js';
 import { isMixed, type MixedDataset, type ResolvedTrainerOptions } from './options.js';
-
-/** Work between two turns of the event loop, in milliseconds. */
-const slice = 5;
 
 export function encodeOptionsOf(options: ResolvedTrainerOptions): EncodeOptions {
   const { template, sourceMaxLength, targetMaxLength, maxLength, trainOnSource, maskHistory } = options;
@@ -33,7 +30,7 @@ export async function encodeRows(
   encoding: EncodeOptions,
 ): Promise<EncodedRow[]> {
   const encoded: EncodedRow[] = [];
-  let turn = performance.now();
+  const giveWay = givingWay();
   for (const [i, row] of rows.entries()) {
     const place = { row: i + 1 };
     const one = encodeRow(toRow(row, place), core.tokenizer, encoding, place);
@@ -44,9 +41,7 @@ export async function encodeRows(
       place,
     );
     encoded.push(one);
-    if (performance.now() - turn < slice) continue;
-    await setImmediate();
-    turn = performance.now();
+    await giveWay();
   }
   if (encoded.length === 0) throw empty();
   return encoded;

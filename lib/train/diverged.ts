@@ -1,6 +1,6 @@
 /** Where numbers stopped being numbers. */
 import { Tape } from '../autograd.js';
-import type { ModelCore } from '../models/core.js';
+import { decoderOf, type ModelCore } from '../models/core.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import { cast } from '../ops/elementwise.js';
 import { gradNorm } from '../ops/grad-norm.js';
@@ -32,7 +32,7 @@ export async function firstBadPart(
     const finite = await Promise.all(seen.map(async ({ norm }) => isFiniteNorm(norm)));
     const bad = seen[finite.indexOf(false)];
     if (bad) return bad.name;
-    if (!Number.isFinite(loss)) return names.get(core.weights.decoder.head.tensors.data) ?? 'the output head';
+    if (!Number.isFinite(loss)) return names.get(decoderOf(core, adapter?.name).head.tensors.data) ?? 'the output head';
   }
   for (const [i, part] of parts.entries()) {
     optimizer.zeroGradients();

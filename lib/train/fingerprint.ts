@@ -57,10 +57,14 @@ export async function settingsOf({ core, adapter, options, rows }: Fingerprinted
   settings.computeDtype = core.computeDtype;
   settings.model = await modelHash(core, adapter === undefined);
   settings.lora = adapter ? adapterHash(adapter) : 'none';
-  // PiSSA changes the base, too.
-  settings.loraInit = (options.lora !== 'none' && options.lora?.init) || 'default';
+  settings.loraInit = initOf(options);
   settings.dataset = await rowsHash(rows);
   return settings;
+}
+
+/** PiSSA changes the base, too, and its seed decides how exactly. Otherwise a checkpoint replaces all that was begun with. */
+function initOf({ lora, seed }: ResolvedTrainerOptions): string {
+  return lora !== 'none' && lora?.init === 'pissa' ? `pissa with seed ${lora.seed ?? seed}` : 'default';
 }
 
 /** Number and SHA-256 of encoded rows. */

@@ -1,6 +1,7 @@
 /** What to change where a run does not fit in memory. */
 import { lengthOf, type Sequence } from '../data/batch.js';
 import { QLoRAError } from '../errors.js';
+import { bytes } from '../format.js';
 import { chooseMemory } from './memory-plan.js';
 import { optimizerKinds } from './optimizer-kinds.js';
 import type { ResolvedTrainerOptions } from './options.js';
@@ -12,10 +13,10 @@ export async function refuseAbove(run: Rehearsal, plan: MemoryPlan): Promise<voi
   const { maxMemory } = run.options;
   if (maxMemory === undefined || plan.total <= maxMemory) return;
   const { total, ...classes } = plan;
-  const parts = Object.entries(classes).map(([name, bytes]) => `${name} ${showBytes(bytes)}`);
+  const parts = Object.entries(classes).map(([name, n]) => `${name} ${bytes(n)}`);
   throw new QLoRAError(
     'ERR_QLORA_MEMORY_PLAN',
-    `training takes ${showBytes(total)} of memory (${parts.join(', ')}), maxMemory is ${showBytes(maxMemory)}`,
+    `training takes ${bytes(total)} of memory (${parts.join(', ')}), maxMemory is ${bytes(maxMemory)}`,
     { hint: await advice(run, maxMemory), detail: { plan, maxMemory } },
   );
 }
@@ -51,8 +52,7 @@ async function advice(run: Rehearsal, maxMemory: number): Promise<string> {
     least = await totalWith(Object.assign({}, ...all.map(({ options }) => options)));
     if (least <= maxMemory) return `These together would fit: ${all.map(({ text }) => text).join(', ')}.`;
   }
-  const tried =
-    all.length > 0 ? `Even with ${all.map(({ text }) => text).join(', ')} it takes ${showBytes(least)}. ` : '';
+  const tried = all.length > 0 ? `Even with ${all.map(({ text }) => text).join(', ')} it takes ${bytes(least)}. ` : '';
   return `${tried}Raise maxMemory, or take a smaller model or fewer bits.`;
 }
 
@@ -102,14 +102,4 @@ function cut(sequence: Sequence, most: number): Sequence {
     left -= n;
     return n > 0 ? [{ ids: ids.subarray(0, n), labels: labels.subarray(0, n) }] : [];
   });
-}
-
-/** With three digits, in units of 1000. */
-export function showBytes(bytes: number): string {
-  const unit = [
-    [1e9, 'GB'],
-    [1e6, 'MB'],
-    [1e3, 'kB'],
-  ].find(([size]) => bytes >= (size as number)) ?? [1, 'bytes'];
-  return `${Number((bytes / (unit[0] as number)).toPrecision(3))} ${unit[1]}`;
 }

@@ -2,12 +2,13 @@
 import { givingWay } from '../data/give-way.js';
 import type { RowStore } from '../data/row-store.js';
 import { templateOf } from '../data/templates.js';
+import { bytes } from '../format.js';
 import { locate } from '../io/hub.js';
 import { readTrainingRecord } from '../io/training-record.js';
 import { log } from '../logger.js';
 import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, prepareDatasets } from './dataset.js';
-import { refuseAbove, showBytes } from './memory-advice.js';
+import { refuseAbove } from './memory-advice.js';
 import { chooseMemory, type MemoryChoice } from './memory-plan.js';
 import { evalBatches, microBatches } from './micro-step.js';
 import type { ResolvedTrainerOptions } from './options.js';
@@ -44,7 +45,7 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
     const { peakBytes, byClass } = core.stream.memory();
     const outside =
       typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
-    const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter'));
+    const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter', { offline }));
     const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
     // What an adapter was trained with it goes on with.
     options.template ??= templateOf(record);
@@ -56,7 +57,7 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
       const choice = await chooseMemory(run);
       const { memory, checkpointedLayers, paging } = choice;
       if (demand === 'fit') await refuseAbove(run, memory);
-      log('info', `memory is planned: ${showBytes(memory.total)}`, { ...memory, checkpointedLayers, ...paging });
+      log('info', `memory is planned: ${bytes(memory.total)}`, { ...memory, checkpointedLayers, ...paging });
       return { datasets, steps, ...choice };
     } catch (error) {
       await datasets.close();

@@ -47,7 +47,7 @@ export interface Outside {
 export const adapterName = 'default';
 
 /** The adapter that the options ask for, on `core`; undefined in full fine-tuning. */
-export async function adapterFor(core: ModelCore, options: ResolvedTrainerOptions): Promise<LoraAdapter | undefined> {
+async function adapterFor(core: ModelCore, options: ResolvedTrainerOptions): Promise<LoraAdapter | undefined> {
   const { lora, initialAdapter, seed } = options;
   if (initialAdapter) return loadAdapter(core, adapterName, initialAdapter);
   return lora === 'none' ? undefined : createAdapter(core, adapterName, { seed, ...lora });

@@ -305,7 +305,19 @@ export class Run {
     // One that was named may have newer ones beside it. Of another folder, the best lies there too.
     progress.run = resume === true ? state.run : undefined;
     const { evaluated, best } = isHere ? state : { evaluated: undefined, best: undefined };
-    Object.assign(progress, { evaluated, best });
+    Object.assign(progress, { evaluated, best: best && (await this.#isKept(best.step, warn)) ? best : undefined });
+  }
+
+  /** A best step of a run that did not keep it cannot be what this one ends with. */
+  async #isKept(step: number, warn: (code: string) => (message: string) => void): Promise<boolean> {
+    if (!this.#t.stepper.options.keepBest) return true;
+    try {
+      await openCheckpoint(checkpointPath(this.#outputDir, step));
+      return true;
+    } catch (error) {
+      warn('BEST_NOT_KEPT')(`keepBest looks among the steps from here on: ${(error as Error).message}`);
+      return false;
+    }
   }
 
   /** @throws ERR_QLORA_CHECKPOINT_MISMATCH where the run would not go on as it began */

@@ -77,6 +77,10 @@ export class Stepper {
         if (this.step > before.step) Object.assign(this, before);
       });
       return { step: this.step, firstMicroStep: before.microStep, sequences, learningRate, result };
+    } catch (error) {
+      // Not if the step before has failed meanwhile, and set the counts back further.
+      if (this.step === before.step) this.microStep = before.microStep;
+      throw error;
     } finally {
       for (const check of checks) check.dispose();
     }

@@ -6,6 +6,7 @@ import { type Row, toRow } from '../data/rows.js';
 import { templateOf, trainingRecord } from '../data/templates.js';
 import { QLoRAError } from '../errors.js';
 import { type EventStream, eventStream } from '../event-stream.js';
+import { mannersOf } from '../generate/manners.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import { restoreModel, writeModel } from '../models/save.js';
 import { checkOptions } from '../options.js';
@@ -13,6 +14,7 @@ import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
+import { warnOfIdle } from './idle-options.js';
 import { Optimizer } from './optimizer.js';
 import { type ResolvedTrainerOptions, resolveTrainerOptions, type TrainerOptions } from './options.js';
 import { needsPlan, planRun } from './planned-run.js';
@@ -62,7 +64,7 @@ export class QLoRATrainer implements AsyncDisposable {
     const parameters = adapter?.parameters ?? [...model.core.weights.dense.values()];
     this.#stepper = new Stepper(model.core, adapter?.name, parameters, optimizer, plan, options);
     this.#progress = { loss: Number.NaN, skipped: 0, run: undefined, saved: undefined };
-    if (adapter) adapter.training = trainingRecord(options.template);
+    (adapter ?? model.core).training = trainingRecord(options.template);
   }
 
   /**
@@ -73,6 +75,7 @@ export class QLoRATrainer implements AsyncDisposable {
    */
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
+    warnOfIdle(resolved);
     const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
     const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
@@ -178,7 +181,8 @@ export class QLoRATrainer implements AsyncDisposable {
       );
     }
     const { batchSize } = this.#options;
-    return this.#turns.take(() => evaluateRows(core, this.adapter?.name, rows, batchSize, signal));
+    // Awaited here, since the rows that were given go with this call.
+    return await this.#turns.take(() => evaluateRows(core, this.adapter?.name, rows, batchSize, signal));
   }
 
   /**
@@ -201,6 +205,8 @@ export class QLoRATrainer implements AsyncDisposable {
   async dispose(): Promise<void> {
     this.#abort?.abort();
     await this.#running?.catch(() => {});
+    // What waits for a turn, as evaluate(), still has its.
+    await this.#turns.take(async () => {});
     this.#stepper.optimizer.dispose();
     await this.#datasets.close();
     if (this.#ownsModel) await this.model.dispose();
@@ -213,7 +219,7 @@ export class QLoRATrainer implements AsyncDisposable {
   get #trainee(): Trainee {
     const { core } = this.model;
     const whole = {
-      write: (folder: string) => writeModel(core, folder),
+      write: (folder: string) => writeModel(core, folder, mannersOf(core, undefined)),
       restore: (folder: string) => restoreModel(core, folder),
     };
     return {

@@ -166,12 +166,21 @@ t.test("a model by its name, in Hugging Face's cache", async (t) => {
 
 t.test('an adapter by its name', async (t) => {
   const { hub } = await setUp(t);
+  const outputDir = join(t.testdirName, 'out');
   hub.files = contentOf(adapterFolder);
   await using model = await QuantizedModel.load(join(referencesDir('models'), 'llama'), { quantization: 'none' });
   await model.loadLora('theirs', source);
   await model.loadLora('local', adapterFolder);
   const ids = [1, 2, 3];
   t.same(await model.logits(ids, { adapter: 'theirs' }), await model.logits(ids, { adapter: 'local' }));
+  const unknown = { code: 'ERR_QLORA_HUB_OFFLINE', message: /org\/other/ };
+  hub.requests.length = 0;
+  await using offline = await QuantizedModel.load(demo, { offline: true });
+  await t.rejects(offline.loadLora('a', 'org/other'), unknown, 'a model that asked no hub asks none for its adapters');
+  const options = { model: demo, offline: true, initialAdapter: 'org/other', dataset: [{ text: 'a' }], outputDir };
+  await t.rejects(QLoRATrainer.create(options), unknown);
+  await t.rejects(QLoRATrainer.plan(options), unknown);
+  t.same(hub.requests, []);
   await t.rejects(QuantizedModel.load(source), {
     code: 'ERR_QLORA_MODEL_NOT_FOUND',
     message: /holds no model/,

@@ -94,6 +94,20 @@ t.test('early stopping', async (t) => {
   }
 });
 
+t.test('keepBest that comes with a resume cannot keep what is gone', async (t) => {
+  t.testdir({});
+  // The loss rises from the first evaluation on, of whose step there is no checkpoint.
+  const options = tinyRun(outOf(t), { keepBest: false, evalSteps: 3, learningRate: 0.3, maxSteps: 12, saveSteps: 8 });
+  await leaveAt({ ...options }, 8);
+  const { events, result } = await resume({ ...options, keepBest: true });
+  const warning = events.find((e) => e.type === 'warning');
+  t.match(warning, { code: 'BEST_NOT_KEPT', message: /checkpoint-[36]/ });
+  const best = evalsOf(events).reduce((a, b) => (b.loss < a.loss ? b : a));
+  t.match(result, { steps: 12, stopped: false });
+  const kept = join(outOf(t), `checkpoint-${best.step}`);
+  t.equal(bytesOf(result.outputDir, 'adapter_model.safetensors'), bytesOf(kept, 'adapter_model.safetensors'));
+});
+
 t.test('what was stopped goes on as if it had not been', async (t) => {
   t.testdir({});
   const dataset = Array.from({ length: 16 }, (_, i) => rowOf(i, 5 + (i % 3)));
@@ -134,6 +148,12 @@ t.test('what cannot be resumed', async (t) => {
   await mismatch({ lora: { r: 4 } }, /lora "14 layers/);
   await mismatch({ model: join(referencesDir('models'), 'llama') }, /model "sha256/);
   await mismatch({ quantization: { type: 'fp4' } }, /model "sha256/);
+  const pissa = { ...options, outputDir: outOf(t, 'pissa'), maxSteps: 2 };
+  await resume({ ...pissa, lora: { r: 2, init: 'pissa' } });
+  await t.rejects(resume({ ...pissa, lora: { r: 2, init: 'pissa', seed: 1 } }), {
+    code: 'ERR_QLORA_CHECKPOINT_MISMATCH',
+    message: /loraInit "pissa with seed 1" \(it was "pissa with seed 42"\)/,
+  });
   await mismatch({ maxSteps: 8 }, /number of steps 8 \(it was 6\), on which cosine rates depend/);
   t.match(await resume({ ...options, saveSteps: 1, optimizer: 'adamw_32bit', outputDir: out }), {
     result: { steps: 6 },

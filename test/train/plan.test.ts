@@ -55,6 +55,9 @@ t.test('counted peak bytes are what was planned', async (t) => {
       neftuneNoiseAlpha: 5,
       computeDtype: 'f16',
     },
+    // Small ranks, whose numbers of a rehearsal are the least like numbers.
+    ...Object.fromEntries([2, 3, 5].map((r) => [`PiSSA of rank ${r}`, { lora: { r, init: 'pissa' } }])),
+    'PiSSA, modules trained whole': { lora: { init: 'pissa', modulesToSave: ['lm_head', 'norm', 'q_proj'] } },
     packing: { packing: true, maxLength: 512, batchSize: 2 },
     'rows in any order': { groupByLength: false, batchSize: 3 },
     'long rows to evaluate': { evalDataset: [rowOf(700, 3), rowOf(600, 4)], batchSize: 2 },

@@ -3,7 +3,7 @@ import { arch, availableParallelism, freemem, homedir, platform, release, totalm
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import type { Command } from 'commander';
-import { bytes } from '../format.js';
+import { bytes } from '../../format.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 
 export function define(command: Command): void {

@@ -9,7 +9,7 @@ import { addOutputFlags, makeOutput } from '../output.js';
 /** Options that say what a row becomes. */
 const targets = [
   ...['template', 'datasetFormat', 'maxLength', 'sourceMaxLength', 'targetMaxLength', 'trainOnSource', 'maskHistory'],
-  'model',
+  ...['model', 'offline', 'revision'],
 ];
 
 interface Flags {
@@ -34,9 +34,10 @@ export function define(command: Command): void {
         hint: 'Give --model FOLDER: its tokenizer makes the tokens.',
       });
     }
-    const [rows, skip] = [count('--rows', flags.rows), count('--skip', flags.skip)];
+    const [limit, skip] = [count('--rows', flags.rows), count('--skip', flags.skip)];
     const { explainRows } = await import('../explain-rows.js');
-    await explainRows(data, { ...options, model: options.model }, { rows, skip }, output);
+    const { model, ...how } = options;
+    await explainRows(data, model as string, { ...how, limit, skip }, output);
   });
 }
 

@@ -1,7 +1,8 @@
 import { access } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { bytes, table, thousands } from '../format.js';
+import { bytes, thousands } from '../../format.js';
+import { table } from '../format.js';
 import type { AdapterFacts, ModelFacts } from '../model-facts.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 

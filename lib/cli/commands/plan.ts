@@ -1,9 +1,10 @@
 import type { Command } from 'commander';
+import { bytes } from '../../format.js';
 import { allRules } from '../config/draft.js';
 import { ourRules } from '../config/options.js';
 import { locate, readConfiguration, trainerOptions } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
-import { bytes, table } from '../format.js';
+import { table } from '../format.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 import { requireOptions } from '../required.js';
 

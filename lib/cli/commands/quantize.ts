@@ -1,5 +1,5 @@
 import type { Command } from 'commander';
-import { bytes } from '../format.js';
+import { bytes } from '../../format.js';
 import { addLoadFlags, loadModel } from '../load-model.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 
