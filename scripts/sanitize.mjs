@@ -26,6 +26,14 @@ function check(command, args, env = {}) {
   if (status !== 0) throw new Error(`${command}: ${signal ?? `exit code ${status}`}`);
 }
 
+/** Distributions have it under its name or with its version behind. */
+function clang() {
+  const names = ['clang++', ...Array.from({ length: 12 }, (_, i) => `clang++-${25 - i}`)];
+  const found = names.find((name) => spawnSync(name, ['--version']).status === 0);
+  if (!found) throw new Error(`libFuzzer needs clang, of which none is here: ${names.join(', ')}`);
+  return found;
+}
+
 const UBSAN_OPTIONS = 'print_stacktrace=1:halt_on_error=1';
 
 const tasks = {
@@ -52,8 +60,7 @@ const tasks = {
   },
   fuzz(seconds = '60') {
     const folder = build('fuzz', memoryAndArithmetic, ['-DQLORA_FUZZERS=ON', '-DQLORA_ISAS=scalar;avx2'], {
-      CC: process.env.CLANG ?? 'clang',
-      CXX: process.env.CLANGXX ?? 'clang++',
+      CXX: clang(),
     });
     for (const [fuzzer, seeds] of Object.entries(fuzzSeeds())) {
       const corpus = `${folder}/${fuzzer}.corpus`;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "ops/attention_scores.h"
 
@@ -12,15 +13,13 @@ namespace {
 // Keys a task, whose sums are kept apart and added in order.
 constexpr int64_t kSplitKeys = 512;
 
+constexpr std::make_integer_sequence<int, kWidth> kLanes;
+
 /// One level of a transposing sum: of blocks of `step` lanes, a's and b's neighbours are added and take turns.
-template <int step>
-QLORA_INLINE Vec addNeighbours(Vec a, Vec b) {
-  IntVec low, high;
-  for (int l = 0; l < kWidth; ++l) {
-    low[l] = (l & step) == 0 ? l : kWidth + l - step;
-    high[l] = (l & step) == 0 ? l + step : kWidth + l;
-  }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+template <int step, int... l>
+QLORA_INLINE Vec addNeighbours(Vec a, Vec b, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(a, b, ((l & step) == 0 ? l : kWidth + l - step)...) +
+         __builtin_shufflevector(a, b, ((l & step) == 0 ? l + step : kWidth + l)...);
 }
 
 /// Lane l of the result is the sum over the lanes of x[l].
@@ -29,7 +28,7 @@ QLORA_INLINE Vec sumsOf(Vec* x) {
   if constexpr (step == kWidth) {
     return x[0];
   } else {
-    for (int i = 0; i < kWidth / step / 2; ++i) x[i] = addNeighbours<step>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kWidth / step / 2; ++i) x[i] = addNeighbours<step>(x[2 * i], x[2 * i + 1], kLanes);
     return sumsOf<step * 2>(x);
   }
 }

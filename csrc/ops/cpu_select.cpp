@@ -6,10 +6,14 @@
 #include "cpu_isas.h"
 #include "ops/op_table.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace qlora {
 
-#define QLORA_DECLARE_ISA(isa) \
-  namespace isa {              \
+#define QLORA_DECLARE_ISA(isa)  \
+  namespace isa {               \
   extern const OpTable opTable; \
   }
 QLORA_CPU_ISAS(QLORA_DECLARE_ISA)
@@ -20,7 +24,9 @@ namespace {
 bool runsHere(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // clang's builtin does not know the name
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(isa, "avx2")) return avx2;
@@ -63,8 +69,10 @@ const OpTable& cpuTable() {
     if (!std::strcmp(here.tables[i]->name, wanted)) return *here.tables[i];
     names += (i ? ", " : "") + std::string(here.tables[i]->name);
   }
-  throw Error("ERR_QLORA_CPU", "QLORA_CPU must name an instruction set that runs here (" + names + "), got '" +
-              std::string(wanted) + "'", "Unset QLORA_CPU to take the best one.");
+  throw Error(
+      "ERR_QLORA_CPU",
+      "QLORA_CPU must name an instruction set that runs here (" + names + "), got '" + std::string(wanted) + "'",
+      "Unset QLORA_CPU to take the best one.");
 }
 
 }  // namespace qlora
