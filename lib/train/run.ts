@@ -4,6 +4,7 @@ import type { RowStore } from '../data/row-store.js';
 import { QLoRAError } from '../errors.js';
 import { removeLeftovers } from '../io/atomic-folder.js';
 import { makeFolder } from '../io/folder.js';
+import { log } from '../logger.js';
 import type { LoraAdapter } from '../models/lora-adapter.js';
 import type { QuantizedModel } from '../quantized-model.js';
 import { RunRecorder } from '../report/run-recorder.js';
@@ -87,6 +88,12 @@ export class Run {
     await removeLeftovers(outputDir);
     if (resume !== false) await this.#resume(resume);
     const goesOn = progress.run !== undefined || progress.saved === stepper.step;
+    if (goesOn && this.#over) {
+      log(
+        'info',
+        `the run is finished (${stepper.step} of ${stepper.plan.totalSteps} steps): nothing is left to train`,
+      );
+    }
     progress.run ??= await nextRun(outputDir);
     const recorder = await this.#record(goesOn ? stepper.step : undefined);
     try {
@@ -145,7 +152,7 @@ export class Run {
   /** What is due between two steps. @returns whether training is at its end */
   async #boundary(): Promise<boolean> {
     const { stepper, datasets, progress } = this.#t;
-    const { evalSteps, saveSteps, keepBest, earlyStoppingPatience: patience } = stepper.options;
+    const { evalSteps, saveSteps, keepBest } = stepper.options;
     const { step } = stepper;
     const last = step >= stepper.plan.totalSteps;
     const evaluates = datasets.eval && (last || (evalSteps && step > 0 && step % evalSteps === 0));
@@ -154,8 +161,19 @@ export class Run {
     if (evaluates && progress.evaluated !== step) await this.#evaluate();
     if (this.#signal.aborted) return false;
     const isBest = keepBest && evaluates && progress.best?.step === step;
-    if ((saves || isBest) && progress.saved !== step) await this.#save();
-    return last || (patience !== undefined && (progress.best?.since ?? 0) >= patience);
+    const over = this.#over;
+    // The end has a checkpoint too: a run that is resumed behind it finds nothing to do.
+    const ends = over && step > 0;
+    if ((saves || isBest || ends) && progress.saved !== step) await this.#save();
+    return over;
+  }
+
+  /** Whether all steps are made, or early stopping ended it. */
+  get #over(): boolean {
+    const { stepper, progress } = this.#t;
+    const { earlyStoppingPatience: patience } = stepper.options;
+    const patient = patience === undefined || (progress.best?.since ?? 0) < patience;
+    return stepper.step >= stepper.plan.totalSteps || !patient;
   }
 
   /** Takes in the numbers of the step before. */

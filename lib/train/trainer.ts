@@ -129,7 +129,7 @@ export class QLoRATrainer implements AsyncDisposable {
   /**
    * Trains to the end of maxSteps or epochs, or until earlyStoppingPatience ends it, and saves into outputDir.
    * `resume: true` goes on from the newest whole checkpoint in outputDir, and starts anew where there is none; a string
-   * names a checkpoint.
+   * names a checkpoint. A finished run that is resumed trains nothing and resolves with the same.
    *
    * @throws ERR_QLORA_CHECKPOINT_INVALID, ERR_QLORA_CHECKPOINT_MISMATCH, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED,
    *   ERR_QLORA_DIVERGED, ERR_QLORA_BUSY

@@ -53,6 +53,12 @@ t.test('SIGTERM stops with a checkpoint, and resume goes on as if nothing had be
   t.same([...losses(stopped.objects), ...losses(resumed.objects)], losses(undisturbed.objects));
   t.ok(bytesOf('stopped').equals(bytesOf('whole')), 'the same bits');
 
+  const again = await cli(['resume', join(folder, 'stopped'), '--json']);
+  t.equal(again.status, 0, again.stderr);
+  t.same(stepsOf(again.objects), [], 'a finished run is not trained again');
+  t.same(again.objects.at(-1), resumed.objects.at(-1));
+  t.ok(again.objects.some(({ message }) => /the run is finished \(12 of 12 steps\)/.test(String(message))));
+
   t.match(await cli(['resume', folder]), { status: 1, stderr: /ERR_QLORA_RUN_NOT_FOUND/ });
 });
 

@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { cpSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
-import { QLoRATrainer, QuantizedModel, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
+import { QLoRATrainer, QuantizedModel, setLogger, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
 import { Optimizer } from '../../lib/train/optimizer.js';
 import { resolveTrainerOptions } from '../../lib/train/options.js';
@@ -133,6 +133,40 @@ t.test('what was stopped goes on as if it had not been', async (t) => {
       all.flatMap((e) => (e.type === 'step' || e.type === 'eval' ? [[e.type, e.step, e.loss]] : []));
     const went = log(events);
     t.same(went, log(undisturbed.events).slice(-went.length), `${name}: the rest of the log`);
+  }
+});
+
+t.test('a finished run that is resumed trains nothing and ends with the same', async (t) => {
+  t.testdir({});
+  const early = { learningRate: 0.05, maxSteps: 200, earlyStoppingPatience: 2, evalSteps: 4 };
+  for (const [name, options] of [
+    ['plain', { ...plainRun, maxSteps: 7, saveSteps: 5 }],
+    ['rare saves', { ...plainRun, maxSteps: 5, saveSteps: 100 }],
+    ['the best', { learningRate: 0.3, maxSteps: 14, saveSteps: 5, evalSteps: 4 }],
+    ['early', { ...early, keepBest: false, saveSteps: 250 }],
+    ['early, the best', { ...early, saveSteps: 250 }],
+  ] as [string, Partial<TrainerOptions>][]) {
+    const out = outOf(t, name);
+    const first = await resume(tinyRun(out, { ...options, saveTotalLimit: 1 }));
+    const files = () =>
+      readdirSync(out, { recursive: true, withFileTypes: true })
+        .filter((entry) => entry.isFile() && entry.name !== 'report.html')
+        .map(({ parentPath, name: file }) => [join(parentPath, file), bytesOf(parentPath, file)])
+        .sort();
+    const before = files();
+    const messages: string[] = [];
+    setLogger((_, message) => messages.push(message));
+    const second = await resume(tinyRun(out, { ...options, saveTotalLimit: 1 }));
+    setLogger(null);
+    t.same(second.events, [], `${name}: no step, no evaluation, no checkpoint`);
+    t.same(second.result, first.result, `${name}: the same result`);
+    const finished = name.startsWith('early') ? before.filter(([path]) => !path?.endsWith('metrics.jsonl')) : before;
+    t.same(
+      files().filter(([path]) => finished.some(([known]) => known === path)),
+      finished,
+      `${name}: the same files`,
+    );
+    t.match(messages.join('\n'), `the run is finished (${first.result.steps} of ${options.maxSteps} steps)`);
   }
 });
 
