@@ -68,10 +68,13 @@ function comparePage(runs: readonly NamedRun[]): Page {
 }
 
 function chartsOf(runs: readonly NamedRun[]): Chart[] {
-  const lines = (field: CurveField, neighbours: (points: number) => number): Line[] =>
-    runs.map(({ name, run: { curve } }, i) => {
-      const y = curve.column(field);
-      return { label: name, ...look(i), x: curve.column('step'), y: smooth(y, neighbours(y.length)) };
+  const lines = (
+    field: CurveField,
+    drawn: (steps: readonly number[], values: readonly number[]) => readonly number[],
+  ) =>
+    runs.map(({ name, run: { curve } }, i): Line => {
+      const x = curve.column('step');
+      return { label: name, ...look(i), x, y: drawn(x, curve.column(field)) };
     });
   const chart = (id: string, title: string, text: string, format: Chart['format'], all: Line[]): Chart => ({
     id: `chart-${id}`,
@@ -80,8 +83,7 @@ function chartsOf(runs: readonly NamedRun[]): Chart[] {
     format,
     lines: all,
   });
-  const smoothed = (points: number) => Math.round(points / 60);
-  const raw = () => 0;
+  const raw = (_: readonly number[], values: readonly number[]) => values;
   const evals = runs.map(({ name, run: { evals } }, i) => ({
     label: name,
     ...look(i),
@@ -90,29 +92,30 @@ function chartsOf(runs: readonly NamedRun[]): Chart[] {
     y: evals.map((e) => e.loss),
   }));
   return [
-    { ...chart('loss', 'Loss', 'Smoothed; lower is better.', 'loss', lines('loss', smoothed)), tall: true },
+    { ...chart('loss', 'Loss', 'Smoothed; lower is better.', 'loss', lines('loss', smooth)), tall: true },
     {
       ...chart('eval', 'Eval loss', 'On rows that none of them is trained on, if it was the same ones.', 'loss', evals),
       tall: true,
     },
     chart('rate', 'Learning rate', 'How large a step the optimizer takes.', 'rate', lines('learningRate', raw)),
-    chart('norm', 'Gradient norm', 'Smoothed: how strongly the rows pull.', 'loss', lines('gradNorm', smoothed)),
-    chart('speed', 'Tokens a second', 'Smoothed.', 'count', lines('tokensPerSecond', smoothed)),
+    chart('norm', 'Gradient norm', 'Smoothed: how strongly the rows pull.', 'loss', lines('gradNorm', smooth)),
+    chart('speed', 'Tokens a second', 'Smoothed.', 'count', lines('tokensPerSecond', smooth)),
     chart('memory', 'Memory', 'In use by the model and its training.', 'bytes', lines('memoryBytes', raw)),
   ];
 }
 
 function results(runs: readonly NamedRun[]): Html {
   const rows = runs.map(({ name, run }, i) => {
-    const { lastStep, bestEval, evals, start, end, curve } = run;
-    const loss = curve.column('loss');
+    const { lastStep, bestEval, evals, start, end } = run;
+    const steps = end?.step ?? lastStep?.step;
+    const loss = end?.finalLoss === undefined ? lastStep?.loss : end.finalLoss;
     const seconds =
       lastStep && start ? (Date.parse((end ?? lastStep).time) - Date.parse(start.time)) / 1000 : Number.NaN;
     return [
       html`<i class="swatch" style="background:var(--${look(i).color})"></i> ${name}`,
       end?.status ?? 'running or killed',
-      lastStep ? thousands(lastStep.step) : '–',
-      number(smooth(loss, Math.round(loss.length / 60)).at(-1)),
+      steps === undefined ? '–' : thousands(steps),
+      number(loss),
       number(evals.at(-1)?.loss),
       bestEval ? `${number(bestEval.loss)} at ${thousands(bestEval.step)}` : '–',
       Number.isNaN(seconds) ? '–' : clock(seconds),
@@ -120,7 +123,7 @@ function results(runs: readonly NamedRun[]): Html {
       start ? thousands(start.model.trainableParameters) : '–',
     ];
   });
-  const head = ['Run', 'Status', '#Steps', '#Loss, smoothed', '#Eval loss', '#Best', '#Time', '#Memory', '#Trained'];
+  const head = ['Run', 'Status', '#Steps', '#Loss', '#Eval loss', '#Best', '#Time', '#Memory', '#Trained'];
   return table(head, rows, 'results');
 }
 

@@ -82,18 +82,21 @@ function weighted(a: number, b: number, share: number): number {
   return Number.isNaN(b) ? a : a + (b - a) * share;
 }
 
-/** Each value as the mean of itself and `neighbours` on either side. */
-export function smooth(values: readonly number[], neighbours: number): number[] {
-  const sums = [0];
-  const counts = [0];
-  values.forEach((value, i) => {
-    const known = !Number.isNaN(value);
-    sums.push((sums[i] as number) + (known ? value : 0));
-    counts.push((counts[i] as number) + (known ? 1 : 0));
-  });
-  const between = (list: readonly number[], from: number, to: number) => (list[to] as number) - (list[from] as number);
-  return values.map((_, i) => {
-    const [from, to] = [Math.max(0, i - neighbours), Math.min(values.length, i + neighbours + 1)];
-    return between(sums, from, to) / between(counts, from, to);
+/**
+ * Each value as the mean of those at most a sixtieth of all steps away. By steps and not by points, since of the part
+ * before a resume fewer steps are known.
+ */
+export function smooth(steps: readonly number[], values: readonly number[]): number[] {
+  const reach = Math.round(((steps.at(-1) ?? 0) - (steps[0] ?? 0)) / 60);
+  let [from, to, sum, count] = [0, 0, 0, 0];
+  const take = (value: number, sign: 1 | -1) => {
+    if (Number.isNaN(value)) return;
+    sum += sign * value;
+    count += sign;
+  };
+  return steps.map((step) => {
+    for (; to < steps.length && (steps[to] as number) <= step + reach; to++) take(values[to] as number, 1);
+    for (; (steps[from] as number) < step - reach; from++) take(values[from] as number, -1);
+    return count === 0 ? Number.NaN : sum / count;
   });
 }

@@ -61,6 +61,7 @@ export class RunLog {
   readonly warnings: LineOf<'warning'>[] = [];
   readonly samples: LineOf<'sample'>[] = [];
   start: LineOf<'start'> | undefined;
+  firstStep: LineOf<'step'> | undefined;
   lastStep: LineOf<'step'> | undefined;
   end: LineOf<'end'> | undefined;
 
@@ -74,6 +75,7 @@ export class RunLog {
         this.start = start;
       },
       step: (step) => {
+        this.firstStep ??= step;
         this.lastStep = step;
         this.curve.push(step);
       },

@@ -75,7 +75,7 @@ export function chartsOf(log: RunLog): Chart[] {
       tall: true,
       lines: [
         { ...line('Each step', loss), color: 'past', width: 1, alpha: 0.55 },
-        { ...line('Smoothed', smooth(loss, Math.round(loss.length / 60))), width: 3 },
+        { ...line('Smoothed', smooth(steps, loss)), width: 3 },
         ...(evals.length ? [{ ...evalLoss, dash: [7, 4], points: true }] : []),
       ],
     },
@@ -118,10 +118,7 @@ function headline(log: RunLog): string {
 }
 
 function header(log: RunLog): Html {
-  const { curve, start, lastStep, end, bestEval } = log;
-  const loss = curve.column('loss');
-  const smoothed = smooth(loss, Math.round(loss.length / 60));
-  const [from, to] = [smoothed[0], smoothed.at(-1)];
+  const { start, firstStep, lastStep, end, bestEval } = log;
   const done = lastStep && start ? lastStep.step / start.totalSteps : 0;
   const lost = end?.error ? html`<p class="alert">${end.error}</p>` : '';
   const best = bestEval
@@ -131,9 +128,9 @@ function header(log: RunLog): Html {
 <p class="brand">qlora-node · report of a training run</p>
 <h1 class="run">${log.name}</h1>
 <p class="lead">${
-    to === undefined
+    !firstStep || !lastStep
       ? 'It has not made its first step yet.'
-      : html`Loss <span class="from">${number(from)}</span> <span class="arrow" role="img" aria-label="to">→</span> <span class="to">${number(to)}</span>`
+      : html`Loss <span class="from">${number(firstStep.loss)}</span> <span class="arrow" role="img" aria-label="to">→</span> <span class="to">${number(lastStep.loss)}</span>`
   }</p>
 <p class="sub">${start ? html`${start.model.name} on ${start.model.device}: ${thousands(start.model.trainableParameters)} numbers are trained, ${bytes(start.model.sizeBytes)} of weights.` : ''}${best}</p>
 <div class="state"><span class="badge ${end?.status ?? 'running'}">${end?.status ?? 'running'}</span>

@@ -34,8 +34,10 @@ export class RunRecorder {
   readonly #log: RunLog;
   readonly #metrics: AppendFile;
   readonly #tensorBoard: TensorBoardFile | undefined;
-  readonly #loggingSteps: number;
+  readonly #isLogged: (step: number) => boolean;
   readonly #onWarning: RecorderOptions['onWarning'];
+  /** The last step, where it is not in the file. */
+  #unwritten: StepLine | undefined;
   #assets: Assets | undefined;
   #warned = false;
   #page: Promise<void> = Promise.resolve();
@@ -47,13 +49,14 @@ export class RunRecorder {
     context: RunContext,
     options: RecorderOptions,
     metrics: AppendFile,
-    known: RunLog,
+    { known, unwritten }: Pick<Earlier, 'known' | 'unwritten'>,
   ) {
     this.folder = folder;
     this.#log = known;
+    this.#unwritten = unwritten;
     this.#metrics = metrics;
     this.#onWarning = options.onWarning;
-    this.#loggingSteps = Number(context.options.loggingSteps ?? 10);
+    this.#isLogged = loggedSteps(context);
     if (context.options.reportTo === 'tensorboard') {
       const runs = join(folder, 'runs', basename(resolve(folder)));
       this.#tensorBoard = new TensorBoardFile(runs, { resumeAt: options.resumeAt });
@@ -63,11 +66,11 @@ export class RunRecorder {
   /** The folder must be there. */
   static async open(folder: string, context: RunContext, options: RecorderOptions = {}): Promise<RunRecorder> {
     const { resumeAt } = options;
-    const known = new RunLog(folder);
     const path = join(folder, metricsFile);
-    const none = { text: '', damage: undefined };
-    const { text, damage } = resumeAt === undefined ? none : await earlierLines(folder, resumeAt, known);
-    const recorder = new RunRecorder(folder, context, options, new AppendFile(path, Buffer.byteLength(text)), known);
+    const none: Earlier = { text: '', known: new RunLog(folder) };
+    const earlier = resumeAt === undefined ? none : await earlierLines(folder, resumeAt, context);
+    const { text, damage, known } = earlier;
+    const recorder = new RunRecorder(folder, context, options, new AppendFile(path, Buffer.byteLength(text)), earlier);
     await recorder.#attempt(async () => {
       if (damage) await rename(path, `${path}.damaged`);
       if (text) await writeFileAtomic(path, text);
@@ -87,9 +90,10 @@ export class RunRecorder {
   event(event: TrainEvent): void {
     const { lastStep } = this.#log;
     if (event.type === 'step') {
-      const logged = event.step % this.#loggingSteps === 0;
-      this.#add(event, logged ? 'written' : 'shown');
-      if (logged) this.#tensorBoard?.event(event);
+      const line = stamped(event) as StepLine;
+      this.#log.add(line);
+      this.#unwritten = line;
+      if (this.#isLogged(event.step)) this.#writeStep();
     } else if (event.type === 'checkpoint') {
       this.#add({ ...event, path: relative(this.folder, event.path) });
     } else if (event.type === 'warning') {
@@ -109,12 +113,16 @@ export class RunRecorder {
 
   /** @param peakMemoryBytes the most that the model and its training had at one time */
   finish({ steps, finalLoss, stopped }: TrainResult, peakMemoryBytes: number): void {
+    // Of a run that was finished before, and did nothing since, the end is there.
+    if (this.#log.end) return;
     const status = stopped ? 'stopped' : 'finished';
+    this.#writeStep();
     this.#add({ type: 'end', status, step: steps, finalLoss, peakMemoryBytes });
   }
 
   /** The run ended with an error. */
   fail(error: unknown): void {
+    this.#writeStep();
     this.#add({ type: 'end', status: 'failed', step: this.#log.lastStep?.step ?? 0, error: String(error) });
   }
 
@@ -134,12 +142,20 @@ export class RunRecorder {
     await this.#attempt(async () => this.#tensorBoard?.close());
   }
 
-  /** To the log that the page shows, and unless it is only 'shown', to the file. */
-  #add(line: DistributiveOmit<RunLine, 'time'>, to: 'written' | 'shown' = 'written'): void {
-    const { type, ...rest } = line;
-    const whole = { type, ...rest, time: new Date().toISOString() } as RunLine;
+  /** To the log that the page shows, and to the file. */
+  #add(line: DistributiveOmit<RunLine, 'time'>): void {
+    const whole = stamped(line);
     this.#log.add(whole);
-    if (to === 'written') this.#metrics.add(`${JSON.stringify(whole)}\n`);
+    this.#metrics.add(`${JSON.stringify(whole)}\n`);
+  }
+
+  /** The last step to the files, where it is not there yet. */
+  #writeStep(): void {
+    const line = this.#unwritten;
+    if (!line) return;
+    this.#unwritten = undefined;
+    this.#metrics.add(`${JSON.stringify(line)}\n`);
+    this.#tensorBoard?.event(line);
   }
 
   #write(): void {
@@ -171,28 +187,56 @@ export class RunRecorder {
   }
 }
 
+type StepLine = Extract<RunLine, { type: 'step' }>;
 type DistributiveOmit<T, K extends PropertyKey> = T extends unknown ? Omit<T, K> : never;
 
-/**
- * The lines up to a step, as text; `known` is told of them. The run goes on, so its end is left out.
- *
- * @returns damage: why the lines behind these could not be read
- */
-async function earlierLines(
-  folder: string,
-  resumeAt: number,
-  known: RunLog,
-): Promise<{ text: string; damage: QLoRAError | undefined }> {
+function stamped(line: DistributiveOmit<RunLine, 'time'>): RunLine {
+  const { type, ...rest } = line;
+  return { type, ...rest, time: new Date().toISOString() } as RunLine;
+}
+
+/** The first step, the last, and each `loggingSteps`. */
+function loggedSteps({ options, totalSteps }: RunContext): (step: number) => boolean {
+  const every = Number(options.loggingSteps ?? 10);
+  return (step) => step === 1 || step === totalSteps || step % every === 0;
+}
+
+interface Earlier {
+  /** Lines for the file. */
+  text: string;
+  known: RunLog;
+  /** A step that was only written since it was the last then. */
+  unwritten?: StepLine;
+  /** Why the lines behind these could not be read. */
+  damage?: QLoRAError;
+}
+
+/** The lines up to a step. Its end is left out where the run goes on. */
+async function earlierLines(folder: string, resumeAt: number, context: RunContext): Promise<Earlier> {
+  const isLogged = loggedSteps(context);
+  const known = new RunLog(folder);
   const kept: string[] = [];
-  let damage: QLoRAError | undefined;
+  let before: RunLine | undefined;
+  const earlier = (more: Partial<Earlier>): Earlier => ({ text: kept.join(''), known, ...more });
+  let unwritten: StepLine | undefined;
   try {
     for await (const line of readRunLines(folder)) {
-      if (line.type === 'end' || (line.type !== 'start' && line.step > resumeAt)) continue;
+      if (line.type !== 'start' && line.step > resumeAt) continue;
+      if (line.type === 'end') {
+        const isWhole = line.status === 'finished' && line.step === context.totalSteps;
+        if (!isWhole && before?.type === 'step' && !isLogged(before.step)) {
+          kept.pop();
+          unwritten = before;
+        }
+        if (!isWhole) continue;
+      }
+      before = line;
       known.add(line);
       kept.push(`${JSON.stringify(line)}\n`);
     }
   } catch (error) {
-    if ((error as QLoRAError).code !== 'ERR_QLORA_RUN_NOT_FOUND') damage = error as QLoRAError;
+    const damage = error as QLoRAError;
+    if (damage.code !== 'ERR_QLORA_RUN_NOT_FOUND') return earlier({ damage });
   }
-  return { text: kept.join(''), damage };
+  return earlier({ unwritten });
 }

@@ -106,15 +106,15 @@ t.test('metrics.jsonl', async (t) => {
   t.same(
     rest.map(({ type, step }) => `${type} ${step}`),
     [
-      'step 2',
+      ...['step 1', 'step 2'],
       ...['eval 3', 'sample 3', 'checkpoint 3'],
       ...['step 4', 'warning 5', 'step 6'],
       ...['eval 6', 'sample 6', 'checkpoint 6', 'end 6'],
     ],
-    'steps by loggingSteps, everything else as it comes',
+    'the first step and those by loggingSteps, everything else as it comes',
   );
-  t.same(rest[0], step(2), 'with all that the event has');
-  t.match(rest[3], { path: 'checkpoint-3' }, 'a folder that can be moved');
+  t.same(rest[1], step(2), 'with all that the event has');
+  t.match(rest[4], { path: 'checkpoint-3' }, 'a folder that can be moved');
   t.match(rest.at(-1), { status: 'finished', finalLoss: 1 / 6, peakMemoryBytes: 3_900_000 });
 });
 
@@ -141,6 +141,21 @@ t.test('a resumed log equals that of a run which was never disturbed', async (t)
     await run(stopped, { resumeAt });
     t.same(lines(stopped), lines(whole), 'its first end is gone; without resume it begins anew');
   }
+  const odd = folder();
+  const early = await RunRecorder.open(odd, context);
+  train(early, 5);
+  early.finish({ steps: 5, finalLoss: 1 / 5, stopped: true, outputDir: odd }, 1);
+  await early.close();
+  t.match(lines(odd).slice(-2), [
+    { type: 'step', step: 5 },
+    { type: 'end', step: 5 },
+  ]);
+  await run(odd, { resumeAt: 5 });
+  t.same(lines(odd), lines(whole), 'the last step of a run is there, unless it goes on');
+  const end = readFileSync(join(odd, 'metrics.jsonl'), 'utf8');
+  await run(odd, { resumeAt: 6 });
+  t.equal(readFileSync(join(odd, 'metrics.jsonl'), 'utf8'), end, 'a finished run that is resumed ended when it did');
+
   const none = folder();
   await run(none, { resumeAt: 3 });
   t.equal(lines(none)[0]?.type, 'start', 'there need not be a log');
@@ -154,9 +169,9 @@ t.test('a log that was damaged is set aside', async (t) => {
   writeFileSync(path, before);
   const warnings: string[] = [];
   await run(directory, { resumeAt: 3, onWarning: ({ code, message }) => warnings.push(`${code} ${message}`) });
-  t.match(warnings, [/^REPORT_NOT_WRITTEN .*line 3 is no line of a training run/]);
+  t.match(warnings, [/^REPORT_NOT_WRITTEN .*line 4 is no line of a training run/]);
   t.equal(readFileSync(`${path}.damaged`, 'utf8'), before);
-  t.match(lines(directory).slice(0, 3), [{ type: 'start' }, { type: 'step', step: 2 }, { type: 'step', step: 4 }]);
+  t.match(lines(directory).slice(0, 3), [{ type: 'start' }, { type: 'step', step: 1 }, { type: 'step', step: 2 }]);
 });
 
 t.test('what cannot be written is told once and ends nothing', async (t) => {
@@ -177,7 +192,7 @@ t.test('what cannot be written is told once and ends nothing', async (t) => {
   train(recorder, 6, 4);
   recorder.fail(new Error(hostile));
   await recorder.close();
-  t.equal(lines(later).filter(({ type }) => type === 'step').length, 3);
+  t.equal(lines(later).filter(({ type }) => type === 'step').length, 4);
   t.match(lines(later).at(-1), { status: 'failed', step: 6, error: `Error: ${hostile}` });
   t.equal(warnings.length, 2);
 });
@@ -227,6 +242,8 @@ t.test('report.html', async (t) => {
   t.test('says what happened', async (t) => {
     const texts = [
       'step 6, finished',
+      'Loss <span class="from">1.000</span>',
+      '<span class="to">0.167</span>',
       '12,345 numbers',
       '98% of the plan',
       '51,760',
@@ -251,7 +268,10 @@ t.test('a long run is drawn with few points', async (t) => {
   for (const loss of [Number.NaN, 2, 4, Number.POSITIVE_INFINITY])
     gap.push(step(1, loss) as Parameters<Curve['push']>[0]);
   t.same(gap.column('loss'), [2, 4], 'what is not finite does not count');
-  t.same(smooth([1, 2, Number.NaN, 6], 1), [1.5, 1.5, 4, 6]);
+  const gone = Number.NaN;
+  t.same(smooth([0, 1, 2, 3, 60], [1, 2, gone, 6, 7]), [1.5, 1.5, 4, 6, 7], 'over a sixtieth of the steps');
+  t.same(smooth([10, 20, 29, 30], [8, 4, 2, 1]), [8, 4, 2, 1], 'a step far away is none of its neighbours');
+  t.same(smooth([0, 30, 60], [1, gone, 2]), [1, gone, 2]);
   t.same([7, 62, 3723].map(clock), ['0:07', '1:02', '1:02:03']);
   t.equal(duration(7260), '2 h 1 min');
 
@@ -262,7 +282,7 @@ t.test('a long run is drawn with few points', async (t) => {
   const { x } = chartsOf(page(directory))[0].lines[0];
   t.ok(x.length > 1000 && x.length <= 2000, `${x.length} points`);
   t.equal(x.at(-1), 9000);
-  t.equal(lines(directory).length, 1 + 4500);
+  t.equal(lines(directory).length, 1 + 1 + 4500);
 });
 
 t.test('event files for TensorBoard', async (t) => {
@@ -287,7 +307,7 @@ t.test('event files for TensorBoard', async (t) => {
   t.same(more, []);
   const bytes = readFileSync(join(runs, file as string)).toString('latin1');
   const seen = [...bytes.matchAll(/(train|eval)\/[a-z_]+/g)].map(([tag]) => tag);
-  t.equal(seen.filter((tag) => tag === 'train/loss').length, 3, 'at the steps that are logged');
+  t.equal(seen.filter((tag) => tag === 'train/loss').length, 4, 'at the steps that are logged');
   t.equal(seen.filter((tag) => tag === 'eval/perplexity').length, 2);
   await run(directory, { resumeAt: 3 }, { options: { ...context.options, reportTo: 'tensorboard' } });
   t.notOk(readdirSync(folder('plain')).includes('runs'));
@@ -325,6 +345,18 @@ t.test('compare', async (t) => {
     'not what is the same, nor where it lies',
   );
   t.match(html, 'running or killed');
+  const ends = html.slice(html.indexOf('How they ended'), html.indexOf('How they learnt'));
+  const cells = (row: string) => [...row.matchAll(/<td[^>]*>(.*?)<\/td>/gs)].map(([, cell]) => cell);
+  const ended = ends.split('<tr>').slice(2).map(cells);
+  t.match(
+    ended,
+    [
+      [/finished/, '6', '0.167'],
+      [/finished/, '6', '0.167'],
+      [/running/, '4', '0.250'],
+    ],
+    'steps and loss',
+  );
 
   await t.rejects(compareRuns([a], out), { code: 'ERR_QLORA_ARGUMENT' });
   await t.rejects(compareRuns([a, folder('empty')], out), { code: 'ERR_QLORA_RUN_NOT_FOUND', hint: /outputDir/ });
@@ -365,12 +397,12 @@ t.test('a trainer leaves them in its outputDir', async (t) => {
   t.same(
     rest.map(({ type, step }) => `${type} ${step}`),
     [
-      ...['step 2', 'eval 3', 'sample 3', 'sample 3', 'step 4', 'checkpoint 4', 'step 6'],
-      ...['eval 6', 'sample 6', 'sample 6', 'end 6'],
+      ...['step 1', 'step 2', 'eval 3', 'sample 3', 'sample 3', 'step 4', 'checkpoint 4', 'step 6'],
+      ...['eval 6', 'sample 6', 'sample 6', 'checkpoint 6', 'end 6'],
     ],
     'of three rows, the one without a prompt is not asked',
   );
-  t.same(rest[0], events[1], 'with what the event said');
+  t.same(rest[1], events[1], 'with what the event said');
   const samples = rest.filter(({ type }) => type === 'sample');
   t.match(samples[0], { prompt: /Double 0\.\n\n### Response:$/, expected: '0' });
   const { instruction } = rows[1] as { instruction: string };
