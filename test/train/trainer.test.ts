@@ -2,18 +2,9 @@
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { setImmediate } from 'node:timers/promises';
 import t, { type Test } from 'tap';
-import { EncodedRows } from '../../lib/data/encoded-rows.js';
 import { promptTemplate } from '../../lib/data/templates.js';
-import {
-  QLoRATrainer,
-  QuantizedModel,
-  type Row,
-  setLogger,
-  type TrainEvent,
-  type TrainerOptions,
-} from '../../lib/index.js';
+import { QLoRATrainer, QuantizedModel, type Row, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
 import { packageRoot, referencesDir } from '../support/references.js';
 
 const tiny = join(referencesDir('models'), 'llama');
@@ -230,28 +221,6 @@ t.test('evaluation: splits, evalSteps', async (t) => {
   await t.rejects(none.evaluate(), { code: 'ERR_QLORA_NO_EVAL_DATASET', hint: String });
 });
 
-t.test('rows are there until they were evaluated', async (t) => {
-  const { close, rows: read } = EncodedRows.prototype;
-  const closed = new Set<EncodedRows>();
-  t.teardown(() => Object.assign(EncodedRows.prototype, { close, rows: read }));
-  EncodedRows.prototype.close = async function () {
-    closed.add(this);
-    await close.call(this);
-  };
-  EncodedRows.prototype.rows = async function (indices) {
-    if (closed.has(this)) throw new Error('read after they were closed');
-    return read.call(this, indices);
-  };
-  const trainer = await create(t, { evalDataset: rows });
-  const { loss } = await trainer.evaluate(rows);
-  t.ok(loss > 0);
-  t.equal(closed.size, 1, 'they are closed');
-  const waiting = trainer.evaluate();
-  await setImmediate();
-  await trainer.dispose();
-  t.same((await waiting).loss, loss, 'dispose() waits for what was begun');
-});
-
 t.test('dropout and seeds', async (t) => {
   const run = async (dropout: number, seed: number) => {
     await using trainer = await create(t, { lora: { r: 4, dropout }, seed, maxSteps: 3 });
@@ -321,21 +290,6 @@ t.test('leaving the loop, stop() and a signal keep the last whole step', async (
       t.same(await bitsOf(calm), await bitsOf(trainer), `${name}: ${result.steps} undisturbed steps`);
     }
   }
-});
-
-t.test('an option that changes nothing is told of', async (t) => {
-  t.teardown(() => setLogger(null));
-  const told = async (options: Partial<TrainerOptions>) => {
-    const names: unknown[] = [];
-    setLogger((level, _, fields) => level === 'warn' && names.push((fields as { option?: string }).option));
-    await (await create(t, options)).dispose();
-    return names;
-  };
-  const sgd = { optimizer: 'sgd', lrScheduler: 'cosine', evalDataset: rows } as const;
-  const given = { momentum: 0.9, evalSteps: 2, warmupSteps: 3, schedulerOptions: { numCycles: 1 } };
-  t.same(await told(given), ['momentum', 'evalSteps', 'warmupSteps', 'schedulerOptions']);
-  t.same(await told({ ...given, ...sgd }), [], 'these take effect');
-  t.same(await told({ ...sgd, adamBeta2: 0.99, adamEpsilon: 1e-8 }), ['adamBeta2'], 'a default says nothing');
 });
 
 t.test('one run at a time', async (t) => {
