@@ -89,7 +89,7 @@ export interface TrainerOptions {
    * many layers as maxMemory demands or, without it, what the system has free. The bits are the same.
    */
   gradientCheckpointing?: boolean | 'auto';
-  /** Rows of like length, in tokens, come in one step; default true. */
+  /** Rows of like length, in tokens, come in one step; default false. */
   groupByLength?: boolean;
   /**
    * Several rows in one sequence of at most maxLength tokens, none of which attends to another; batchSize then counts
@@ -193,7 +193,7 @@ export const schema = z.strictObject({
   warmupSteps: z.int().min(0).optional(),
   optimizer: z.enum(optimizerNames).default('paged_adamw_32bit'),
   gradientCheckpointing: z.union([z.boolean(), z.literal('auto')]).default(true),
-  groupByLength: z.boolean().default(true),
+  groupByLength: z.boolean().default(false),
   packing: z.boolean().default(false),
   trainOnSource: z.boolean().default(false),
   maskHistory: z.boolean().default(false),

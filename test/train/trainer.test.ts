@@ -1,30 +1,18 @@
 /** QLoRATrainer as api.d.ts and behaviour.md promise it, on tiny models. */
 import { createHash } from 'node:crypto';
-import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { setImmediate } from 'node:timers/promises';
 import t, { type Test } from 'tap';
-import { promptTemplate } from '../../lib/data/templates.js';
-import { QLoRATrainer, QuantizedModel, type Row, type TrainEvent, type TrainerOptions } from '../../lib/index.js';
-import { packageRoot, referencesDir } from '../support/references.js';
-
-const tiny = join(referencesDir('models'), 'llama');
-const demo = join(packageRoot(), 'examples', 'demo', 'model');
-
-const rowOf = (i: number, length: number) => ({ inputIds: Array.from({ length }, (_, k) => (11 * i + 7 * k) % 200) });
-const rows = [rowOf(1, 9), rowOf(2, 14), rowOf(3, 5), rowOf(4, 22)];
-const plain = { computeDtype: 'f32', quantization: 'none' } as const;
-
-function create(t: Test, options: Partial<TrainerOptions> = {}): Promise<QLoRATrainer> {
-  return QLoRATrainer.create({
-    model: tiny,
-    dataset: rows,
-    outputDir: join(t.testdirName, 'out'),
-    learningRate: 1e-2,
-    gradientAccumulationSteps: 2,
-    ...(options.initialAdapter ? {} : { lora: { r: 4 } }),
-    ...options,
-  });
-}
+import { EncodedRows } from '../../lib/data/encoded-rows.js';
+import {
+  type QLoRATrainer,
+  QuantizedModel,
+  type Row,
+  setLogger,
+  type TrainEvent,
+  type TrainerOptions,
+} from '../../lib/index.js';
+import { create, demo, plain, rowOf, rows, tiny } from '../support/trainers.js';
 
 const hash = (values: Float32Array) => createHash('sha256').update(new Uint8Array(values.buffer)).digest('hex');
 const close = (t: Test, a: number, b: number, what: string, allowed = 1e-5) =>
@@ -221,6 +209,28 @@ t.test('evaluation: splits, evalSteps', async (t) => {
   await t.rejects(none.evaluate(), { code: 'ERR_QLORA_NO_EVAL_DATASET', hint: String });
 });
 
+t.test('rows are there until they were evaluated', async (t) => {
+  const { close, rows: read } = EncodedRows.prototype;
+  const closed = new Set<EncodedRows>();
+  t.teardown(() => Object.assign(EncodedRows.prototype, { close, rows: read }));
+  EncodedRows.prototype.close = async function () {
+    closed.add(this);
+    await close.call(this);
+  };
+  EncodedRows.prototype.rows = async function (indices) {
+    if (closed.has(this)) throw new Error('read after they were closed');
+    return read.call(this, indices);
+  };
+  const trainer = await create(t, { evalDataset: rows });
+  const { loss } = await trainer.evaluate(rows);
+  t.ok(loss > 0);
+  t.equal(closed.size, 1, 'they are closed');
+  const waiting = trainer.evaluate();
+  await setImmediate();
+  await trainer.dispose();
+  t.same((await waiting).loss, loss, 'dispose() waits for what was begun');
+});
+
 t.test('dropout and seeds', async (t) => {
   const run = async (dropout: number, seed: number) => {
     await using trainer = await create(t, { lora: { r: 4, dropout }, seed, maxSteps: 3 });
@@ -292,6 +302,21 @@ t.test('leaving the loop, stop() and a signal keep the last whole step', async (
   }
 });
 
+t.test('an option that changes nothing is told of', async (t) => {
+  t.teardown(() => setLogger(null));
+  const told = async (options: Partial<TrainerOptions>) => {
+    const names: unknown[] = [];
+    setLogger((level, _, fields) => level === 'warn' && names.push((fields as { option?: string }).option));
+    await (await create(t, options)).dispose();
+    return names;
+  };
+  const sgd = { optimizer: 'sgd', lrScheduler: 'cosine', evalDataset: rows } as const;
+  const given = { momentum: 0.9, evalSteps: 2, warmupSteps: 3, schedulerOptions: { numCycles: 1 } };
+  t.same(await told(given), ['momentum', 'evalSteps', 'warmupSteps', 'schedulerOptions']);
+  t.same(await told({ ...given, ...sgd }), [], 'these take effect');
+  t.same(await told({ ...sgd, adamBeta2: 0.99, adamEpsilon: 1e-8 }), ['adamBeta2'], 'a default says nothing');
+});
+
 t.test('one run at a time', async (t) => {
   await using trainer = await create(t, { maxSteps: 3 });
   const run = trainer.train();
@@ -305,82 +330,6 @@ t.test('one run at a time', async (t) => {
   await left.trainStep(rows).catch(() => {});
   await left.dispose();
   t.equal((await endless).stopped, true, 'dispose() stops a run before it frees what that needs');
-});
-
-t.test('what is saved is what was trained', async (t) => {
-  const logits = async (model: QuantizedModel) => hash(await model.logits(rows[3]?.inputIds as number[]));
-  await t.test('an adapter', async (t) => {
-    await using trainer = await create(t, {
-      maxSteps: 4,
-      lora: { r: 4, useDora: true, targetModules: ['q_proj', 'down_proj'] },
-    });
-    const { adapterDir } = await trainer.train();
-    await using model = await QuantizedModel.load(tiny);
-    await model.loadLora('again', adapterDir as string);
-    t.same(await logits(model), await logits(trainer.model), 'bit for bit');
-    await model.adapters.get('again')?.save(join(t.testdirName, 'copy'));
-    for (const name of ['adapter_model.safetensors', 'adapter_config.json']) {
-      t.same(
-        readFileSync(join(t.testdirName, 'copy', name)).subarray(-1000),
-        readFileSync(join(adapterDir as string, name)).subarray(-1000),
-      );
-    }
-    await using goesOn = await create(t, { initialAdapter: adapterDir as string });
-    t.same(await logits(goesOn.model), await logits(trainer.model), 'and training goes on from it');
-    t.same(readdirSync(adapterDir as string).sort(), [
-      'adapter_config.json',
-      'adapter_model.safetensors',
-      'metrics.jsonl',
-      'qlora_node.json',
-      'report.html',
-    ]);
-  });
-  await t.test('all weights', async (t) => {
-    await using trainer = await create(t, { maxSteps: 4, lora: 'none', ...plain });
-    t.equal(trainer.adapter, undefined);
-    const { outputDir, adapterDir } = await trainer.train();
-    t.equal(adapterDir, undefined);
-    await using model = await QuantizedModel.load(outputDir, plain);
-    t.same(await logits(model), await logits(trainer.model));
-    await using before = await QuantizedModel.load(tiny, plain);
-    t.notSame(await logits(before), await logits(model));
-  });
-  await t.test('an adapter that learnt nothing is refused', async (t) => {
-    await using trainer = await create(t, { maxSteps: 2, learningRate: 0 });
-    await t.rejects(async () => trainer.train(), { code: 'ERR_QLORA_ADAPTER_UNTRAINED', hint: String });
-    t.notOk(existsSync(join(t.testdirName, 'out', 'adapter_model.safetensors')));
-  });
-  await t.test('the template goes with it', async (t) => {
-    const question = { instruction: 'What is 3 plus 4?' };
-    const options = { maxNewTokens: 12, doSample: true, temperature: 1.3, seed: 3 };
-    const dataset = [{ ...question, output: 'seven' }];
-    await using trainer = await create(t, { model: demo, dataset, template: 'alpaca-llama-factory', maxSteps: 2 });
-    const { adapterDir } = await trainer.train();
-    await using model = await QuantizedModel.load(demo);
-    await model.loadLora('a', adapterDir as string);
-    const { source, tail } = promptTemplate('alpaca-llama-factory');
-    t.equal(await model.generate(question, options), await model.generate(source(question) + tail, options));
-  });
-  await t.test('with weights that were all trained, too, however often they are saved', async (t) => {
-    const question = { instruction: 'What is 3 plus 4?' };
-    const common = { model: demo, dataset: [{ ...question, output: 'seven' }], maxSteps: 1, ...plain } as const;
-    await using trainer = await create(t, { ...common, template: 'alpaca-llama-factory', lora: 'none', saveSteps: 1 });
-    const { outputDir } = await trainer.train();
-    const { source, tail } = promptTemplate('alpaca-llama-factory');
-    const check = async (model: QuantizedModel) =>
-      t.equal(await model.generate(question), await model.generate(source(question) + tail));
-    await check(trainer.model);
-    await using whole = await QuantizedModel.load(outputDir);
-    await check(whole);
-    const four = join(t.testdirName, 'four bits');
-    await whole.save(four);
-    await using again = await QuantizedModel.load(four);
-    await check(again);
-    t.ok(existsSync(join(outputDir, 'checkpoint-1', 'qlora_node.json')));
-    await using other = await QuantizedModel.load(demo);
-    await other.save(four);
-    t.notOk(existsSync(join(four, 'qlora_node.json')), 'nor does it stay where another model is saved');
-  });
 });
 
 t.test('an output folder that cannot be made is found before the first step', async (t) => {

@@ -93,6 +93,5 @@ export const llamaFactoryDefaults: Readonly<Record<string, unknown>> = {
   maxGradNorm: 1,
   optimizer: 'adamw_32bit',
   maxLength: 2048,
-  groupByLength: false,
 };
 export const llamaFactoryRank = 8;

@@ -97,7 +97,7 @@ export const trainerRules: Rules = {
   warmupSteps: maps('warmupSteps', whole, 'wins over warmupRatio'),
   optimizer: maps('optimizer', text, 'default paged_adamw_32bit'),
   gradientCheckpointing: maps('gradientCheckpointing', z.union([boolean, z.literal('auto')]), 'default true'),
-  groupByLength: maps('groupByLength', boolean, 'rows of like length in one step; default true'),
+  groupByLength: maps('groupByLength', boolean, 'rows of like length in one step; default false'),
   packing: maps('packing', boolean, 'several rows in one sequence, apart from each other; default false'),
   trainOnSource: maps('trainOnSource', boolean, 'train the prompt too; default false'),
   maskHistory: maps('maskHistory', boolean, 'of a conversation train the last answer only; default false'),
