@@ -1,4 +1,5 @@
 /** A run from its options to its end, for `train` and `resume`. */
+import { refuseFilled } from '../io/new-folder.js';
 import { setLogger } from '../logger.js';
 import { QLoRATrainer } from '../train/trainer.js';
 import type { Entry } from './config/draft.js';
@@ -28,6 +29,8 @@ export async function runTraining(settings: RunSettings, output: Output): Promis
   });
   try {
     await using trainer = await QLoRATrainer.create(trainerOptions(options));
+    // Known before hours of training, not after them.
+    if (exportDir !== undefined) await refuseFilled(exportDir);
     const run = trainer.train({ resume });
     stopper.arm(() => {
       view.log('info', `${stopper.signal}: stopping with a checkpoint; Ctrl-C ends at once`);

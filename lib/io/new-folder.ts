@@ -5,7 +5,8 @@ import { QLoRAError } from '../errors.js';
 import { writeFolder } from './atomic-folder.js';
 import { makeFolder, onDisk } from './folder.js';
 
-async function refuseFilled(directory: string): Promise<void> {
+/** @throws ERR_QLORA_OUTPUT_EXISTS where it is there and not empty */
+export async function refuseFilled(directory: string): Promise<void> {
   const names = await readdir(directory).catch((error: NodeJS.ErrnoException) => {
     if (error.code === 'ENOENT') return [];
     if (error.code === 'ENOTDIR') return ['a file'];

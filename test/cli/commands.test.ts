@@ -1,5 +1,5 @@
 /** The commands in processes of their own, on the demo's model. */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
@@ -238,6 +238,9 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
   t.same(trained.target_modules, ['q_proj', 'v_proj']);
   t.equal(json(folder, 'lf', 'qlora_node.json').template, 'alpaca-llama-factory');
   t.equal((await cli(['generate', merged, 'a', '--max-new-tokens', '1'])).status, 0, 'the export is a model');
+  const late = await cli(['train', file, '--output-dir', join(folder, 'late')]);
+  t.match(late, { status: 2, stderr: /lf-merged must be a new or an empty folder/ });
+  t.same(readdirSync(join(folder, 'late')), ['run.json'], 'nothing was trained to find that');
 
   const flags = ['--model_name_or_path', model, '--dataset', data, '--output_dir', join(folder, 'flags'), '--lora_r', '2', '--lora-modules=all', '--max_steps', '1', '--per_device_train_batch_size', '2', '--gradient_accumulation_steps', '1', '--double_quant', 'False', '--bf16']; // biome-ignore format: a command
   const shown = await cli(['train', ...flags, '--print-config', '--json']);
