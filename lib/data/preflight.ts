@@ -37,6 +37,8 @@ export interface Preflight {
   /** The rows of most tokens, longest first. */
   longest: (RowNumber & { tokens: number })[];
   sources: PreflightSource[];
+  /** Rows that are trained on, and that were split off for evaluation; undefined where none were. */
+  split?: { train: number; eval: number };
 }
 
 const mostNamed = 10;
@@ -128,6 +130,11 @@ class FirstRows {
 /** 'using 1,000 of 75,000 rows of X', where the total is known. */
 export function usingRows({ name, used, total }: Pick<PreflightSource, 'name' | 'used' | 'total'>): string {
   return `using ${thousands(used)}${total === undefined ? '' : ` of ${thousands(total)}`} rows of ${name}`;
+}
+
+/** '54 rows to train on, 6 set apart for evaluation'. */
+export function splitSentence({ train, eval: apart }: NonNullable<Preflight['split']>): string {
+  return `${thousands(train)} rows to train on, ${thousands(apart)} set apart for evaluation`;
 }
 
 export function logPreflight(result: Preflight): void {

@@ -1,5 +1,5 @@
 /** What was seen in the rows before the first step. */
-import type { Preflight, RowNumber } from '../data/preflight.js';
+import { type Preflight, type RowNumber, splitSentence } from '../data/preflight.js';
 import { thousands } from '../format.js';
 import { percent } from './format.js';
 import { type Html, html } from './html.js';
@@ -10,8 +10,9 @@ export function dataOf({ start }: RunLog): Html {
   const seen = start?.preflight;
   if (!seen) return html``;
   const { rows, tokens, targetTokens, truncatedRows, truncatedShare, truncatedTokens, duplicates, emptyTargets } = seen;
+  const { split } = seen;
   const counts = [
-    { label: 'Rows', value: thousands(rows), note: 'each once' },
+    { label: 'Rows', value: thousands(rows), note: split ? splitSentence(split) : 'each once' },
     { label: 'Tokens', value: thousands(tokens), note: `${percent(targetTokens / tokens)} of them trained` },
     { label: 'Cut', value: percent(truncatedShare), note: cut(truncatedRows, truncatedTokens) },
     { label: 'Twice', value: thousands(duplicates.count), note: 'rows that are equal to an earlier one' },

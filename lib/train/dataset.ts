@@ -4,7 +4,7 @@ import { type EncodedSource, encodeSource } from '../data/encode-source.js';
 import { givingWay } from '../data/give-way.js';
 import { mixRows } from '../data/mixture.js';
 import { splitRows } from '../data/order.js';
-import { logPreflight, type Preflight, preflight, usingRows } from '../data/preflight.js';
+import { logPreflight, type Preflight, preflight, splitSentence, usingRows } from '../data/preflight.js';
 import type { DatasetSource } from '../data/read-rows.js';
 import { ConcatenatedRows, type RowStore, SelectedRows } from '../data/row-store.js';
 import { type Row, type RowPlace, toRow } from '../data/rows.js';
@@ -79,7 +79,7 @@ async function encodeParts(
         total,
       });
     }
-    if (parts.every(({ rows }) => rows.count === 0)) throw empty();
+    if (parts.every(({ rows }) => rows.count === 0)) throw empty(parts.map(({ name }) => name));
     return parts;
   } catch (error) {
     await closeParts(parts);
@@ -91,9 +91,10 @@ async function closeParts(parts: readonly Part[]): Promise<void> {
   for (const { rows } of parts) await rows.close();
 }
 
-function empty(): QLoRAError {
-  return new QLoRAError('ERR_QLORA_DATASET_EMPTY', 'the data set has no rows, at least one is needed', {
-    hint: 'Check its path and content.',
+function empty(names: readonly string[] = []): QLoRAError {
+  const of = names.length === 0 ? '' : ` of ${names.join(', ')}`;
+  return new QLoRAError('ERR_QLORA_DATASET_EMPTY', `the data set${of} has no rows, at least one is needed`, {
+    hint: 'Check its path and content; the header of a table is no row.',
   });
 }
 
@@ -141,6 +142,11 @@ export async function prepareDatasets(core: ModelCore, options: ResolvedTrainerO
     const all = concatenated(parts);
     const split = splits ? splitRows(all.count, evalDataset, seed) : undefined;
     const numbers = split?.train.slice(0, maxTrainSamples) ?? Uint32Array.from({ length: all.count }, (_, i) => i);
+    if (split) {
+      const evalRows = Math.min(split.eval.length, maxEvalSamples ?? Number.POSITIVE_INFINITY);
+      report.split = { train: numbers.length, eval: evalRows };
+      log('info', splitSentence(report.split), report.split);
+    }
     const mixed = mixRows(numbers, rangesOf(parts), seed);
     return {
       train: mixed.length === all.count && !split ? all : new SelectedRows(all, mixed),

@@ -171,6 +171,7 @@ function explainText(ids: number[]): string {
 t.test('a trainer over several files', async (t) => {
   const dir = t.testdir({
     cache: {},
+    'header.csv': 'instruction,output\n',
     'a.csv': `instruction,output\n${Array.from({ length: 40 }, (_, i) => `Double ${i}.,${2 * i}`).join('\n')}\nDouble 1.,2\n`,
     'b.jsonl': Array.from({ length: 12 }, (_, i) =>
       JSON.stringify({ prompt: `${i} + 1 = `, completion: `${i + 1}` }),
@@ -193,7 +194,16 @@ t.test('a trainer over several files', async (t) => {
   const { result: trainer, lines } = await logged(() => QLoRATrainer.create({ ...options, dataset, evalDataset: 4 }));
   t.ok(lines.includes(`info: using 41 of 41 rows of ${join(dir, 'a.csv')}`), lines.join('\n'));
   t.ok(lines.includes(`info: using 10 of 12 rows of ${join(dir, 'b.jsonl')}`));
-  t.match(trainer.preflight, { rows: 51, duplicates: { count: 1, rows: [{ row: 41, sameAs: { row: 2 } }] } });
+  t.ok(lines.includes('info: 47 rows to train on, 4 set apart for evaluation'));
+  await t.rejects(QLoRATrainer.create({ ...options, dataset: join(dir, 'header.csv') }), {
+    code: 'ERR_QLORA_DATASET_EMPTY',
+    message: /of .*header\.csv has no rows/,
+  });
+  t.match(trainer.preflight, {
+    split: { train: 47, eval: 4 },
+    rows: 51,
+    duplicates: { count: 1, rows: [{ row: 41, sameAs: { row: 2 } }] },
+  });
   const resolved = resolveTrainerOptions({ ...options, dataset, evalDataset: 4, maxTrainSamples: 45 });
   const datasets = await prepareDatasets(trainer.model.core, resolved);
   const keys = async (rows: RowStore | undefined) =>
