@@ -2,7 +2,7 @@
 import { pipeline, Readable } from 'node:stream';
 import { CsvError, type Info, parse } from 'csv-parse';
 import { mostRecordBytes, readTextPieces } from './bytes.js';
-import { damaged } from './data-errors.js';
+import { damaged, wrongFormat } from './data-errors.js';
 import type { RawRecord } from './readers.js';
 
 /** Columns beyond this are a file of another kind. */
@@ -23,7 +23,7 @@ export async function* readTable(path: string, delimiter: ',' | '\t'): AsyncGene
   try {
     for await (const { record, info } of parser as AsyncIterable<{ record: string[]; info: Info }>) {
       if (names === undefined) {
-        names = checkHeader(record, path);
+        names = checkHeader(record, path, delimiter);
         continue;
       }
       const columns = names;
@@ -37,7 +37,17 @@ export async function* readTable(path: string, delimiter: ',' | '\t'): AsyncGene
   }
 }
 
-function checkHeader(record: string[], path: string): string[] {
+function checkHeader(record: string[], path: string, delimiter: string): string[] {
+  const [only = ''] = record;
+  const other = record.length === 1 ? [';', '\t', ','].find((mark) => only.includes(mark)) : undefined;
+  if (other !== undefined) {
+    const [found, wanted] = [other, delimiter].map((mark) => (mark === '\t' ? 'tabs' : `'${mark}'`));
+    throw wrongFormat(
+      `The columns of ${path} are separated by ${found}, not by ${wanted}`,
+      path,
+      `Save it again with ${wanted} between the columns; a file with tabs is named .tsv.`,
+    );
+  }
   const names = record.map((name) => name.trim());
   const twice = names.find((name, i) => name !== '' && names.indexOf(name) < i);
   if (twice !== undefined) throw damaged(path, 1, `its header has the column '${twice.slice(0, 80)}' twice`);

@@ -25,7 +25,13 @@ export function describePlace({ row, file, line }: RowPlace): string {
   return `row ${row}${file === undefined ? '' : ` of ${file}`}${line === undefined ? '' : ` (line ${line})`}`;
 }
 
-export function invalid(place: RowPlace, what: string, fields?: Fields, expected?: readonly string[]): QLoRAError {
+export function invalid(
+  place: RowPlace,
+  what: string,
+  fields?: Fields,
+  expected?: readonly string[],
+  hint = 'Rename the fields, or choose a datasetFormat.',
+): QLoRAError {
   const found = fields === undefined ? undefined : Object.keys(fields).slice(0, 20);
   const shape = found === undefined ? '' : `; fields found: ${found.map(short).join(', ') || 'none'}`;
   const wanted = expected === undefined ? '' : `; expected: ${expected.join(', or ')}`;
@@ -33,7 +39,7 @@ export function invalid(place: RowPlace, what: string, fields?: Fields, expected
     'ERR_QLORA_ROW_INVALID',
     `${capital(describePlace(place))} cannot be used: ${what}${shape}${wanted}`,
     {
-      hint: 'Rename the fields, or choose a datasetFormat.',
+      hint,
       detail: { ...place, found, expected },
     },
   );

@@ -143,8 +143,30 @@ function inferFormat(fields: Fields, place: RowPlace): string {
   for (const [name, { needs }] of Object.entries(FORMATS)) {
     if (needs.every((field) => fields[field] !== undefined)) return name;
   }
+  const hint = renaming(Object.keys(fields));
+  const begun = Object.values(FORMATS).find(({ needs: [first = ''] }) => fields[first] !== undefined);
+  if (begun) {
+    const missing = begun.needs.find((field) => fields[field] === undefined);
+    throw invalid(place, `${missing} is missing`, fields, [begun.needs.join(' + ')], hint);
+  }
   const known = [...new Set(Object.values(FORMATS).map((format) => format.needs.join(' + ')))];
-  throw invalid(place, 'its fields are none that are known', fields, known);
+  throw invalid(place, 'its fields are none that are known', fields, known, hint);
+}
+
+/** How others call what is asked, and what is answered. */
+const questionNames = /^(instruction|question|query|prompt|input|user|human)s?$/i;
+const answerNames = /^(output|answer|response|reply|completion|target|assistant)s?$/i;
+
+/** A hint for a row that has both under other names. */
+function renaming(names: readonly string[]): string | undefined {
+  const question = names.find((name) => questionNames.test(name));
+  const answer = names.find((name) => answerNames.test(name));
+  if (question === undefined || answer === undefined) return undefined;
+  const renamed = [
+    [question, 'instruction'],
+    [answer, 'output'],
+  ].filter(([from, to]) => from !== to);
+  return `Rename ${renamed.map(([from, to]) => `${from} to ${to}`).join(' and ')}.`;
 }
 
 function pair(prompt: string | undefined, completion: string): RowFormat {

@@ -220,9 +220,18 @@ t.test('data formats', async (t) => {
   }
   t.same([...new Set(table.map(([format]) => format))].sort(), formatNames().sort(), 'each format is tried');
 
+  const hints: [object, RegExp][] = [
+    [{ question: 'q', answer: 'a' }, /^Rename question to instruction and answer to output\.$/],
+    [{ id: 1, instruction: 'q', Response: 'a' }, /^Rename Response to output\.$/],
+    [{ Prompt: 'q', notes: '' }, /datasetFormat/],
+  ];
+  for (const [record, hint] of hints) t.throws(() => toRow(record, at), { code: 'ERR_QLORA_ROW_INVALID', hint });
+
   const place = { row: 3, file: 'd.jsonl', line: 5 };
   const wrong: [unknown, RegExp, string?][] = [
     [{ question: 'q', answer: 'a' }, /fields found: question, answer; expected: .*instruction \+ output/],
+    [{ instruction: 'q', input: '' }, /: output is missing; .*expected: instruction \+ output$/],
+    [{ prompt: 'q' }, /: completion is missing/],
     [{}, /fields found: none/],
     ['text', /must be an object, it is a string/],
     [null, /must be an object, it is null/],

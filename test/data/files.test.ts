@@ -65,6 +65,8 @@ t.test('tables', async (t) => {
     'other.csv': 'a,b\n1,2\n',
     'header.csv': 'input,output\n',
     'empty.csv': '',
+    'semicolons.csv': 'question;answer\nOne, two, and?;three\n',
+    'commas.tsv': 'question,answer\nq,a\n',
   });
   t.same(await rowsOf(at('alpaca.csv')), [
     { instruction: 'Add, please', input: '', output: 'a "b"\nc' },
@@ -85,6 +87,9 @@ t.test('tables', async (t) => {
   await fails(t, at('twice.csv'), { code: 'ERR_QLORA_DATASET_INVALID', message: /line 1 .*'input' twice/ });
   await fails(t, at('latin.csv'), { code: 'ERR_QLORA_DATASET_INVALID', message: /UTF-8/, hint: /CSV UTF-8/ });
   await fails(t, at('utf16.csv'), { code: 'ERR_QLORA_DATASET_INVALID', message: /UTF-8 at line 1/ });
+  const separated = (message: RegExp) => ({ code: 'ERR_QLORA_DATASET_FORMAT', message, hint: /between the columns/ });
+  await fails(t, at('semicolons.csv'), separated(/semicolons\.csv are separated by ';', not by ','$/));
+  await fails(t, at('commas.tsv'), separated(/commas\.tsv are separated by ',', not by tabs$/));
   await fails(t, at('other.csv'), { code: 'ERR_QLORA_ROW_INVALID', message: /fields found: a, b/ });
 });
 
