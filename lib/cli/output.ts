@@ -34,6 +34,12 @@ export function makeOutput({ json = false, color }: { json?: boolean; color?: bo
   };
 }
 
+/** A line of the log, as a run writes them. */
+export function writeNote(output: Output, message: string): void {
+  output.line(message);
+  output.object({ type: 'log', level: 'info', message });
+}
+
 /** On standard error: message, hint and code; the stack only where DEBUG is set. */
 export function writeError(error: unknown, json: boolean): void {
   const { message, name } = error instanceof Error ? error : { message: String(error), name: 'Error' };

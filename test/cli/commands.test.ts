@@ -227,6 +227,11 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
       ),
     ),
   );
+  t.match(objects[0], { type: 'log', message: /^read as a LLaMA-Factory file \(because of stage\)/ });
+  t.match(
+    (await cli(['train', file, '--print-config'])).lines[0],
+    /^# read as a LLaMA-Factory file .*, warmupRatio 0, maxGradNorm 1/,
+  );
   t.ok(objects.some(({ type, message }) => type === 'log' && /using 20 /.test(String(message))));
   t.match(
     objects.filter(({ type }) => type === 'result'),

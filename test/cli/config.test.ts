@@ -261,6 +261,43 @@ t.test('what is left out in a LLaMA-Factory file means what it means there', asy
   t.same([full.lora, full.quantization], ['none', 'none']);
   t.notOk('lora' in (await read(['adapter_name_or_path: a'])).options, 'an adapter brings its own');
   t.same((await read(['lora_r: 8'])).options, { lora: { r: 8 } }, 'another file has our defaults');
+  const { note } = await read(['model_name_or_path: m', 'cutoff_len: 512', 'stage: sft'], { batchSize: '2' });
+  t.match(
+    note,
+    /^read as a LLaMA-Factory file \(because of cutoff_len\): what it leaves out has LLaMA-Factory's defaults: /,
+  );
+  t.match(note, /base not quantized/);
+  t.match(note, /learningRate 0\.00005/);
+  t.match(note, /lora\.alpha 16/);
+  t.notMatch(note, /batchSize|maxLength/, 'what a flag or the file says is no default');
+});
+
+t.test('whose file it is: only its keys say, never flags', async (t) => {
+  const theirs = { lora_rank: '8', lora_target: 'q_proj', cutoff_len: '64', val_size: '0.1', use_dora: 'true' };
+  const asOurs = { lora: { r: 8, targetModules: ['q_proj'], useDora: true }, maxLength: 64, evalDataset: 0.1 };
+  const alone = await readConfiguration(undefined, flagsOf(theirs));
+  t.same(alone.options, asOurs, 'no file');
+  t.equal(alone.note, undefined);
+  for (const [name, text] of Object.entries(theirs)) {
+    const { options } = await readConfiguration(undefined, flagsOf({ [name]: text }));
+    t.notOk('quantization' in options || 'batchSize' in options || 'learningRate' in options, name);
+  }
+  for (const lines of [[], ['seed: 1'], ['lora_r: 4'], ['model_name_or_path: m'], ['outputDir: o']]) {
+    const { options, note } = await read(lines, theirs);
+    t.match(options, asOurs, lines.join());
+    t.notOk('quantization' in options || 'learningRate' in options || note, lines.join());
+  }
+  for (const ours of [['outputDir: o'], ['lora: { r: 4 }'], ['lora:', '  alpha: 4'], ['learningRate: 1e-3']]) {
+    const { options, note } = await read(['cutoff_len: 64', ...ours]);
+    t.equal(options.maxLength, 64, 'their names are taken beside ours');
+    t.notOk('quantization' in options || 'batchSize' in options || note, ours.join());
+  }
+  const set = [{ source: data, maxSamples: 3 }];
+  t.same((await readConfiguration(undefined, flagsOf({ dataset: data, max_samples: '3' }))).options.dataset, set);
+  for (const name of ['max_samples', 'dataset_dir']) {
+    const needs = { code: 'ERR_QLORA_OPTION_CONFLICT', message: new RegExp(`--${name}: '${name}' needs dataset`) };
+    await t.rejects(readConfiguration(undefined, flagsOf({ [name]: '3' })), needs);
+  }
 });
 
 t.test('data sets of dataset_info.json', async (t) => {
@@ -320,8 +357,6 @@ t.test('flags win over the file', async (t) => {
   t.same((await read(lines, { quantization: 'none' })).options.quantization, 'none');
   t.same((await read(lines, { lora: 'none', bits: '16' })).options.lora, 'none');
   t.same((await read(['stage: sft', 'lora_alpha: 5'], { lora_rank: '2' })).options.lora, { r: 2, alpha: 5 });
-  const alone = await readConfiguration(undefined, flagsOf({ lora_target: 'q_proj', lora_rank: '4' }));
-  t.match(alone.options, { lora: { r: 4, alpha: 8, targetModules: ['q_proj'] }, quantization: 'none' });
   t.same(flagsOf({ evalDataset: '0.1', model: '7', double_quant: 'false', lora_r: 'x' }).map(({ value }) => value), [
     '0.1', '7', false, 'x',
   ]); // biome-ignore format: values

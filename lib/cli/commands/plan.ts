@@ -5,7 +5,7 @@ import { ourRules } from '../config/options.js';
 import { locate, readConfiguration, trainerOptions } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
 import { table } from '../format.js';
-import { addOutputFlags, makeOutput } from '../output.js';
+import { addOutputFlags, makeOutput, writeNote } from '../output.js';
 import { requireOptions } from '../required.js';
 
 export function define(command: Command): void {
@@ -14,8 +14,9 @@ export function define(command: Command): void {
   const settings = addSettingFlags(command, allRules('qlora'), ourRules);
   command.action(async (config: string | undefined, flags: { json?: boolean; color?: boolean }) => {
     const output = makeOutput(flags);
-    const { options, places } = await readConfiguration(config, settings());
+    const { options, places, note } = await readConfiguration(config, settings());
     requireOptions(options, ['model', 'dataset'], config);
+    if (note !== undefined) writeNote(output, note);
     const { QLoRATrainer } = await import('../../train/trainer.js');
     // Nothing is written.
     const planned = trainerOptions({ ...options, outputDir: options.outputDir ?? '.' });

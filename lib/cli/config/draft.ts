@@ -36,10 +36,21 @@ export function allRules(dialect: Dialect): Rules {
   return Object.assign({}, ...[...tables[dialect]].reverse());
 }
 
-/** A file is LLaMA-Factory's where it has a key that only they know. */
-export function dialectOf(settings: readonly Setting[]): Dialect {
-  const theirs = ({ key }: Setting) => key in llamaFactoryRules && !(key in qloraRules) && !(key in ourRules);
-  return settings.some(theirs) ? 'llama-factory' : 'qlora';
+/**
+ * A file is LLaMA-Factory's where it has a key that only they know, and none that only we know. Flags never decide: they
+ * take every program's names.
+ *
+ * @returns the first key that only they know with it
+ */
+export function dialectOf(file: readonly Setting[]): { dialect: Dialect; because?: string } {
+  const onlyIn = (rules: Rules) => {
+    const others = [ourRules, qloraRules, llamaFactoryRules].filter((other) => other !== rules);
+    return file.find(({ key }) => Object.hasOwn(rules, key) && !others.some((other) => Object.hasOwn(other, key)))?.key;
+  };
+  const because = onlyIn(llamaFactoryRules);
+  return because === undefined || onlyIn(ourRules) !== undefined
+    ? { dialect: 'qlora' }
+    : { dialect: 'llama-factory', because };
 }
 
 /** @throws ERR_QLORA_OPTION_UNKNOWN, ERR_QLORA_OPTION_UNSUPPORTED, ERR_QLORA_OPTION_INVALID, ERR_QLORA_OPTION_CONFLICT */
