@@ -70,6 +70,10 @@ t.test('help, and wrong words', async (t) => {
 
   t.match(await cli(['trian'], { env }), { status: 2, stdout: '', stderr: /Did you mean 'train'\?/ });
   t.match(await cli(['train', '--lora_rnk', '3'], { env }), { status: 2, stderr: /'--lora_rnk'[\s\S]*'--lora_rank'/ });
+  t.match(await cli(['train', '--rank', '8'], { env }), {
+    status: 2,
+    stderr: /'--rank'[\s\S]*Did you mean '--lora-r'\?/,
+  });
   const nothing = await cli(['train', '--json'], { env });
   t.equal(nothing.status, 2);
   t.match(JSON.parse(nothing.stderr), {
@@ -230,7 +234,7 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
   t.match(objects[0], { type: 'log', message: /^read as a LLaMA-Factory file \(because of stage\)/ });
   t.match(
     (await cli(['train', file, '--print-config'])).lines[0],
-    /^# read as a LLaMA-Factory file .*, warmupRatio 0, maxGradNorm 1/,
+    /^# read as a LLaMA-Factory file .*: warmupRatio 0, maxGradNorm 1/,
   );
   t.ok(objects.some(({ type, message }) => type === 'log' && /using 20 /.test(String(message))));
   t.match(
@@ -284,6 +288,18 @@ t.test('plan', async (t) => {
   const twice = await cli(['plan', config, '--lora-r', '32', '--json']);
   t.equal(twice.objects[0]?.adapters, 2 * (plan?.adapters as number), 'flags count');
   t.match((await cli(['plan', config])).stdout, /^total +[\d.]+ MB$/m);
+  const above = await cli(['plan', config, '--max-memory', '1MB', '--json']);
+  const [paged] = above.objects as Record<string, number>[];
+  t.match(paged, { type: 'plan', adapters: plan?.adapters }, 'it is shown all the same');
+  t.equal(above.status, 1);
+  t.match(JSON.parse(above.stderr), {
+    code: 'ERR_QLORA_MEMORY_PLAN',
+    message: /maxMemory is 1 MB/,
+    hint: /Even with batchSize: 1 .*Raise maxMemory|would fit/,
+  });
+  const advised = await cli(['plan', config, '--max-memory', `${(paged?.total as number) - 1000}`]);
+  t.match(advised, { status: 1, stdout: /^total /m, stderr: /^hint: Any of these would fit: .*batchSize: 8/m });
+  t.match(await cli(['plan', config, '--max-memory', `${plan?.total}`]), { status: 0, stderr: '' });
   const small = await cli(['train', config, '--max-memory', '1MB', '--output-dir', join(folder, 'small')]);
   t.match(small, { status: 1, stderr: /^code: ERR_QLORA_/m });
 });

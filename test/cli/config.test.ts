@@ -387,6 +387,16 @@ t.test('what is wrong in a file is found with its line', async (t) => {
     message: /:3: .*'lora.rr'/,
     hint: "Did you mean 'lora.r'?",
   });
+  for (const [line, hint] of [
+    ['lora: { rank: 8 }', "Did you mean 'lora.r'?"],
+    ['lora: { lora_rank: 8 }', "Did you mean 'lora.r'?"],
+    ['lora: { lora_alpha: 8 }', "Did you mean 'lora.alpha'?"],
+    ['lora: { target: q_proj }', "Did you mean 'lora.targetModules'?"],
+    ['quantization: { bits: 4 }', 'It takes type, blockSize, doubleQuant, skipModules.'],
+    ['other.key: 8', 'docs/cli.md lists every key.'],
+    ['rank: 8', "Did you mean 'lora.r'?"],
+  ] as const)
+    t.match(await failure([line]), { code: 'ERR_QLORA_OPTION_UNKNOWN', hint }, line);
   t.match(await failure(['learningRat: 8']), { hint: "Did you mean 'learningRate'?" });
   t.match(await failure(['model: a', 'seed: 1', 'model: b']), {
     code: 'ERR_QLORA_CONFIG_FILE',
