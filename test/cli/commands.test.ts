@@ -40,20 +40,8 @@ t.test('help, and wrong words', async (t) => {
   const env = { QLORA_CPU: 'none' };
   const help = await cli(['--help'], { env });
   t.equal(help.status, 0, help.stderr);
-  for (const name of [
-    'train',
-    'resume',
-    'plan',
-    'explain',
-    'generate',
-    'chat',
-    'quantize',
-    'merge',
-    'info',
-    'compare',
-    'doctor',
-  ])
-    t.match(help.stdout, new RegExp(`^  ${name} +\\S`, 'm'), name);
+  const commands = 'train resume plan explain generate chat quantize merge info compare doctor';
+  for (const name of commands.split(' ')) t.match(help.stdout, new RegExp(`^  ${name} +\\S`, 'm'), name);
   t.match(help.stdout, /^ {2}75 +stopped with a checkpoint/m);
   const ofTrain = await cli(['train', '--help'], { env });
   t.equal(ofTrain.status, 0);
@@ -124,6 +112,15 @@ t.test('train, and what can be done with an adapter', async (t) => {
     const prompt =
       'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nDouble 21.\n\n### Response: ';
     t.match(await cli(ask, { stdin: prompt }), { status: 0, stdout: '42\n' }, 'a prompt from standard input');
+    // The base tells prompts apart by their last newline.
+    const say = async (stdin: string) => (await cli(['generate', model, '--max-new-tokens', '8'], { stdin })).stdout;
+    const [bare, one, two] = [
+      await say('Double 21.\n\nThe'),
+      await say('Double 21.\n\nThe\n'),
+      await say('Double 21.\n\nThe\n\n'),
+    ];
+    t.equal(one, bare, 'without its last newline');
+    t.not(two, bare, 'but no more than one is taken off');
     t.match(await cli([...ask, prompt, '--max_new_tokens', '1']), { status: 0, stdout: '4\n' });
     t.match(await cli([...ask, prompt, '--stop', 'x', '--stop', '2']), { status: 0, stdout: '4\n' });
     const { objects } = await cli([...ask, '--instruction', 'Double 21.', '--json']);
@@ -132,8 +129,29 @@ t.test('train, and what can be done with an adapter', async (t) => {
     t.ok(pieces.length > 1 && pieces.every(({ type }) => type === 'text'));
     t.equal(pieces.map(({ text }) => text).join(''), '42');
     t.match(await cli([...ask, prompt, '--instruction', 'x']), { status: 2, stderr: /ERR_QLORA_OPTION_CONFLICT/ });
-    t.match(await cli([...ask, prompt, '--top_k', 'many']), { status: 2, stderr: /--top_k: option 'top_k': expected/ });
+    t.match(await cli([...ask, prompt, '--top_k', 'many']), {
+      status: 2,
+      stderr: /--top_k: option 'top_k': expected[\s\S]*hint: .*generate --help.*docs\/cli\.md say what each takes/,
+    });
     t.match(await cli(['generate', join(folder, 'none'), 'x']), { status: 1, stderr: /ERR_QLORA_MODEL_NOT_FOUND/ });
+  });
+
+  t.test('an adapter in place of a model, and a run that was stopped', async (t) => {
+    t.match(await cli(['generate', adapter, 'x']), { status: 1, stderr: /^hint: .*give this one as --adapter\.$/m });
+    const stopped = join(folder, 'stopped');
+    const run = ['train', config, '--output-dir', stopped, '--max-steps', '3', '--save-steps', '2'];
+    t.match(await cli(run), { status: 0 });
+    rmSync(join(stopped, 'adapter_config.json'));
+    const hint = new RegExp(
+      `^hint: This run was stopped: its newest adapter is ${stopped}/checkpoint-\\d+; .qlora-node resume ${stopped}. goes on`,
+      'm',
+    );
+    for (const ask of [
+      ['generate', model, 'x', '--adapter', stopped],
+      ['merge', model, stopped, join(folder, 'not')],
+      ['chat', model, '--adapter', stopped],
+    ])
+      t.match(await cli(ask), { status: 1, stderr: hint }, `${ask[0]}`);
   });
 
   t.test('chat', async (t) => {

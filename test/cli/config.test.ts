@@ -14,6 +14,7 @@ import type { Rule, Rules } from '../../lib/cli/config/rules.js';
 import { QLoRAError } from '../../lib/errors.js';
 import { loraSchema } from '../../lib/quantized-model.js';
 import { resolveTrainerOptions, schema } from '../../lib/train/options.js';
+import { type Case, shared } from '../support/config-cases.js';
 import { agreed, keysOfLlamaFactory, keysOfQlora } from '../support/other-programs.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'qlora-config-'));
@@ -53,58 +54,6 @@ function opening(dialect: Dialect, key?: string): string {
   if (dialect === 'qlora') return '# a file of qlora.py';
   return key === 'stage' ? 'use_unsloth: false' : 'stage: sft';
 }
-
-/** Key, value as in YAML, path of our option, its value. */
-type Case = readonly [key: string, yaml: string, path: string, expected: unknown];
-
-const shared: readonly Case[] = [
-  ['model_name_or_path', 'models/a', 'model', 'models/a'],
-  ['output_dir', './output', 'outputDir', './output'],
-  ['per_device_train_batch_size', '4', 'batchSize', 4],
-  ['gradient_accumulation_steps', '8', 'gradientAccumulationSteps', 8],
-  ['learning_rate', '1.0e-4', 'learningRate', 1e-4],
-  ['learning_rate', '2e-4', 'learningRate', 2e-4],
-  ['num_train_epochs', '3.0', 'epochs', 3],
-  ['max_steps', '1875', 'maxSteps', 1875],
-  ['max_steps', '-1', 'maxSteps', undefined],
-  ['weight_decay', '0.01', 'weightDecay', 0.01],
-  ['max_grad_norm', '1.0', 'maxGradNorm', 1],
-  ['adam_beta1', '0.8', 'adamBeta1', 0.8],
-  ['adam_beta2', '0.99', 'adamBeta2', 0.99],
-  ['adam_epsilon', '1e-6', 'adamEpsilon', 1e-6],
-  ['optim', 'adamw_torch', 'optimizer', 'adamw_32bit'],
-  ['optim', 'adamw_bnb_8bit', 'optimizer', 'adamw_8bit'],
-  ['optim', 'paged_adamw', 'optimizer', 'paged_adamw_32bit'],
-  ['optim', 'paged_adamw_8bit', 'optimizer', 'paged_adamw_8bit'],
-  ['optim', 'lion', 'optimizer', 'lion_32bit'],
-  ['lr_scheduler_type', 'cosine', 'lrScheduler', 'cosine'],
-  ['warmup_ratio', '0.1', 'warmupRatio', 0.1],
-  ['warmup_steps', '100', 'warmupSteps', 100],
-  ['warmup_steps', '0', 'warmupSteps', undefined],
-  ['gradient_checkpointing', 'false', 'gradientCheckpointing', false],
-  ['group_by_length', 'true', 'groupByLength', true],
-  ['neftune_noise_alpha', '5', 'neftuneNoiseAlpha', 5],
-  ['neftune_noise_alpha', 'null', 'neftuneNoiseAlpha', undefined],
-  ['bf16', 'true', 'computeDtype', 'bf16'],
-  ['bf16', 'false', 'computeDtype', undefined],
-  ['fp16', 'True', 'computeDtype', 'f16'],
-  ['logging_steps', '5', 'loggingSteps', 5],
-  ['save_steps', '500', 'saveSteps', 500],
-  ['save_total_limit', '3', 'saveTotalLimit', 3],
-  ['load_best_model_at_end', 'true', 'keepBest', true],
-  ['seed', '7', 'seed', 7],
-  ['data_seed', '42', 'seed', undefined],
-  ['eval_steps', '50', 'evalSteps', 50],
-  ['eval_strategy', '"no"', 'evalSteps', undefined],
-  ['evaluation_strategy', 'no', 'evalSteps', undefined],
-  ['report_to', 'none', 'reportTo', undefined],
-  ['report_to', 'tensorboard', 'reportTo', 'tensorboard'],
-  ['report_to', '[tensorboard]', 'reportTo', 'tensorboard'],
-  ['resume_from_checkpoint', 'out/checkpoint-5', '@resume', 'out/checkpoint-5'],
-  ['resume_from_checkpoint', 'true', '@resume', true],
-  ['resume_from_checkpoint', 'null', '@resume', false],
-  ['overwrite_output_dir', 'true', '@overwrite', true],
-];
 
 const ofQlora: readonly Case[] = [
   ['dataset', data, 'dataset', data],
@@ -403,6 +352,12 @@ t.test('what is wrong in a file is found with its line', async (t) => {
     message: /:3: .*unique/,
   });
   t.match(await failure(['model: "a', 'seed: 1']), { code: 'ERR_QLORA_CONFIG_FILE' });
+  const rows = join(folder, 'rows.csv');
+  await t.rejects(read(['instruction,output', 'a,b'], {}, rows), {
+    code: 'ERR_QLORA_CONFIG_FILE',
+    hint: /rows go to --dataset/,
+  });
+  await t.rejects(read(['{"instruction": "a"}'], {}, join(folder, 'one.jsonl')), { message: /file of rows/ });
   t.match(await failure(['- a', '- b']), { code: 'ERR_QLORA_CONFIG_FILE', message: /keys and values/ });
   t.match(await failure(['optim: adafactor']), {
     code: 'ERR_QLORA_OPTION_INVALID',
