@@ -3,6 +3,7 @@ import { basename } from 'node:path';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { GenerateOptions } from '../generate/options.js';
 import type { ChatMessage, QuantizedModel } from '../quantized-model.js';
+import { loadAdapter } from './load-model.js';
 import { type Output, writeError } from './output.js';
 
 export class Conversation {
@@ -27,7 +28,7 @@ export class Conversation {
     const at = adapter.indexOf('=');
     const folder = adapter.slice(at + 1);
     const name = at < 0 ? basename(folder) : adapter.slice(0, at);
-    await this.#model.loadLora(name, folder);
+    await loadAdapter(this.#model, name, folder);
     this.#adapter = name;
   }
 

@@ -38,7 +38,7 @@ export function addSettingFlags(command: Command, rules: Rules, shown: Rules): (
 }
 
 /** lora.targetModules and target_modules with hyphens. */
-function hyphenated(key: string): string {
+export function hyphenated(key: string): string {
   return key
     .replace(/[._]/g, '-')
     .replace(/[A-Z]+/g, (letters, at) => `${at === 0 ? '' : '-'}${letters.toLowerCase()}`)

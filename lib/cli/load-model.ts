@@ -1,5 +1,8 @@
 /** Flags that say how a model is loaded, and loading it with its progress shown. */
+import { access } from 'node:fs/promises';
+import { join } from 'node:path';
 import type { Command } from 'commander';
+import { QLoRAError } from '../errors.js';
 import type { LoadOptions, QuantizedModel } from '../quantized-model.js';
 import { allRules } from './config/draft.js';
 import { ourRules } from './config/options.js';
@@ -28,4 +31,30 @@ export async function loadModel(directory: string, options: LoadOptions, output:
   } finally {
     clear();
   }
+}
+
+/**
+ * Loads an adapter. Where a run was stopped before it wrote one, the error names its newest checkpoint.
+ *
+ * @throws what QuantizedModel.loadLora throws
+ */
+export async function loadAdapter(model: QuantizedModel, name: string, folder: string): Promise<void> {
+  try {
+    await model.loadLora(name, folder);
+  } catch (error) {
+    if (!(error instanceof QLoRAError) || error.code !== 'ERR_QLORA_ADAPTER_NOT_FOUND') throw error;
+    const { newestCheckpoint } = await import('../train/checkpoint.js');
+    const newest = await newestCheckpoint(folder, () => {}).catch(() => undefined);
+    if (!newest || !(await isThere(join(newest.path, 'adapter_config.json')))) throw error;
+    const goOn = (await isThere(join(folder, 'run.json'))) ? `; \`qlora-node resume ${folder}\` goes on` : '';
+    const hint = `This run was stopped: its newest adapter is ${newest.path}${goOn}.`;
+    throw new QLoRAError(error.code, error.message, { hint, detail: error.detail, cause: error });
+  }
+}
+
+async function isThere(path: string): Promise<boolean> {
+  return access(path).then(
+    () => true,
+    () => false,
+  );
 }

@@ -34,10 +34,26 @@ export function makeOutput({ json = false, color }: { json?: boolean; color?: bo
   };
 }
 
+/** A line of the log, as a run writes them. */
+export function writeNote(output: Output, message: string): void {
+  output.line(message);
+  output.object({ type: 'log', level: 'info', message });
+}
+
+/** What hints call by the names of a program, as flags. */
+const inFlags: readonly (readonly [RegExp, string])[] = [
+  [/The docstrings of the options say/, '`qlora-node train --help`, `qlora-node generate --help` and docs/cli.md say'],
+  [/then the adapter with loadLora\(\)/, 'and give this one as --adapter'],
+  [/addLora\(\) or loadLora\(\) one/, 'give one as --adapter'],
+  [/\bresume: true finds/, '--resume finds'],
+  [/\boffline: true\b/, '--offline'],
+];
+
 /** On standard error: message, hint and code; the stack only where DEBUG is set. */
 export function writeError(error: unknown, json: boolean): void {
   const { message, name } = error instanceof Error ? error : { message: String(error), name: 'Error' };
-  const { code = name, hint, detail } = error as Partial<QLoRAError>;
+  const { code = name, hint: said, detail } = error as Partial<QLoRAError>;
+  const hint = said && inFlags.reduce((text, [api, flag]) => text.replace(api, flag), said);
   if (json) process.stderr.write(`${JSON.stringify({ type: 'error', code, message, hint, detail })}\n`);
   else process.stderr.write(`error: ${message}\n${hint ? `hint: ${hint}\n` : ''}code: ${code}\n`);
   if (process.env.DEBUG) process.stderr.write(`${inspect(error)}\n`);

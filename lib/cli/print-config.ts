@@ -4,7 +4,7 @@ import { resolveTrainerOptions } from '../train/options.js';
 import { type Configuration, locate, type PlainOptions, trainerOptions } from './config/resolve.js';
 import type { Output } from './output.js';
 
-export function printConfig({ options, places, resume, exportDir }: Configuration, output: Output): void {
+export function printConfig({ options, places, resume, exportDir, note }: Configuration, output: Output): void {
   let resolved: object;
   try {
     resolved = resolveTrainerOptions(trainerOptions(options));
@@ -16,5 +16,5 @@ export function printConfig({ options, places, resume, exportDir }: Configuratio
   if (resume !== false) all.resume = resume;
   if (exportDir !== undefined) all.exportDir = exportDir;
   output.object(all);
-  output.write(stringify(all));
+  output.write(`${note === undefined ? '' : `# ${note}\n`}${stringify(all)}`);
 }

@@ -56,14 +56,14 @@ export async function main(argv: readonly string[]): Promise<void> {
   } catch (error) {
     // The help was asked for, and has been written.
     if (error instanceof CommanderError && error.exitCode === 0) return;
-    const said = error instanceof CommanderError ? wrongWords(error, program, argv) : error;
+    const said = error instanceof CommanderError ? await wrongWords(error, program, argv) : error;
     writeError(said, argv.includes('--json'));
     process.exitCode = isUsageError(said) ? exitCodes.usage : exitCodes.error;
   }
 }
 
 /** commander's complaint as an error of ours, with the nearest of all flags, hidden ones too. */
-function wrongWords(error: CommanderError, program: Command, argv: readonly string[]): QLoRAError {
+async function wrongWords(error: CommanderError, program: Command, argv: readonly string[]): Promise<QLoRAError> {
   const message = error.message.replace(/^error: /, '').replace(/\n\(Did you mean.*$/s, '');
   const command = program.commands.find((c) => c.name() === argv[2]);
   const given = /unknown (option|command) '([^']*)'/.exec(message);
@@ -77,10 +77,21 @@ function wrongWords(error: CommanderError, program: Command, argv: readonly stri
     given[1] === 'command'
       ? program.commands.map((c) => c.name())
       : (command ?? program).options.map((o) => o.long as string);
-  const near = didYouMean(given[2] as string, known);
+  const near = (await flagNamed(given[2] as string, known)) ?? didYouMean(given[2] as string, known);
   return new QLoRAError('ERR_QLORA_OPTION_UNKNOWN', message, {
     hint: near ? `Did you mean '${near}'?` : '--help says what there is.',
   });
+}
+
+/** --lora-r for --rank. */
+async function flagNamed(wrong: string, known: readonly string[]): Promise<string | undefined> {
+  const [{ allRules, otherName }, { hyphenated }] = await Promise.all([
+    import('./config/draft.js'),
+    import('./flags.js'),
+  ]);
+  const option = otherName(wrong.replace(/^--/, '').replace(/-/g, '_'), allRules('qlora'));
+  const flag = option && `--${hyphenated(option)}`;
+  return flag && known.includes(flag) ? flag : undefined;
 }
 
 async function makeProgram(wanted: string | undefined): Promise<Command> {

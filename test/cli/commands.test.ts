@@ -40,20 +40,8 @@ t.test('help, and wrong words', async (t) => {
   const env = { QLORA_CPU: 'none' };
   const help = await cli(['--help'], { env });
   t.equal(help.status, 0, help.stderr);
-  for (const name of [
-    'train',
-    'resume',
-    'plan',
-    'explain',
-    'generate',
-    'chat',
-    'quantize',
-    'merge',
-    'info',
-    'compare',
-    'doctor',
-  ])
-    t.match(help.stdout, new RegExp(`^  ${name} +\\S`, 'm'), name);
+  const commands = 'train resume plan explain generate chat quantize merge info compare doctor';
+  for (const name of commands.split(' ')) t.match(help.stdout, new RegExp(`^  ${name} +\\S`, 'm'), name);
   t.match(help.stdout, /^ {2}75 +stopped with a checkpoint/m);
   const ofTrain = await cli(['train', '--help'], { env });
   t.equal(ofTrain.status, 0);
@@ -70,6 +58,10 @@ t.test('help, and wrong words', async (t) => {
 
   t.match(await cli(['trian'], { env }), { status: 2, stdout: '', stderr: /Did you mean 'train'\?/ });
   t.match(await cli(['train', '--lora_rnk', '3'], { env }), { status: 2, stderr: /'--lora_rnk'[\s\S]*'--lora_rank'/ });
+  t.match(await cli(['train', '--rank', '8'], { env }), {
+    status: 2,
+    stderr: /'--rank'[\s\S]*Did you mean '--lora-r'\?/,
+  });
   const nothing = await cli(['train', '--json'], { env });
   t.equal(nothing.status, 2);
   t.match(JSON.parse(nothing.stderr), {
@@ -120,6 +112,15 @@ t.test('train, and what can be done with an adapter', async (t) => {
     const prompt =
       'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nDouble 21.\n\n### Response: ';
     t.match(await cli(ask, { stdin: prompt }), { status: 0, stdout: '42\n' }, 'a prompt from standard input');
+    // The base tells prompts apart by their last newline.
+    const say = async (stdin: string) => (await cli(['generate', model, '--max-new-tokens', '8'], { stdin })).stdout;
+    const [bare, one, two] = [
+      await say('Double 21.\n\nThe'),
+      await say('Double 21.\n\nThe\n'),
+      await say('Double 21.\n\nThe\n\n'),
+    ];
+    t.equal(one, bare, 'without its last newline');
+    t.not(two, bare, 'but no more than one is taken off');
     t.match(await cli([...ask, prompt, '--max_new_tokens', '1']), { status: 0, stdout: '4\n' });
     t.match(await cli([...ask, prompt, '--stop', 'x', '--stop', '2']), { status: 0, stdout: '4\n' });
     const { objects } = await cli([...ask, '--instruction', 'Double 21.', '--json']);
@@ -128,8 +129,29 @@ t.test('train, and what can be done with an adapter', async (t) => {
     t.ok(pieces.length > 1 && pieces.every(({ type }) => type === 'text'));
     t.equal(pieces.map(({ text }) => text).join(''), '42');
     t.match(await cli([...ask, prompt, '--instruction', 'x']), { status: 2, stderr: /ERR_QLORA_OPTION_CONFLICT/ });
-    t.match(await cli([...ask, prompt, '--top_k', 'many']), { status: 2, stderr: /--top_k: option 'top_k': expected/ });
+    t.match(await cli([...ask, prompt, '--top_k', 'many']), {
+      status: 2,
+      stderr: /--top_k: option 'top_k': expected[\s\S]*hint: .*generate --help.*docs\/cli\.md say what each takes/,
+    });
     t.match(await cli(['generate', join(folder, 'none'), 'x']), { status: 1, stderr: /ERR_QLORA_MODEL_NOT_FOUND/ });
+  });
+
+  t.test('an adapter in place of a model, and a run that was stopped', async (t) => {
+    t.match(await cli(['generate', adapter, 'x']), { status: 1, stderr: /^hint: .*give this one as --adapter\.$/m });
+    const stopped = join(folder, 'stopped');
+    const run = ['train', config, '--output-dir', stopped, '--max-steps', '3', '--save-steps', '2'];
+    t.match(await cli(run), { status: 0 });
+    rmSync(join(stopped, 'adapter_config.json'));
+    const hint = new RegExp(
+      `^hint: This run was stopped: its newest adapter is ${stopped}/checkpoint-\\d+; .qlora-node resume ${stopped}. goes on`,
+      'm',
+    );
+    for (const ask of [
+      ['generate', model, 'x', '--adapter', stopped],
+      ['merge', model, stopped, join(folder, 'not')],
+      ['chat', model, '--adapter', stopped],
+    ])
+      t.match(await cli(ask), { status: 1, stderr: hint }, `${ask[0]}`);
   });
 
   t.test('chat', async (t) => {
@@ -227,6 +249,11 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
       ),
     ),
   );
+  t.match(objects[0], { type: 'log', message: /^read as a LLaMA-Factory file \(because of stage\)/ });
+  t.match(
+    (await cli(['train', file, '--print-config'])).lines[0],
+    /^# read as a LLaMA-Factory file .*: warmupRatio 0, maxGradNorm 1/,
+  );
   t.ok(objects.some(({ type, message }) => type === 'log' && /using 20 /.test(String(message))));
   t.match(
     objects.filter(({ type }) => type === 'result'),
@@ -282,6 +309,18 @@ t.test('plan', async (t) => {
   const twice = await cli(['plan', config, '--lora-r', '32', '--json']);
   t.equal(twice.objects[0]?.adapters, 2 * (plan?.adapters as number), 'flags count');
   t.match((await cli(['plan', config])).stdout, /^total +[\d.]+ MB$/m);
+  const above = await cli(['plan', config, '--max-memory', '1MB', '--json']);
+  const [paged] = above.objects as Record<string, number>[];
+  t.match(paged, { type: 'plan', adapters: plan?.adapters }, 'it is shown all the same');
+  t.equal(above.status, 1);
+  t.match(JSON.parse(above.stderr), {
+    code: 'ERR_QLORA_MEMORY_PLAN',
+    message: /maxMemory is 1 MB/,
+    hint: /Even with batchSize: 1 .*Raise maxMemory|would fit/,
+  });
+  const advised = await cli(['plan', config, '--max-memory', `${(paged?.total as number) - 1000}`]);
+  t.match(advised, { status: 1, stdout: /^total /m, stderr: /^hint: Any of these would fit: .*batchSize: 8/m });
+  t.match(await cli(['plan', config, '--max-memory', `${plan?.total}`]), { status: 0, stderr: '' });
   const small = await cli(['train', config, '--max-memory', '1MB', '--output-dir', join(folder, 'small')]);
   t.match(small, { status: 1, stderr: /^code: ERR_QLORA_/m });
 });

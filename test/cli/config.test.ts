@@ -14,6 +14,7 @@ import type { Rule, Rules } from '../../lib/cli/config/rules.js';
 import { QLoRAError } from '../../lib/errors.js';
 import { loraSchema } from '../../lib/quantized-model.js';
 import { resolveTrainerOptions, schema } from '../../lib/train/options.js';
+import { type Case, shared } from '../support/config-cases.js';
 import { agreed, keysOfLlamaFactory, keysOfQlora } from '../support/other-programs.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'qlora-config-'));
@@ -53,58 +54,6 @@ function opening(dialect: Dialect, key?: string): string {
   if (dialect === 'qlora') return '# a file of qlora.py';
   return key === 'stage' ? 'use_unsloth: false' : 'stage: sft';
 }
-
-/** Key, value as in YAML, path of our option, its value. */
-type Case = readonly [key: string, yaml: string, path: string, expected: unknown];
-
-const shared: readonly Case[] = [
-  ['model_name_or_path', 'models/a', 'model', 'models/a'],
-  ['output_dir', './output', 'outputDir', './output'],
-  ['per_device_train_batch_size', '4', 'batchSize', 4],
-  ['gradient_accumulation_steps', '8', 'gradientAccumulationSteps', 8],
-  ['learning_rate', '1.0e-4', 'learningRate', 1e-4],
-  ['learning_rate', '2e-4', 'learningRate', 2e-4],
-  ['num_train_epochs', '3.0', 'epochs', 3],
-  ['max_steps', '1875', 'maxSteps', 1875],
-  ['max_steps', '-1', 'maxSteps', undefined],
-  ['weight_decay', '0.01', 'weightDecay', 0.01],
-  ['max_grad_norm', '1.0', 'maxGradNorm', 1],
-  ['adam_beta1', '0.8', 'adamBeta1', 0.8],
-  ['adam_beta2', '0.99', 'adamBeta2', 0.99],
-  ['adam_epsilon', '1e-6', 'adamEpsilon', 1e-6],
-  ['optim', 'adamw_torch', 'optimizer', 'adamw_32bit'],
-  ['optim', 'adamw_bnb_8bit', 'optimizer', 'adamw_8bit'],
-  ['optim', 'paged_adamw', 'optimizer', 'paged_adamw_32bit'],
-  ['optim', 'paged_adamw_8bit', 'optimizer', 'paged_adamw_8bit'],
-  ['optim', 'lion', 'optimizer', 'lion_32bit'],
-  ['lr_scheduler_type', 'cosine', 'lrScheduler', 'cosine'],
-  ['warmup_ratio', '0.1', 'warmupRatio', 0.1],
-  ['warmup_steps', '100', 'warmupSteps', 100],
-  ['warmup_steps', '0', 'warmupSteps', undefined],
-  ['gradient_checkpointing', 'false', 'gradientCheckpointing', false],
-  ['group_by_length', 'true', 'groupByLength', true],
-  ['neftune_noise_alpha', '5', 'neftuneNoiseAlpha', 5],
-  ['neftune_noise_alpha', 'null', 'neftuneNoiseAlpha', undefined],
-  ['bf16', 'true', 'computeDtype', 'bf16'],
-  ['bf16', 'false', 'computeDtype', undefined],
-  ['fp16', 'True', 'computeDtype', 'f16'],
-  ['logging_steps', '5', 'loggingSteps', 5],
-  ['save_steps', '500', 'saveSteps', 500],
-  ['save_total_limit', '3', 'saveTotalLimit', 3],
-  ['load_best_model_at_end', 'true', 'keepBest', true],
-  ['seed', '7', 'seed', 7],
-  ['data_seed', '42', 'seed', undefined],
-  ['eval_steps', '50', 'evalSteps', 50],
-  ['eval_strategy', '"no"', 'evalSteps', undefined],
-  ['evaluation_strategy', 'no', 'evalSteps', undefined],
-  ['report_to', 'none', 'reportTo', undefined],
-  ['report_to', 'tensorboard', 'reportTo', 'tensorboard'],
-  ['report_to', '[tensorboard]', 'reportTo', 'tensorboard'],
-  ['resume_from_checkpoint', 'out/checkpoint-5', '@resume', 'out/checkpoint-5'],
-  ['resume_from_checkpoint', 'true', '@resume', true],
-  ['resume_from_checkpoint', 'null', '@resume', false],
-  ['overwrite_output_dir', 'true', '@overwrite', true],
-];
 
 const ofQlora: readonly Case[] = [
   ['dataset', data, 'dataset', data],
@@ -261,6 +210,43 @@ t.test('what is left out in a LLaMA-Factory file means what it means there', asy
   t.same([full.lora, full.quantization], ['none', 'none']);
   t.notOk('lora' in (await read(['adapter_name_or_path: a'])).options, 'an adapter brings its own');
   t.same((await read(['lora_r: 8'])).options, { lora: { r: 8 } }, 'another file has our defaults');
+  const { note } = await read(['model_name_or_path: m', 'cutoff_len: 512', 'stage: sft'], { batchSize: '2' });
+  t.match(
+    note,
+    /^read as a LLaMA-Factory file \(because of cutoff_len\): what it leaves out has LLaMA-Factory's defaults: /,
+  );
+  t.match(note, /base not quantized/);
+  t.match(note, /learningRate 0\.00005/);
+  t.match(note, /lora\.alpha 16/);
+  t.notMatch(note, /batchSize|maxLength/, 'what a flag or the file says is no default');
+});
+
+t.test('whose file it is: only its keys say, never flags', async (t) => {
+  const theirs = { lora_rank: '8', lora_target: 'q_proj', cutoff_len: '64', val_size: '0.1', use_dora: 'true' };
+  const asOurs = { lora: { r: 8, targetModules: ['q_proj'], useDora: true }, maxLength: 64, evalDataset: 0.1 };
+  const alone = await readConfiguration(undefined, flagsOf(theirs));
+  t.same(alone.options, asOurs, 'no file');
+  t.equal(alone.note, undefined);
+  for (const [name, text] of Object.entries(theirs)) {
+    const { options } = await readConfiguration(undefined, flagsOf({ [name]: text }));
+    t.notOk('quantization' in options || 'batchSize' in options || 'learningRate' in options, name);
+  }
+  for (const lines of [[], ['seed: 1'], ['lora_r: 4'], ['model_name_or_path: m'], ['outputDir: o']]) {
+    const { options, note } = await read(lines, theirs);
+    t.match(options, asOurs, lines.join());
+    t.notOk('quantization' in options || 'learningRate' in options || note, lines.join());
+  }
+  for (const ours of [['outputDir: o'], ['lora: { r: 4 }'], ['lora:', '  alpha: 4'], ['learningRate: 1e-3']]) {
+    const { options, note } = await read(['cutoff_len: 64', ...ours]);
+    t.equal(options.maxLength, 64, 'their names are taken beside ours');
+    t.notOk('quantization' in options || 'batchSize' in options || note, ours.join());
+  }
+  const set = [{ source: data, maxSamples: 3 }];
+  t.same((await readConfiguration(undefined, flagsOf({ dataset: data, max_samples: '3' }))).options.dataset, set);
+  for (const name of ['max_samples', 'dataset_dir']) {
+    const needs = { code: 'ERR_QLORA_OPTION_CONFLICT', message: new RegExp(`--${name}: '${name}' needs dataset`) };
+    await t.rejects(readConfiguration(undefined, flagsOf({ [name]: '3' })), needs);
+  }
 });
 
 t.test('data sets of dataset_info.json', async (t) => {
@@ -320,8 +306,6 @@ t.test('flags win over the file', async (t) => {
   t.same((await read(lines, { quantization: 'none' })).options.quantization, 'none');
   t.same((await read(lines, { lora: 'none', bits: '16' })).options.lora, 'none');
   t.same((await read(['stage: sft', 'lora_alpha: 5'], { lora_rank: '2' })).options.lora, { r: 2, alpha: 5 });
-  const alone = await readConfiguration(undefined, flagsOf({ lora_target: 'q_proj', lora_rank: '4' }));
-  t.match(alone.options, { lora: { r: 4, alpha: 8, targetModules: ['q_proj'] }, quantization: 'none' });
   t.same(flagsOf({ evalDataset: '0.1', model: '7', double_quant: 'false', lora_r: 'x' }).map(({ value }) => value), [
     '0.1', '7', false, 'x',
   ]); // biome-ignore format: values
@@ -352,12 +336,28 @@ t.test('what is wrong in a file is found with its line', async (t) => {
     message: /:3: .*'lora.rr'/,
     hint: "Did you mean 'lora.r'?",
   });
+  for (const [line, hint] of [
+    ['lora: { rank: 8 }', "Did you mean 'lora.r'?"],
+    ['lora: { lora_rank: 8 }', "Did you mean 'lora.r'?"],
+    ['lora: { lora_alpha: 8 }', "Did you mean 'lora.alpha'?"],
+    ['lora: { target: q_proj }', "Did you mean 'lora.targetModules'?"],
+    ['quantization: { bits: 4 }', 'It takes type, blockSize, doubleQuant, skipModules.'],
+    ['other.key: 8', 'docs/cli.md lists every key.'],
+    ['rank: 8', "Did you mean 'lora.r'?"],
+  ] as const)
+    t.match(await failure([line]), { code: 'ERR_QLORA_OPTION_UNKNOWN', hint }, line);
   t.match(await failure(['learningRat: 8']), { hint: "Did you mean 'learningRate'?" });
   t.match(await failure(['model: a', 'seed: 1', 'model: b']), {
     code: 'ERR_QLORA_CONFIG_FILE',
     message: /:3: .*unique/,
   });
   t.match(await failure(['model: "a', 'seed: 1']), { code: 'ERR_QLORA_CONFIG_FILE' });
+  const rows = join(folder, 'rows.csv');
+  await t.rejects(read(['instruction,output', 'a,b'], {}, rows), {
+    code: 'ERR_QLORA_CONFIG_FILE',
+    hint: /rows go to --dataset/,
+  });
+  await t.rejects(read(['{"instruction": "a"}'], {}, join(folder, 'one.jsonl')), { message: /file of rows/ });
   t.match(await failure(['- a', '- b']), { code: 'ERR_QLORA_CONFIG_FILE', message: /keys and values/ });
   t.match(await failure(['optim: adafactor']), {
     code: 'ERR_QLORA_OPTION_INVALID',

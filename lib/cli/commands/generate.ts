@@ -4,7 +4,7 @@ import { QLoRAError } from '../../errors.js';
 import { translate } from '../config/draft.js';
 import { allGenerationRules, generationRules } from '../config/generation.js';
 import { addSettingFlags } from '../flags.js';
-import { addLoadFlags, loadModel } from '../load-model.js';
+import { addLoadFlags, loadAdapter, loadModel } from '../load-model.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 
 interface Flags {
@@ -45,7 +45,7 @@ export function define(command: Command): void {
     );
     const prompt = await promptOf(text, flags);
     await using model = await loadModel(folder, await load(), output);
-    if (flags.adapter !== undefined) await model.loadLora('adapter', flags.adapter);
+    if (flags.adapter !== undefined) await loadAdapter(model, 'adapter', flags.adapter);
     const stream = model.generate(prompt, { ...options, ...(flags.stop.length > 0 ? { stop: flags.stop } : {}) });
     let whole = '';
     for await (const piece of stream) {
@@ -58,6 +58,9 @@ export function define(command: Command): void {
   });
 }
 
+/** What `echo` and editors put at the end is no part of a prompt: one newline. */
+const withoutNewline = (text: string) => text.replace(/\r?\n$/, '');
+
 async function promptOf(text: string | undefined, { instruction, input, chat, system }: Flags): Promise<Prompt> {
   const wrong = (what: string) =>
     new QLoRAError('ERR_QLORA_OPTION_CONFLICT', what, {
@@ -69,7 +72,7 @@ async function promptOf(text: string | undefined, { instruction, input, chat, sy
   }
   if (input !== undefined) throw wrong('--input goes with --instruction');
   if (system !== undefined && !chat) throw wrong('--system goes with --chat');
-  const content = text === undefined || text === '-' ? await readAll(process.stdin) : text;
+  const content = text === undefined || text === '-' ? withoutNewline(await readAll(process.stdin)) : text;
   if (!chat) return content;
   return [...(system === undefined ? [] : [{ role: 'system' as const, content: system }]), { role: 'user', content }];
 }

@@ -1,5 +1,5 @@
 import type { Command } from 'commander';
-import { addLoadFlags, loadModel } from '../load-model.js';
+import { addLoadFlags, loadAdapter, loadModel } from '../load-model.js';
 import { addOutputFlags, makeOutput } from '../output.js';
 
 export function define(command: Command): void {
@@ -16,7 +16,7 @@ export function define(command: Command): void {
   command.action(async (folder: string, adapter: string, out: string, flags: { json?: boolean; color?: boolean }) => {
     const output = makeOutput(flags);
     await using model = await loadModel(folder, await load(), output);
-    await model.loadLora('adapter', adapter);
+    await loadAdapter(model, 'adapter', adapter);
     const { logitDrift } = await model.merge(out, { adapter: 'adapter' });
     output.line(`written to ${out}; read again, its logits differ by at most ${logitDrift.toPrecision(3)}`);
     output.object({ type: 'result', outputDir: out, logitDrift });

@@ -3,7 +3,7 @@ import { allRules } from '../config/draft.js';
 import { ourRules } from '../config/options.js';
 import { readConfiguration } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
-import { addOutputFlags, makeOutput } from '../output.js';
+import { addOutputFlags, makeOutput, writeNote } from '../output.js';
 import { requireOptions } from '../required.js';
 
 interface Flags {
@@ -27,13 +27,14 @@ export function define(command: Command): void {
   command.action(async (config: string | undefined, flags: Flags) => {
     const output = makeOutput(flags);
     const configuration = await readConfiguration(config, settings());
-    const { options, resume, overwrite, exportDir, places } = configuration;
+    const { options, resume, overwrite, exportDir, places, note } = configuration;
     requireOptions(options, ['model', 'dataset', 'outputDir'], config);
     if (flags.printConfig) {
       const { printConfig } = await import('../print-config.js');
       printConfig(configuration, output);
       return;
     }
+    if (note !== undefined) writeNote(output, note);
     const { requireUnused, writeRunRecord } = await import('../run-folder.js');
     if (resume === false && !overwrite) await requireUnused(options.outputDir as string);
     const { runTraining } = await import('../run-training.js');

@@ -36,10 +36,21 @@ export function allRules(dialect: Dialect): Rules {
   return Object.assign({}, ...[...tables[dialect]].reverse());
 }
 
-/** A file is LLaMA-Factory's where it has a key that only they know. */
-export function dialectOf(settings: readonly Setting[]): Dialect {
-  const theirs = ({ key }: Setting) => key in llamaFactoryRules && !(key in qloraRules) && !(key in ourRules);
-  return settings.some(theirs) ? 'llama-factory' : 'qlora';
+/**
+ * A file is LLaMA-Factory's where it has a key that only they know, and none that only we know. Flags never decide: they
+ * take every program's names.
+ *
+ * @returns the first key that only they know with it
+ */
+export function dialectOf(file: readonly Setting[]): { dialect: Dialect; because?: string } {
+  const onlyIn = (rules: Rules) => {
+    const others = [ourRules, qloraRules, llamaFactoryRules].filter((other) => other !== rules);
+    return file.find(({ key }) => Object.hasOwn(rules, key) && !others.some((other) => Object.hasOwn(other, key)))?.key;
+  };
+  const because = onlyIn(llamaFactoryRules);
+  return because === undefined || onlyIn(ourRules) !== undefined
+    ? { dialect: 'qlora' }
+    : { dialect: 'llama-factory', because };
 }
 
 /** @throws ERR_QLORA_OPTION_UNKNOWN, ERR_QLORA_OPTION_UNSUPPORTED, ERR_QLORA_OPTION_INVALID, ERR_QLORA_OPTION_CONFLICT */
@@ -47,7 +58,7 @@ export function translate(settings: readonly Setting[], rules: Rules): Draft {
   const draft: Draft = new Map();
   for (const { key, value, place } of settings) {
     const rule = Object.hasOwn(rules, key) ? rules[key] : undefined;
-    if (!rule) throw unknown(key, place, Object.keys(rules));
+    if (!rule) throw unknown(key, place, rules);
     if (rule.kind === 'refuses' || (rule.kind === 'agrees' && !rule.takes.safeParse(value).success)) {
       throw new QLoRAError(
         'ERR_QLORA_OPTION_UNSUPPORTED',
@@ -85,10 +96,25 @@ export function conflict(place: string, what: string): QLoRAError {
   return new QLoRAError('ERR_QLORA_OPTION_CONFLICT', `${place}: ${what}`, { hint: 'Leave one of them out.' });
 }
 
-function unknown(key: string, place: string, known: readonly string[]): QLoRAError {
-  const near = didYouMean(key, known);
+/** The option that a wrong key names without its block, or with another program's word: rank, lora.rank, lora.lora_rank. */
+export function otherName(key: string, rules: Rules): string | undefined {
+  const [, block = 'lora', name = key] = /^([^.]+)\.(.+)$/.exec(key) ?? [];
+  for (const other of [`${block}_${name}`, name]) {
+    const rule = Object.hasOwn(rules, other) ? rules[other] : undefined;
+    if (rule?.kind === 'maps' && rule.to.startsWith(`${block}.`)) return rule.to;
+  }
+  return undefined;
+}
+
+/** A key with a dot is inside of one of nestedKeys, where only what the block takes is near. */
+function unknown(key: string, place: string, rules: Rules): QLoRAError {
+  const block = key.slice(0, key.indexOf('.') + 1);
+  const inside = Object.keys(rules).flatMap((known) => (known.startsWith(block) ? [known.slice(block.length)] : []));
+  const nearest = didYouMean(key.slice(block.length), inside);
+  const near = otherName(key, rules) ?? (nearest && block + nearest);
+  const takes = block !== '' && inside.length > 0 ? `It takes ${inside.join(', ')}.` : 'docs/cli.md lists every key.';
   return new QLoRAError('ERR_QLORA_OPTION_UNKNOWN', `${place}: there is no option '${key}'`, {
-    hint: near ? `Did you mean '${near}'?` : 'docs/cli.md lists every key.',
+    hint: near ? `Did you mean '${near}'?` : takes,
     detail: { option: key, place },
   });
 }

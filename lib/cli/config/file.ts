@@ -13,12 +13,14 @@ export interface Setting {
 }
 
 const mostBytes = 2 ** 20;
+const ofRows = /\.(jsonl|csv|tsv|parquet)(\.gz)?$/i;
 
 /**
  * @param nested names whose maps are settings of their own, as lora of lora.r
  * @throws ERR_QLORA_CONFIG_FILE, which names the line, and what readText throws
  */
 export async function readSettings(path: string, nested: ReadonlySet<string>): Promise<Setting[]> {
+  if (ofRows.test(path)) throw broken(path, 'that is a file of rows, not a configuration');
   const text = await readText(path, mostBytes);
   const lines = new LineCounter();
   const document = parseDocument(text, { lineCounter: lines, prettyErrors: false });
@@ -52,6 +54,6 @@ function plain(node: unknown, document: ReturnType<typeof parseDocument>, place:
 
 function broken(place: string, what: string): QLoRAError {
   return new QLoRAError('ERR_QLORA_CONFIG_FILE', `${place}: ${what}`, {
-    hint: 'A configuration is YAML or JSON: one `key: value` a line.',
+    hint: 'A configuration is YAML or JSON, one `key: value` a line; rows go to --dataset.',
   });
 }

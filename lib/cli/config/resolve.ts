@@ -5,6 +5,7 @@ import { type DatasetSpec, sourcesOf } from './datasets.js';
 import { allRules, conflict, type Dialect, type Draft, dialectOf, type Entry, nestedKeys, translate } from './draft.js';
 import { readSettings, type Setting } from './file.js';
 import { llamaFactoryDefaults, llamaFactoryRank } from './llama-factory.js';
+import { splitList } from './rules.js';
 
 /** Options of the trainer without objects of a program: a regular expression is text between slashes. */
 export type PlainOptions = Record<string, unknown> & {
@@ -21,24 +22,27 @@ export interface Configuration {
   exportDir?: string;
   /** Where each option was set, for messages of the trainer. */
   places: ReadonlyMap<string, Entry>;
+  /** What to say where the file has another program's defaults. */
+  note?: string;
 }
 
 /** Flags win over the file. @throws see readSettings and translate */
 export async function readConfiguration(path: string | undefined, flags: readonly Setting[]): Promise<Configuration> {
   const file = path === undefined ? [] : await readSettings(path, nestedKeys);
-  const dialect = dialectOf(file.length > 0 ? file : flags);
+  const { dialect, because } = dialectOf(file);
   const rules = allRules(dialect);
   const draft = merge(translate(file, rules), translate(flags, rules));
   combine(draft, dialect);
   const options: PlainOptions = {};
   for (const [path, { value }] of draft) if (!path.startsWith('@')) setPath(options, path, value);
-  await addDatasets(options, draft, dialect);
+  await addDatasets(options, draft);
   return {
     options,
     resume: (draft.get('@resume')?.value ?? false) as boolean | string,
     overwrite: draft.get('@overwrite')?.value === true,
     exportDir: draft.get('@exportDir')?.value as string | undefined,
     places: draft,
+    note: because && noteOfDefaults(because, draft),
   };
 }
 
@@ -121,8 +125,19 @@ function combineBits(draft: Draft, dialect: Dialect): void {
   }
 }
 
+const theirDefault = "LLaMA-Factory's default";
+
 function byDefault(value: unknown): Entry {
-  return { value, key: 'its default', place: "LLaMA-Factory's default" };
+  return { value, key: 'its default', place: theirDefault };
+}
+
+function noteOfDefaults(because: string, draft: Draft): string {
+  const defaults = [...draft].flatMap(([path, { place, value }]) => {
+    if (place !== theirDefault) return [];
+    return path === 'quantization' ? 'base not quantized' : `${path} ${value}`;
+  });
+  const means = defaults.length > 0 ? `: what it leaves out has LLaMA-Factory's defaults: ${defaults.join(', ')}` : '';
+  return `read as a LLaMA-Factory file (because of ${because})${means}`;
 }
 
 function addDefaults(draft: Draft): void {
@@ -134,18 +149,17 @@ function addDefaults(draft: Draft): void {
   if (!draft.has('lora.alpha')) draft.set('lora.alpha', byDefault(2 * (draft.get('lora.r')?.value as number)));
 }
 
-async function addDatasets(options: PlainOptions, draft: Draft, dialect: Dialect): Promise<void> {
+async function addDatasets(options: PlainOptions, draft: Draft): Promise<void> {
   const named = draft.get('@datasets');
-  const folder = draft.get('@datasetDir');
-  const where = { folder: folder?.value as string | undefined, place: named?.place ?? '' };
-  if (named)
-    options.dataset = await sourcesOf(
-      named.value as string[],
-      where,
-      draft.get('@maxSamples')?.value as number | undefined,
-    );
-  else if (typeof options.dataset === 'string' && options.dataset.includes(',')) {
-    options.dataset = await sourcesOf(options.dataset.split(','), where);
+  const [folder, most] = [draft.get('@datasetDir'), draft.get('@maxSamples')];
+  const given = named ?? draft.get('dataset');
+  const where = { folder: folder?.value as string | undefined, place: given?.place ?? '' };
+  const ofNames = folder ?? most;
+  if (ofNames && !named && typeof options.dataset !== 'string') {
+    throw conflict(ofNames.place, `'${ofNames.key}' needs dataset, as names or paths`);
+  }
+  if (named || (typeof options.dataset === 'string' && (ofNames || options.dataset.includes(',')))) {
+    options.dataset = await sourcesOf(splitList(given?.value), where, most?.value as number | undefined);
   } else if (Array.isArray(options.dataset)) {
     options.dataset = options.dataset.map((entry) => (typeof entry === 'string' ? { source: entry } : entry));
   }
@@ -157,7 +171,6 @@ async function addDatasets(options: PlainOptions, draft: Draft, dialect: Dialect
     // The data sets to train on have formats of their own.
     options.datasetFormat ??= first?.format;
   }
-  if (dialect === 'llama-factory' && !named && folder) throw conflict(folder.place, `'${folder.key}' needs dataset`);
 }
 
 function setPath(options: Record<string, unknown>, path: string, value: unknown): void {
