@@ -24,7 +24,7 @@ const idle: readonly { names: readonly Name[]; where: (options: ResolvedTrainerO
   },
   { names: ['loraPlusRatio'], where: ({ lora }) => lora === 'none', why: "lora is 'none'" },
   {
-    names: ['evalSteps', 'maxEvalSamples'],
+    names: ['maxEvalSamples'],
     where: ({ evalDataset }) => evalDataset === undefined,
     why: 'there is no evalDataset',
   },

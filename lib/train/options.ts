@@ -107,7 +107,7 @@ export interface TrainerOptions {
   targetMaxLength?: number;
   maxTrainSamples?: number;
   maxEvalSamples?: number;
-  /** Evaluate every so many steps; default: at the end, where there is something to evaluate on. */
+  /** Evaluate every so many steps; needs evalDataset. Default: at the end, where there is something to evaluate on. */
   evalSteps?: number;
   /** Write a checkpoint every so many steps; default 250. */
   saveSteps?: number;
@@ -266,6 +266,9 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
       `${compares} compares losses on evaluation rows, which needs evalDataset and evalSteps`,
       'Set both, or leave it out.',
     );
+  }
+  if (evalSteps !== undefined && evalDataset === undefined) {
+    throw conflict('evalSteps needs evalDataset: there is nothing to evaluate on', 'Set evalDataset, or leave it out.');
   }
   if (lora && lora !== 'none' && initialAdapter) {
     throw conflict('initialAdapter brings its own r, alpha and targets', 'Leave lora out.');

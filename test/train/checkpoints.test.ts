@@ -84,6 +84,7 @@ t.test('early stopping', async (t) => {
   for (const [options, name] of [
     [{ keepBest: true }, 'keepBest'],
     [{ keepBest: true, evalSteps: 3 }, 'keepBest'],
+    [{ evalSteps: 3 }, 'evalSteps needs evalDataset'],
     [{ earlyStoppingPatience: 2, evalDataset: 0.5 }, 'earlyStoppingPatience'],
   ] as const) {
     await t.rejects(QLoRATrainer.create(tinyRun(outOf(t), { ...plainRun, ...options })), {

@@ -311,8 +311,8 @@ t.test('an option that changes nothing is told of', async (t) => {
     return names;
   };
   const sgd = { optimizer: 'sgd', lrScheduler: 'cosine', evalDataset: rows } as const;
-  const given = { momentum: 0.9, evalSteps: 2, warmupSteps: 3, schedulerOptions: { numCycles: 1 } };
-  t.same(await told(given), ['momentum', 'evalSteps', 'warmupSteps', 'schedulerOptions']);
+  const given = { momentum: 0.9, maxEvalSamples: 2, warmupSteps: 3, schedulerOptions: { numCycles: 1 } };
+  t.same(await told(given), ['momentum', 'maxEvalSamples', 'warmupSteps', 'schedulerOptions']);
   t.same(await told({ ...given, ...sgd }), [], 'these take effect');
   t.same(await told({ ...sgd, adamBeta2: 0.99, adamEpsilon: 1e-8 }), ['adamBeta2'], 'a default says nothing');
 });
