@@ -11,8 +11,11 @@ export interface AdaptedModule {
   readonly scale: number;
 }
 
-/** Milliseconds that all matching of one adapter may take: a pattern from a stranger can need forever. */
-const patternTimeout = 250;
+/**
+ * Milliseconds that matching one pattern may take: a stranger's can need forever. A good one needs a fraction of one, but
+ * on a busy machine the process may stand still for long.
+ */
+const patternTimeout = 3000;
 
 /**
  * The modules among `paths` (every linear layer but the output head) that the adapter has. Targets are names that end a
