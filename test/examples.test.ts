@@ -39,6 +39,7 @@ t.test('train-on-rows', async (t) => {
   t.same(readdirSync(directory).sort(), [
     'adapter_config.json',
     'adapter_model.safetensors',
+    'checkpoint-30',
     'metrics.jsonl',
     'qlora_node.json',
     'report.html',

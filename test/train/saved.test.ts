@@ -32,6 +32,7 @@ t.test('what is saved is what was trained', async (t) => {
     t.same(readdirSync(adapterDir as string).sort(), [
       'adapter_config.json',
       'adapter_model.safetensors',
+      'checkpoint-4',
       'metrics.jsonl',
       'qlora_node.json',
       'report.html',
