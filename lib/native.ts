@@ -16,6 +16,13 @@ export interface NativeStream {
   memory(): NativeMemory;
   setMemoryLimit(bytes: number): void;
   trim(): void;
+  times(): Promise<Record<string, OperationTime>>;
+}
+
+/** What the calls of an operation took, in all. */
+export interface OperationTime {
+  calls: number;
+  seconds: number;
 }
 
 type TypedArray = Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array;

@@ -13,8 +13,10 @@
 // the allocation of outputs and the passing on of errors, so that a kernel is left with its arithmetic.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <new>
+#include <string_view>
 #include <vector>
 
 #include "core/error.h"
@@ -113,11 +115,12 @@ inline std::shared_ptr<const Error> currentError() {
   }
 }
 
-/// Checks the arguments now; runs the kernel when the stream comes to it.
+/// Checks the arguments now; runs the kernel when the stream comes to it, and counts its time under `name`, a literal.
 template <class Args>
-void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&)) {
+void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&), std::string_view name) {
   args.check();
-  stream.post([args = std::move(args), kernel](Context& context) mutable {
+  stream.post([args = std::move(args), kernel, name, &stream](Context& context) mutable {
+    const auto began = std::chrono::steady_clock::now();
     detail::FindError inputs;
     args.visit(inputs);
     std::shared_ptr<const Error> error = std::move(inputs.error);
@@ -134,6 +137,9 @@ void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&)) {
       detail::PassOnError passOn{error};
       args.visit(passOn);
     }
+    OperationTime& time = stream.times()[name];
+    ++time.calls;
+    time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   });
 }
 

@@ -40,7 +40,7 @@ int threadsFromEnvironment() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : shares_(static_cast<size_t>(threads)) {
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) {
@@ -61,10 +61,13 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(int64_t count, Invoke invoke, void* body) {
   std::lock_guard owner(owner_);
   // The loop before is closed and left by all, so nobody reads these.
-  count_ = count;
+  const auto threads = static_cast<int64_t>(shares_.size());
+  for (int64_t t = 0; t < threads; ++t) {
+    shares_[t].next = t * count / threads;
+    shares_[t].end = (t + 1) * count / threads;
+  }
   invoke_ = invoke;
   body_ = body;
-  next_ = 0;
   failed_ = false;
   exception_ = nullptr;
   loop_ = ((loop_.load(std::memory_order_relaxed) & ~kStateBits) + kNextLoop) | kOpen;
@@ -87,8 +90,12 @@ void ThreadPool::run(int64_t count, Invoke invoke, void* body) {
 
 void ThreadPool::drain(int thread) {
   try {
-    for (int64_t i; !failed_ && (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
-      invoke_(body_, i, thread);
+    const size_t threads = shares_.size();
+    for (size_t turn = 0; turn < threads; ++turn) {
+      Share& share = shares_[(thread + turn) % threads];
+      for (int64_t i; !failed_ && (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        invoke_(body_, i, thread);
+    }
   } catch (...) {
     std::lock_guard lock(mutex_);
     if (!failed_.exchange(true)) exception_ = std::current_exception();

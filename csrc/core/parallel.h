@@ -14,8 +14,9 @@
 
 namespace qlora {
 
-/// Threads that stay. `parallelFor` hands out indices one at a time, in order, so results may not depend on which thread
-/// takes which index; sums over indices are made in index order by the caller.
+/// Threads that stay. Each has its share of a loop's indices, consecutive ones, and takes from the others' when it is
+/// done with its own; so it meets again, in its own caches, the rows that it wrote in the loop before. Results may not
+/// depend on which thread takes which index; sums over indices are made in index order by the caller.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -65,8 +66,11 @@ class ThreadPool {
   // run in time never joins, and nobody waits for it.
   std::atomic<uint64_t> loop_{0};
   std::atomic<int> asleep_{0};
-  std::atomic<int64_t> next_{0};
-  int64_t count_ = 0;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::vector<Share> shares_;
   Invoke invoke_ = nullptr;
   void* body_ = nullptr;
   std::exception_ptr exception_;

@@ -4,8 +4,10 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -50,9 +52,16 @@ struct Context {
   Scratch& scratch;
 };
 
+/// What an operation took so far: of a stream, since it was last asked.
+struct OperationTime {
+  int64_t calls = 0;
+  double seconds = 0;
+};
+
 class Stream {
  public:
   using Task = std::function<void(Context&)>;
+  using Times = std::map<std::string_view, OperationTime>;
 
   Stream(std::shared_ptr<Memory> memory, const OpTable& ops);
   Stream(const Stream&) = delete;
@@ -67,6 +76,8 @@ class Stream {
   Memory& memory() const { return *memory_; }
   const std::shared_ptr<Memory>& sharedMemory() const { return memory_; }
   const OpTable& ops() const { return ops_; }
+  /// By the operation's name. For tasks, on the stream's own thread.
+  Times& times() { return times_; }
 
  private:
   void work();
@@ -77,6 +88,7 @@ class Stream {
   std::condition_variable wake_;
   std::deque<Task> queue_;
   bool closed_ = false;
+  Times times_;
   std::thread thread_;
 };
 

@@ -22,14 +22,15 @@ Napi::Object counts(Napi::Env env, const MemoryCounter& counter) {
 }
 
 template <class Args>
-Napi::Value callOperation(const Napi::CallbackInfo& info, void (*const OpTable::*kernel)(Context&, const Args&)) {
+Napi::Value callOperation(const Napi::CallbackInfo& info, void (*const OpTable::*kernel)(Context&, const Args&),
+                          std::string_view name) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const std::shared_ptr<Stream>& stream = StreamHandle::of(info[0]).stream;
     Args args{};
     ArgumentReader reader(info, stream);
     args.visit(reader);
     reader.finish();
-    enqueue(*stream, std::move(args), stream->ops().*kernel);
+    enqueue(*stream, std::move(args), stream->ops().*kernel, name);
     return info.Env().Undefined();
   });
 }
@@ -41,7 +42,7 @@ Napi::Function StreamHandle::define(Napi::Env env) {
       env, "Stream",
       {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
        InstanceMethod<&StreamHandle::memory>("memory"), InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
-       InstanceMethod<&StreamHandle::trim>("trim")});
+       InstanceMethod<&StreamHandle::trim>("trim"), InstanceMethod<&StreamHandle::times>("times")});
 }
 
 /// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
@@ -97,6 +98,25 @@ Napi::Value StreamHandle::trim(const Napi::CallbackInfo& info) {
   });
 }
 
+/// Resolves to {operation: {calls, seconds}} of what has run since the last such call.
+Napi::Value StreamHandle::times(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    auto times = std::make_shared<Stream::Times>();
+    return onStream(
+        info.Env(), stream, [times, own = stream.get()](Context&) { times->swap(own->times()); },
+        [times](Napi::Env env) {
+          Napi::Object result = Napi::Object::New(env);
+          for (const auto& [name, time] : *times) {
+            Napi::Object entry = Napi::Object::New(env);
+            entry.Set("calls", static_cast<double>(time.calls));
+            entry.Set("seconds", time.seconds);
+            result.Set(std::string(name), entry);
+          }
+          return result;
+        });
+  });
+}
+
 static Napi::Value processMemoryOf(const Napi::CallbackInfo& info) { return counts(info.Env(), processMemory()); }
 
 static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
@@ -126,7 +146,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   Napi::Object ops = Napi::Object::New(env);
 #define QLORA_DEFINE_OP(function, Args)                                            \
   ops.Set(#function, Napi::Function::New(env, [](const Napi::CallbackInfo& info) { \
-            return callOperation<Args>(info, &OpTable::function);                  \
+            return callOperation<Args>(info, &OpTable::function, #function);       \
           }));
   QLORA_OPS(QLORA_DEFINE_OP)
 #undef QLORA_DEFINE_OP

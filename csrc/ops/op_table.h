@@ -25,6 +25,7 @@
 #include "ops/rms_norm.h"
 #include "ops/roofline.h"
 #include "ops/rope.h"
+#include "ops/select_rows.h"
 
 // clang-format off
 #define QLORA_OPS(X) \
@@ -69,6 +70,8 @@
   X(rope, Rope) \
   X(attentionForward, AttentionForward) \
   X(attentionBackward, AttentionBackward) \
+  X(selectRows, SelectRows) \
+  X(scatterRows, ScatterRows) \
   X(appendKeyValue, AppendKeyValue) \
   X(gatherKeyValue, GatherKeyValue) \
   X(matmulForward, MatmulForward) \

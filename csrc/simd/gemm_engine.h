@@ -39,7 +39,7 @@ class Engine {
       const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
       auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
-        const int64_t strip = task % strips, begin = task / strips * kChunk, end = std::min<int64_t>(begin + kChunk, K);
+        const int64_t strip = task / chunks, begin = task % chunks * kChunk, end = std::min<int64_t>(begin + kChunk, K);
         const int64_t lanes = std::min<int64_t>(kStrip, M - strip * kStrip);
         // Rows of a piece stay in the first cache until they are transposed.
         constexpr int64_t kPiece = 128, kApart = kPiece + 32;
@@ -62,8 +62,8 @@ class Engine {
     const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
     auto* panels = context.scratch.take<Element>(chunks * M * kStride + 1);
     context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
-      const int64_t chunk = task / blocks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
-      const int64_t row = task % blocks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
+      const int64_t chunk = task % chunks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
+      const int64_t row = task / chunks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
       Element* out = panels + (chunk * M + row) * kStride;
       if (form == GemmForm::nn) {
         E::rowsNatural(a, compute, row, rows, k, n, out, kStride);
@@ -117,15 +117,16 @@ class Engine {
       const PackedA packed = g.packed ? *g.packed : pack(context, g.form, g.compute, g.a, g.M, g.K, hasSplitOrder(g.b));
       addTerm(g.b, g.K, packed, {});
     }
-    // Fewer than this many tasks leave threads idle at the end.
-    constexpr int64_t kTasks = 16;
+    // A thread has rows of its own where they are many: it wrote them in the operation before, and reading or writing
+    // what another core wrote last costs more than decoding once more. Then enough tasks that no thread idles at the end.
+    constexpr int64_t kTasks = 4, kOwnRows = 128;
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
-    shared_ = even(g.M, kShared, sharedUnit);
-    decoded_ = even(g.N, kDecoded, decodedUnit);
-    while (tasks() < kTasks && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
-    while (tasks() < kTasks && decoded_ > std::max<int64_t>(32, decodedUnit))
-      decoded_ = even(g.N, decoded_ / 2, decodedUnit);
     const int threads = context.pool.size();
+    shared_ = even(g.M, std::min(kShared, std::max(kOwnRows, ceilDivide(g.M, threads))), sharedUnit);
+    decoded_ = even(g.N, kDecoded, decodedUnit);
+    while (tasks() < kTasks * threads && decoded_ > std::max<int64_t>(32, decodedUnit))
+      decoded_ = even(g.N, decoded_ / 2, decodedUnit);
+    while (tasks() < kTasks * threads && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
     const int64_t rows = lanesShared_ ? decoded_ : shared_, lanes = lanesShared_ ? shared_ : decoded_;
     panelSize_ = lanesShared_ ? decoded_ * kStride : roundUp(decoded_, decodedUnit) * kChunk;
     tilesSize_ = (rows / kRows + 1) * ceilDivide(lanes, kStrip) * kTile;

@@ -139,14 +139,10 @@ async function step(
   const { numBeams, adapter, endTokens, temperature, seed } = options;
   const { batch } = cache;
   const length = tokens.length / batch;
-  const rows = { tokens, batch, length };
+  const wanted = Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1);
+  const rows = { tokens, batch, length, wanted };
   using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(
-    core,
-    adapter,
-    hidden,
-    Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1),
-  );
+  using logits = logitsOf(core, adapter, hidden);
   using logProbs = logSoftmax(logits);
   const made = (search.growing[0] as Hypothesis).ids.length;
   const seen = seenBy(search.growing, batch, prompt);

@@ -64,9 +64,9 @@ async function nextId(
   options: SamplingOptions & ScoreOptions,
 ): Promise<number> {
   const tokens = ids.subarray(cache.length);
-  const rows = { tokens, batch: 1, length: tokens.length };
+  const rows = { tokens, batch: 1, length: tokens.length, wanted: Int32Array.of(tokens.length - 1) };
   using hidden = hiddenStates(core, undefined, rows, { adapter: options.adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(core, options.adapter, hidden, Int32Array.of(tokens.length - 1));
+  using logits = logitsOf(core, options.adapter, hidden);
   using scores = processScores(logits, ids, step, 1, options);
   using id = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
   return (await id.readBits())[0] as number;

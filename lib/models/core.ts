@@ -5,7 +5,6 @@ import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import type { TrainingRecord } from '../io/training-record.js';
-import { embedding } from '../ops/embedding.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
@@ -47,6 +46,8 @@ export interface TokenRows {
   positions?: Int32Array;
   /** Below 0 in padding. Default: each row is one sequence. */
   segmentIds?: Int32Array;
+  /** Flat positions, ascending, whose hidden states are wanted: the others are spared what they can. Default: all. */
+  wanted?: Int32Array;
 }
 
 /** An id that the embedding does not have would read outside of it: refused before anything is enqueued. */
@@ -62,7 +63,7 @@ export function checkIds(ids: ArrayLike<number>, vocabSize: number, what = 'inpu
   }
 }
 
-/** The hidden states of all positions after the last norm, [batch * length, hiddenSize]. */
+/** The hidden states after the last norm, of the wanted positions or of all, [positions, hiddenSize]. */
 export function hiddenStates(
   core: ModelCore,
   tape: Tape | undefined,
@@ -78,6 +79,8 @@ export function hiddenStates(
   }
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
+  const fewer = rows.wanted && rows.wanted.length < batch * length ? rows.wanted : undefined;
+  using wanted = fewer && Tensor.from(core.stream, fewer, [fewer.length]);
   const { neftune } = pass;
   using magnitude =
     neftune && Tensor.from(core.stream, noiseMagnitudes(neftune.alpha, core.config.hiddenSize, rows), [batch, length]);
@@ -86,7 +89,7 @@ export function hiddenStates(
   const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
   const table = makeRopeTable(core, positions, length);
   try {
-    const input = { tokens, rope: table, segments, cache, noise };
+    const input = { tokens, rope: table, segments, cache, wanted, noise };
     return decode(tape, core.config, decoderOf(core, pass.adapter), input, {
       ...pass,
       computeDtype: core.computeDtype,
@@ -132,17 +135,9 @@ export function decoderOf(core: ModelCore, adapter: string | undefined): Decoder
   return (adapter === undefined ? undefined : core.adapters.get(adapter)?.whole.decoder) ?? core.weights.decoder;
 }
 
-/**
- * Logits of the chosen rows of `hidden` [M, C], which a pass with this adapter made, fp32 [rows.length, V]; of all rows
- * where none are named.
- */
-export function logitsOf(core: ModelCore, adapter: string | undefined, hidden: Tensor, rows?: Int32Array): Tensor {
-  const { head } = decoderOf(core, adapter);
-  if (!rows) return matmul(undefined, hidden, head, undefined, 'f32');
-  using ids = Tensor.from(core.stream, rows, [rows.length]);
-  // Picking rows of a matrix by number is what an embedding does.
-  using picked = embedding(undefined, hidden, ids, { dtype: core.computeDtype });
-  return matmul(undefined, picked, head, undefined, 'f32');
+/** Logits of `hidden` [M, C], which a pass with this adapter made, fp32 [M, V]. */
+export function logitsOf(core: ModelCore, adapter: string | undefined, hidden: Tensor): Tensor {
+  return matmul(undefined, hidden, decoderOf(core, adapter).head, undefined, 'f32');
 }
 
 /** Every id that ends a text: generation_config.json's, else config.json's, and the tokenizer's. */

@@ -1,6 +1,7 @@
 /**
  * A decoder-only transformer as its DecoderConfig describes it. Shapes: B rows, T tokens a row, C hidden size, H query
- * heads, G key-value heads, D head size, V vocabulary, S places of the cache.
+ * heads, G key-value heads, D head size, V vocabulary, S places of the cache, R
+ * positions whose hidden states are wanted.
  */
 import { checkpoint, type Tape } from '../autograd.js';
 import type { Linear, Pass } from '../nn/linear.js';
@@ -13,6 +14,7 @@ import { type NeftuneKey, neftune } from '../ops/neftune.js';
 import { reshape } from '../ops/reshape.js';
 import { rmsNorm } from '../ops/rms-norm.js';
 import { type RopeTable, rope } from '../ops/rope.js';
+import { selectRows } from '../ops/select-rows.js';
 import type { Weight } from '../ops/weight.js';
 import type { FloatDType, Tensor } from '../tensor.js';
 import type { DecoderConfig } from './config.js';
@@ -47,6 +49,8 @@ export interface DecoderInput {
   /** i32 [B, T]: tokens attend within equal ids only; left out where each row is one sequence. */
   segments?: Tensor;
   cache?: KeyValueCache;
+  /** i32 [R], ascending: the positions whose hidden states are wanted; left out where all are. */
+  wanted?: Tensor;
   /** Noise on the embeddings: f32 [B, T], the magnitude of each token's. */
   noise?: NeftuneKey & { magnitude: Tensor };
 }
@@ -62,7 +66,7 @@ export interface DecoderPass extends Pass {
   neftune?: { alpha: number; seed: number; microStep: number };
 }
 
-/** Hidden states after the last norm, [B T, C]. */
+/** Hidden states after the last norm, [B T, C], or [R, C] of those that are wanted. */
 export function decode(
   tape: Tape | undefined,
   config: DecoderConfig,
@@ -70,7 +74,7 @@ export function decode(
   input: DecoderInput,
   pass: DecoderPass,
 ): Tensor {
-  const { tokens, cache, noise } = input;
+  const { tokens, cache, noise, wanted } = input;
   const [B, T] = tokens.shape as [number, number];
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
   const start = noise ? neftune(tape, embedded, noise.magnitude, noise) : embedded;
@@ -82,7 +86,7 @@ export function decode(
   const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
-    const needs = [input.rope.cos, input.rope.sin, ...(input.segments ? [input.segments] : [])];
+    const needs = [input.rope.cos, input.rope.sin, input.segments, wanted].filter((t) => t !== undefined);
     const y = tape && layer < again ? checkpoint(tape, x, run, needs) : run(tape, x);
     x.dispose();
     x = y;
@@ -107,6 +111,24 @@ function runBlock(
   using normed = rmsNorm(tape, x, block.attentionNorm, eps, offset);
   pass.inspect?.(block.attentionNorm, normed);
   using attended = attend(tape, config, block, layer, normed, input, pass);
+  const { wanted } = input;
+  if (!wanted || layer < config.numLayers - 1) return afterAttention(tape, config, block, x, attended, pass);
+  // What follows attention is position by position: in the last layer only where somebody looks.
+  using rows = selectRows(tape, x, wanted);
+  using attendedRows = selectRows(tape, attended, wanted);
+  return afterAttention(tape, config, block, rows, attendedRows, pass);
+}
+
+/** x [.., C] and what its tokens attended to, [.., H D], to the block's output [.., C] */
+function afterAttention(
+  tape: Tape | undefined,
+  config: DecoderConfig,
+  block: Block,
+  x: Tensor,
+  attended: Tensor,
+  pass: DecoderPass,
+): Tensor {
+  const { eps, offset } = config.norm;
   using projected = block.o.forward(tape, attended, pass);
   using h = add(tape, x, projected);
   using mlpInput = rmsNorm(tape, h, block.mlpNorm, eps, offset);

@@ -1,5 +1,6 @@
 import type { Tape } from '../autograd.js';
 import { collate, type Sequence, shiftLabels } from '../data/batch.js';
+import { IGNORED } from '../data/encode.js';
 import type { RowStore } from '../data/row-store.js';
 import { decoderOf, hiddenStates, type ModelCore } from '../models/core.js';
 import type { DecoderPass } from '../models/decoder.js';
@@ -46,6 +47,16 @@ export function evalBatches(rows: RowStore, batchSize: number): number[][] {
 }
 
 /**
+ * Where labels count, if so many do not that leaving them out of the last layer is worth copying the rest; at least one
+ * position, so that there is a pass.
+ */
+function countedPositions(labels: Int32Array): Int32Array | undefined {
+  const counted = Int32Array.from(labels.keys()).filter((i) => labels[i] !== IGNORED);
+  if (counted.length > 0.9 * labels.length) return undefined;
+  return counted.length > 0 ? counted : Int32Array.of(0);
+}
+
+/**
  * Enqueues the loss of some sequences, times `scale`, and with a tape its gradients, times `lossScale` [1] as well.
  *
  * @returns the loss [1], to be read and disposed of
@@ -62,8 +73,11 @@ export function enqueueLoss(
   // A row by itself has neither padding nor neighbours: its tokens are one segment.
   const segments = sequences.length > 1 || sequences[0]?.length !== 1 ? { segmentIds: batch.segmentIds } : {};
   const { tokens, batch: B, length, positions } = batch;
-  using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments }, pass);
-  using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
+  const all = shiftLabels(batch);
+  const wanted = countedPositions(all);
+  const targets = wanted ? wanted.map((i) => all[i] as number) : all;
+  using hidden = hiddenStates(core, tape, { tokens, batch: B, length, positions, ...segments, wanted }, pass);
+  using labels = Tensor.from(core.stream, targets, [targets.length]);
   const loss = linearCrossEntropy(tape, hidden, decoderOf(core, pass.adapter).head, labels, { scale, lossScale });
   if (tape) {
     using one = new Tensor(core.stream, 'f32', [1]);

@@ -126,31 +126,32 @@ std::vector<std::vector<char>> runLayer(Stream& stream, const OpTable& ops, DTyp
   uint64_t draws = 0;
   const auto uniform = [&](std::initializer_list<int64_t> shape) {
     Tensor t = make(DType::f32, shape);
-    enqueue(stream, RandomUniform{t, -1, 1, 7, draws++}, ops.randomUniform);
+    enqueue(stream, RandomUniform{t, -1, 1, 7, draws++}, ops.randomUniform, "randomUniform");
     return t;
   };
   const auto narrow = [&](const Tensor& x, std::initializer_list<int64_t> shape) {
     Tensor y = make(dtype, shape);
-    enqueue(stream, Cast{x, y}, ops.cast);
+    enqueue(stream, Cast{x, y}, ops.cast, "cast");
     return y;
   };
   const auto zeros = [&](std::initializer_list<int64_t> shape) {
     Tensor t = make(DType::f32, shape);
-    enqueue(stream, Fill{t, 0}, ops.fill);
+    enqueue(stream, Fill{t, 0}, ops.fill, "fill");
     return t;
   };
 
   Weight weight{
       make(DType::u8, {N * K / 2}), make(DType::f32, {N * K / 64}), make(DType::f32, {16}), {}, {}, N, K, 64, 0};
-  enqueue(stream, Quantize4bit{uniform({N, K}), weight.data, weight.absmax, 0, 64}, ops.quantize4bit);
-  enqueue(stream, FourBitCode{weight.code, 0}, ops.fourBitCode);
+  enqueue(stream, Quantize4bit{uniform({N, K}), weight.data, weight.absmax, 0, 64}, ops.quantize4bit, "quantize4bit");
+  enqueue(stream, FourBitCode{weight.code, 0}, ops.fourBitCode, "fourBitCode");
   const Tensor loraA = uniform({r, K}), loraB = uniform({N, r}), gain = uniform({K});
   const Tensor x = narrow(uniform({T, K}), {T, K});
 
   const Tensor normed = make(dtype, {T, K}), rstd = make(DType::f32, {T});
-  enqueue(stream, RmsNormForward{x, gain, normed, rstd, 1e-5f, 0}, ops.rmsNormForward);
+  enqueue(stream, RmsNormForward{x, gain, normed, rstd, 1e-5f, 0}, ops.rmsNormForward, "rmsNormForward");
   const Tensor y = make(dtype, {T, N}), t = make(dtype, {T, r});
-  enqueue(stream, LoraLinearForward{normed, weight, {}, loraA, loraB, y, t, 0.5f, 0.1f, 3, 4}, ops.loraLinearForward);
+  enqueue(stream, LoraLinearForward{normed, weight, {}, loraA, loraB, y, t, 0.5f, 0.1f, 3, 4}, ops.loraLinearForward,
+          "loraLinearForward");
   const auto heads = [&](const Tensor& flat) {
     Tensor view = flat;
     view.rank = 4;
@@ -159,7 +160,7 @@ std::vector<std::vector<char>> runLayer(Stream& stream, const OpTable& ops, DTyp
   };
   const Tensor out = make(dtype, {1, T, H, D}), logSumExp = make(DType::f32, {1, H, T});
   enqueue(stream, AttentionForward{heads(y), heads(y), heads(y), {}, {}, out, logSumExp, 0.2f, 1, 0, 0, T},
-          ops.attentionForward);
+          ops.attentionForward, "attentionForward");
   Tensor hidden = out;
   hidden.rank = 2;
   hidden.shape = {T, K};
@@ -171,22 +172,22 @@ std::vector<std::vector<char>> runLayer(Stream& stream, const OpTable& ops, DTyp
   });
   const Tensor loss = make(DType::f32, {1}), dhidden = make(dtype, {T, K}), dhead = zeros({V, K});
   enqueue(stream, LinearCrossEntropy{hidden, head, {}, labels, {}, loss, {}, dhidden, dhead, 0.04f, 0},
-          ops.linearCrossEntropy);
+          ops.linearCrossEntropy, "linearCrossEntropy");
   const Tensor dq = make(dtype, {1, T, H, D}), dk = make(dtype, {1, T, H, D}), dv = make(dtype, {1, T, H, D});
   enqueue(stream,
           AttentionBackward{
               heads(dhidden), heads(y), heads(y), heads(y), out, logSumExp, {}, {}, dq, dk, dv, 0.2f, 1, 0, 0},
-          ops.attentionBackward);
+          ops.attentionBackward, "attentionBackward");
   Tensor dy = dv;
   dy.rank = 2;
   dy.shape = {T, N};
   const Tensor dnormed = make(dtype, {T, K}), dA = zeros({r, K}), dB = zeros({N, r});
   enqueue(stream, LoraLinearBackward{dy, normed, weight, loraA, loraB, t, dnormed, dA, dB, 0.5f, 0.1f, 3, 4},
-          ops.loraLinearBackward);
+          ops.loraLinearBackward, "loraLinearBackward");
   const Tensor dx = make(dtype, {T, K}), dgain = zeros({K});
-  enqueue(stream, RmsNormBackward{dnormed, x, gain, rstd, dx, dgain, 0}, ops.rmsNormBackward);
+  enqueue(stream, RmsNormBackward{dnormed, x, gain, rstd, dx, dgain, 0}, ops.rmsNormBackward, "rmsNormBackward");
   const Tensor norm = make(DType::f32, {2});
-  enqueue(stream, GradNorm{{dA, dB, dgain, dhead}, norm}, ops.gradNorm);
+  enqueue(stream, GradNorm{{dA, dB, dgain, dhead}, norm}, ops.gradNorm, "gradNorm");
 
   std::vector<std::vector<char>> results;
   std::atomic<bool> done{false};
@@ -221,7 +222,7 @@ void testLayers() {
       }
       for (std::thread& user : users) user.join();
     }
-    std::printf("%s\n", ops.name);
+    std::printf("%s\n", ops.name, "name");
   }
 }
 
