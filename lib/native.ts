@@ -16,13 +16,15 @@ export interface NativeStream {
   memory(): NativeMemory;
   setMemoryLimit(bytes: number): void;
   trim(): void;
-  times(): Promise<Record<string, OperationTime>>;
+  usage(): Promise<StreamUsage>;
 }
 
-/** What the calls of an operation took, in all. */
-export interface OperationTime {
-  calls: number;
-  seconds: number;
+/** What a stream has done. */
+export interface StreamUsage {
+  /** Of each operation since this was last asked: its calls, and what they took in all. */
+  operations: Record<string, { calls: number; seconds: number }>;
+  /** Pages that the system has given to the stream's thread since it began; 0 where it does not count them. */
+  minorFaults: number;
 }
 
 type TypedArray = Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array;

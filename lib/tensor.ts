@@ -1,7 +1,7 @@
 /** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
 
 import { QLoRAError } from './errors.js';
-import type { NativeArgument, NativeMemory, NativeStream, NativeTensor, OperationTime } from './native.js';
+import type { NativeArgument, NativeMemory, NativeStream, NativeTensor, StreamUsage } from './native.js';
 import { guard, native } from './native.js';
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
@@ -52,9 +52,9 @@ export class Stream {
     return this.#native.memory();
   }
 
-  /** What each operation took since this was last asked, once everything enqueued so far has run. */
-  times(): Promise<Record<string, OperationTime>> {
-    return guard(() => this.#native.times());
+  /** What it has done, once everything enqueued so far has run. */
+  usage(): Promise<StreamUsage> {
+    return guard(() => this.#native.usage());
   }
 
   /** Allocations that would take the live bytes above it fail with ERR_QLORA_OUT_OF_MEMORY; 0 is no limit. */

@@ -99,6 +99,17 @@ t.test('an idle process ends, and a dropped read keeps none alive', async (t) =>
   t.same(outcome(t, await runChild('closed')), Array(3).fill('ERR_QLORA_DISPOSED'));
 });
 
+t.test('a training step maps no page', async (t) => {
+  // One thread, so that the stream's own is all that computes.
+  const { first, later } = outcome(t, await runChild('stepFaults', [], { env: { QLORA_NUM_THREADS: '1' } })) as {
+    first: number;
+    later: number[];
+  };
+  // Pages may be of 4 KiB or of 2 MiB.
+  t.ok(first > 10, `${first} in the first step`);
+  t.ok(later.filter((n) => n > 0).length <= 1, `after the second: ${later}`);
+});
+
 t.test('nothing grows', async (t) => {
   const gc = { node: ['--expose-gc'] };
   const MiB = 2 ** 20;

@@ -107,7 +107,7 @@ class StreamHandle : public Napi::ObjectWrap<StreamHandle> {
   Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value setMemoryLimit(const Napi::CallbackInfo& info);
   Napi::Value trim(const Napi::CallbackInfo& info);
-  Napi::Value times(const Napi::CallbackInfo& info);
+  Napi::Value usage(const Napi::CallbackInfo& info);
 };
 
 class TensorHandle : public Napi::ObjectWrap<TensorHandle> {

@@ -1,3 +1,5 @@
+#include <sys/resource.h>
+
 #include "napi/bind.h"
 #include "ops/op_table.h"
 
@@ -6,6 +8,15 @@ namespace qlora {
 namespace {
 
 const napi_type_tag kStreamTag = {0x716c6f7261737472, 0x65616d0000000001};
+
+/// Pages that the system has given to the calling thread; 0 where it does not count them.
+int64_t minorFaultsOfThread() {
+#if defined(__linux__)
+  rusage usage;
+  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_minflt;
+#endif
+  return 0;
+}
 
 Napi::Object counts(Napi::Env env, const MemoryCounter& counter) {
   Napi::Object result = Napi::Object::New(env);
@@ -42,7 +53,7 @@ Napi::Function StreamHandle::define(Napi::Env env) {
       env, "Stream",
       {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
        InstanceMethod<&StreamHandle::memory>("memory"), InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
-       InstanceMethod<&StreamHandle::trim>("trim"), InstanceMethod<&StreamHandle::times>("times")});
+       InstanceMethod<&StreamHandle::trim>("trim"), InstanceMethod<&StreamHandle::usage>("usage")});
 }
 
 /// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
@@ -98,20 +109,32 @@ Napi::Value StreamHandle::trim(const Napi::CallbackInfo& info) {
   });
 }
 
-/// Resolves to {operation: {calls, seconds}} of what has run since the last such call.
-Napi::Value StreamHandle::times(const Napi::CallbackInfo& info) {
+/// Resolves to {operations: {name: {calls, seconds}}, minorFaults} of what has run since the last such call.
+/// minorFaults are the pages that the system gave to the stream's thread since it began.
+Napi::Value StreamHandle::usage(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    auto times = std::make_shared<Stream::Times>();
+    struct Usage {
+      Stream::Times times;
+      int64_t minorFaults = 0;
+    };
+    auto usage = std::make_shared<Usage>();
     return onStream(
-        info.Env(), stream, [times, own = stream.get()](Context&) { times->swap(own->times()); },
-        [times](Napi::Env env) {
-          Napi::Object result = Napi::Object::New(env);
-          for (const auto& [name, time] : *times) {
+        info.Env(), stream,
+        [usage, own = stream.get()](Context&) {
+          usage->times.swap(own->times());
+          usage->minorFaults = minorFaultsOfThread();
+        },
+        [usage](Napi::Env env) {
+          Napi::Object operations = Napi::Object::New(env);
+          for (const auto& [name, time] : usage->times) {
             Napi::Object entry = Napi::Object::New(env);
             entry.Set("calls", static_cast<double>(time.calls));
             entry.Set("seconds", time.seconds);
-            result.Set(std::string(name), entry);
+            operations.Set(std::string(name), entry);
           }
+          Napi::Object result = Napi::Object::New(env);
+          result.Set("operations", operations);
+          result.Set("minorFaults", static_cast<double>(usage->minorFaults));
           return result;
         });
   });

@@ -12,7 +12,8 @@ namespace qlora::QLORA_ISA {
 
 namespace {
 
-constexpr int64_t kLogitsPerChunk = 8 << 20;  // fp32: 32 MiB
+// Rows at a time: logits of 64 MiB, but so many that reading the weight is paid for, and whole strips of the matmul.
+constexpr int64_t kLogitsPerChunk = 16 << 20, kRowsPerChunk = 128, kRowUnit = 32;
 constexpr int64_t kSumBlock = 1024;           // logits summed in fp32 before they go into an fp64 sum
 
 /// The rows whose label counts, in order; throws where a label is no row of the vocabulary.
@@ -72,8 +73,9 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
   int64_t* rows = context.scratch.take<int64_t>(M);
   const int64_t count = gatherRows(a, M, rows);
 
-  const int64_t most = std::max<int64_t>(1, kLogitsPerChunk / std::max<int64_t>(V, 1));
-  const int64_t chunks = (count + most - 1) / most, perChunk = chunks ? (count + chunks - 1) / chunks : 0;
+  const int64_t most = std::max(kRowsPerChunk, kLogitsPerChunk / std::max<int64_t>(V, 1));
+  const int64_t chunks = (count + most - 1) / most, even = chunks ? (count + chunks - 1) / chunks : 0;
+  const int64_t perChunk = std::min(count, (even + kRowUnit - 1) / kRowUnit * kRowUnit);
   const bool wantsGradient = a.dh.defined() || a.dweight.defined();
   float* logits = context.scratch.take<float>(perChunk * V);
   char* hChunk = context.scratch.take<char>(perChunk * static_cast<int64_t>(rowBytes));

@@ -1,5 +1,5 @@
 // The output head and the loss as one operation, forward and backward in one visit, so that logits are never whole:
-// rows go through in chunks whose fp32 logits take about 32 MiB.
+// rows go through in chunks whose fp32 logits take about 64 MiB, or 128 rows where the vocabulary is large.
 //
 //   x = h W^T + bias;  z = softCap * tanh(x / softCap) (Gemma 2), or x where softCap is 0
 //   tokenLoss[i] = logsumexp_v(z[i, v]) - z[i, labels[i]]

@@ -12,7 +12,8 @@
 // flat index of x. The mask is never stored: the backward draws it again from the same seed and stream.
 //
 // x, dy [.., K], [.., N] f32, bf16 or f16, of one type, the compute type (ops/matmul.h says how W takes part, 8-bit
-// included); loraA, loraB f32, rounded to the compute type (loraB after the multiplication by scale); bias [N] any;
+// included); loraA, loraB f32, rounded to the compute type (loraB after the multiplication by scale), where nothing is
+// trained also of the compute type already; bias [N] any;
 // t [.., r] of x's type, an output that the backward wants back; y, dx of x's type. dloraA, dloraB f32, accumulated.
 // All sums in fp32.
 #pragma once
@@ -51,9 +52,9 @@ struct LoraLinearForward {
       checkFloat(op, "bias", bias);
       checkShape(op, "bias", bias, {weight.N});
     }
-    checkDType(op, "loraA", loraA, {DType::f32});
+    checkDType(op, "loraA", loraA, {DType::f32, x.dtype});
     checkShape(op, "loraA", loraA, {-1, weight.K});
-    checkDType(op, "loraB", loraB, {DType::f32});
+    checkDType(op, "loraB", loraB, {DType::f32, x.dtype});
     checkShape(op, "loraB", loraB, {weight.N, loraA.dim(0)});
     checkDType(op, "y", y, {x.dtype});
     checkLeading(op, "y", y, x, weight.N);

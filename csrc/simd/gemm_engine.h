@@ -122,7 +122,8 @@ class Engine {
     constexpr int64_t kTasks = 4, kOwnRows = 128;
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
     const int threads = context.pool.size();
-    shared_ = even(g.M, std::min(kShared, std::max(kOwnRows, ceilDivide(g.M, threads))), sharedUnit);
+    const int64_t own = std::clamp<int64_t>(g.M / kOwnRows, 1, threads);
+    shared_ = even(g.M, std::min(kShared, ceilDivide(g.M, own)), sharedUnit);
     decoded_ = even(g.N, kDecoded, decodedUnit);
     while (tasks() < kTasks * threads && decoded_ > std::max<int64_t>(32, decodedUnit))
       decoded_ = even(g.N, decoded_ / 2, decodedUnit);

@@ -6,7 +6,7 @@ import { beamCandidates } from '../ops/logits-choose.js';
 import { logSoftmax } from '../ops/logits-process.js';
 import { Tensor } from '../tensor.js';
 import { processScores, type ScoreOptions } from './scores.js';
-import type { SamplingOptions } from './tokens.js';
+import type { GenerationPass, SamplingOptions } from './tokens.js';
 
 export interface Hypothesis {
   /** New ids, without the one that ended it. */
@@ -100,6 +100,7 @@ function byScore(a: Hypothesis, b: Hypothesis): number {
 export async function beamSearch(
   core: ModelCore,
   prompt: ArrayLike<number>,
+  pass: GenerationPass,
   options: SamplingOptions & ScoreOptions,
 ): Promise<Hypothesis> {
   const { numBeams, maxNewTokens, signal } = options;
@@ -110,13 +111,13 @@ export async function beamSearch(
   {
     signal?.throwIfAborted();
     using promptCache = new KeyValueCache(stream, config, 1, prompt.length, computeDtype);
-    const beams = await step(core, Int32Array.from(prompt), promptCache, prompt, search, options);
+    const beams = await step(core, Int32Array.from(prompt), promptCache, prompt, search, pass, options);
     cache.gather(promptCache, padded(beams, numBeams), 0);
   }
   while (!search.done) {
     signal?.throwIfAborted();
     const last = search.growing.map(({ ids }) => ids.at(-1) as number);
-    const beams = await step(core, padded(last, numBeams), cache, prompt, search, options);
+    const beams = await step(core, padded(last, numBeams), cache, prompt, search, pass, options);
     cache.gather(cache, padded(beams, numBeams), prompt.length);
   }
   return search.best;
@@ -134,15 +135,16 @@ async function step(
   cache: KeyValueCache,
   prompt: ArrayLike<number>,
   search: BeamSearch,
+  pass: GenerationPass,
   options: SamplingOptions & ScoreOptions,
 ): Promise<number[]> {
-  const { numBeams, adapter, endTokens, temperature, seed } = options;
+  const { numBeams, endTokens, temperature, seed } = options;
   const { batch } = cache;
   const length = tokens.length / batch;
   const wanted = Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1);
   const rows = { tokens, batch, length, wanted };
-  using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(core, adapter, hidden);
+  using hidden = hiddenStates(core, undefined, rows, pass, cache);
+  using logits = logitsOf(core, pass.adapter, hidden);
   using logProbs = logSoftmax(logits);
   const made = (search.growing[0] as Hypothesis).ids.length;
   const seen = seenBy(search.growing, batch, prompt);

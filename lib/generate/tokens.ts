@@ -1,6 +1,7 @@
 /** From ids to ids: the prompt at once, then a token a pass over a cache of keys and values. */
 import { QLoRAError } from '../errors.js';
-import { checkIds, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
+import { checkIds, FrozenAdapter, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
+import type { DecoderPass } from '../models/decoder.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
 import { argmax, sample } from '../ops/logits-choose.js';
 import { beamSearch } from './beams.js';
@@ -25,6 +26,9 @@ export interface SamplingOptions extends Omit<ScoreOptions, 'minNewTokens'> {
   signal?: AbortSignal;
 }
 
+/** How every pass of a generation is made. */
+export type GenerationPass = Omit<DecoderPass, 'computeDtype'>;
+
 /** New ids, one by one; those of beams when the search is over. */
 export async function* generateIds(
   core: ModelCore,
@@ -38,8 +42,10 @@ export async function* generateIds(
     });
   }
   const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - prompt.length);
+  using frozen = new FrozenAdapter(core, options.adapter);
+  const pass = { adapter: options.adapter, frozen: frozen.layers, checkpointing: 'none' } as const;
   if (options.numBeams > 1) {
-    yield* (await beamSearch(core, prompt, { ...options, minNewTokens })).ids;
+    yield* (await beamSearch(core, prompt, pass, { ...options, minNewTokens })).ids;
     return;
   }
   const capacity = prompt.length + options.maxNewTokens;
@@ -48,7 +54,8 @@ export async function* generateIds(
   ids.set(prompt);
   for (let length = prompt.length; length < capacity; length++) {
     options.signal?.throwIfAborted();
-    const id = await nextId(core, ids.subarray(0, length), cache, length - prompt.length, { ...options, minNewTokens });
+    const step = length - prompt.length;
+    const id = await nextId(core, ids.subarray(0, length), cache, step, pass, { ...options, minNewTokens });
     if (options.endTokens.has(id)) return;
     yield id;
     ids[length] = id;
@@ -61,12 +68,13 @@ async function nextId(
   ids: Int32Array,
   cache: KeyValueCache,
   step: number,
+  pass: GenerationPass,
   options: SamplingOptions & ScoreOptions,
 ): Promise<number> {
   const tokens = ids.subarray(cache.length);
   const rows = { tokens, batch: 1, length: tokens.length, wanted: Int32Array.of(tokens.length - 1) };
-  using hidden = hiddenStates(core, undefined, rows, { adapter: options.adapter, checkpointing: 'none' }, cache);
-  using logits = logitsOf(core, options.adapter, hidden);
+  using hidden = hiddenStates(core, undefined, rows, pass, cache);
+  using logits = logitsOf(core, pass.adapter, hidden);
   using scores = processScores(logits, ids, step, 1, options);
   using id = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
   return (await id.readBits())[0] as number;

@@ -5,6 +5,8 @@ import { QLoRAError } from '../errors.js';
 import type { GenerationConfig } from '../io/generation-config.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import type { TrainingRecord } from '../io/training-record.js';
+import type { Linear } from '../nn/linear.js';
+import type { FrozenLora } from '../nn/lora.js';
 import { matmul } from '../ops/matmul.js';
 import { type RopeTable, ropeTable } from '../ops/rope.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
@@ -128,6 +130,23 @@ function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): 
   }
   const shape = [positions.length, half];
   return { cos: Tensor.from(core.stream, cos, shape), sin: Tensor.from(core.stream, sin, shape) };
+}
+
+/** An adapter for passes that do not train it; disposing of it leaves the adapter itself alone. */
+export class FrozenAdapter implements Disposable {
+  readonly layers = new Map<Linear, FrozenLora>();
+
+  constructor(core: ModelCore, adapter: string | undefined) {
+    if (adapter === undefined) return;
+    for (const linear of core.weights.linears) {
+      const lora = linear.adapters.get(adapter);
+      if (lora) this.layers.set(linear, lora.frozen(linear, core.computeDtype));
+    }
+  }
+
+  [Symbol.dispose](): void {
+    for (const { A, B, norm } of this.layers.values()) for (const t of [A, B, norm]) t?.dispose();
+  }
 }
 
 /** The weights that a pass with this adapter goes through: the model's, but for modules that the adapter trained whole. */

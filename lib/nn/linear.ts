@@ -4,12 +4,14 @@ import { loraLinear } from '../ops/lora-linear.js';
 import { matmul } from '../ops/matmul.js';
 import type { Weight } from '../ops/weight.js';
 import type { FloatDType, Tensor } from '../tensor.js';
-import type { LoraLinear } from './lora.js';
+import type { FrozenLora, LoraLinear } from './lora.js';
 
 /** How a pass through the model is made. */
 export interface Pass {
   /** Name of the adapter in use; undefined for the base alone. */
   adapter: string | undefined;
+  /** Of that adapter, where many passes follow each other that do not train it. */
+  frozen?: ReadonlyMap<Linear, FrozenLora>;
   /** While training: the key of this micro-step's dropout masks. */
   dropout?: { seed: number; microStep: number };
   /** Is shown what each part of the model computes: a linear layer's output with its path, another's with its weight or name. */
@@ -39,12 +41,15 @@ export class Linear {
   #forward(tape: Tape | undefined, x: Tensor, pass: Pass): Tensor {
     const lora = pass.adapter === undefined ? undefined : this.adapters.get(pass.adapter);
     if (!lora) return matmul(tape, x, this.weight, this.bias);
-    const { A, B, scale, magnitude } = lora;
+    const { magnitude } = lora;
+    const frozen = pass.frozen?.get(this);
+    const { A, B, scale } = frozen ? { ...frozen, scale: 1 } : lora;
     const weight = lora.residual ?? this.weight;
     const dropout = pass.dropout ? lora.dropout : 0;
     const key = { seed: pass.dropout?.seed ?? 0, stream: (pass.dropout?.microStep ?? 0) * 2 ** 20 + this.index };
     if (!magnitude) return loraLinear(tape, x, weight, this.bias, { A, B, scale, dropout, ...key });
     using z = loraLinear(tape, x, weight, undefined, { A, B, scale, dropout, ...key });
+    if (frozen?.norm) return doraScale(tape, z, magnitude, frozen.norm, this.bias);
     using norm = loraRowNorm(weight, A, B, scale, x.dtype as FloatDType);
     return doraScale(tape, z, magnitude, norm, this.bias);
   }

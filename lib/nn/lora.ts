@@ -1,6 +1,6 @@
 import { QLoRAError } from '../errors.js';
 import { loraRowNorm } from '../ops/dora.js';
-import { add, cast, fill } from '../ops/elementwise.js';
+import { add, cast, fill, scale } from '../ops/elementwise.js';
 import { addProduct, principalFactors, selection } from '../ops/low-rank.js';
 import { matmul } from '../ops/matmul.js';
 import { quantizeLike } from '../ops/quantize.js';
@@ -15,6 +15,15 @@ export interface LoraShape {
   dropout: number;
   useRslora: boolean;
   useDora: boolean;
+}
+
+/** What passes read of a layer's adapter that do not train it: made once, not in each of them, to the same bits. */
+export interface FrozenLora {
+  /** A and scale * B, rounded to the compute dtype. */
+  A: Tensor;
+  B: Tensor;
+  /** With DoRA: the lengths of the rows of W + scale * B A. */
+  norm: Tensor | undefined;
 }
 
 /**
@@ -81,6 +90,17 @@ export class LoraLinear {
     addProduct(W, B, A, -scale);
     this.residual = quantizeLike(W, linear.weight);
     this.start = { A: cast(undefined, A, 'f32', 'adapters'), B: cast(undefined, B, 'f32', 'adapters') };
+  }
+
+  /** @internal To be disposed of. */
+  frozen(linear: Linear, dtype: FloatDType): FrozenLora {
+    const { A, B, scale: factor, residual, magnitude } = this;
+    using scaled = scale(undefined, B, factor);
+    return {
+      A: cast(undefined, A, dtype, 'adapters'),
+      B: cast(undefined, scaled, dtype, 'adapters'),
+      norm: magnitude && loraRowNorm(residual ?? linear.weight, A, B, factor, dtype),
+    };
   }
 
   /**

@@ -3,9 +3,9 @@ import { Tensor } from '../tensor.js';
 import type { Weight } from './weight.js';
 
 export interface LoraArguments {
-  /** f32 [r, K] */
+  /** f32 [r, K]; without a tape also of x's dtype, as it would be rounded */
   A: Tensor;
-  /** f32 [N, r] */
+  /** f32 [N, r]; likewise */
   B: Tensor;
   scale: number;
   /** Share of x that the adapter does not see; default 0. */

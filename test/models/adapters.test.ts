@@ -3,12 +3,13 @@ import { join } from 'node:path';
 import t from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { QLoRATrainer, QuantizedModel } from '../../lib/index.js';
-import { decoderOf, hiddenStates } from '../../lib/models/core.js';
+import { decoderOf, FrozenAdapter, hiddenStates } from '../../lib/models/core.js';
 import type { Linear } from '../../lib/nn/linear.js';
 import { fill, zeros } from '../../lib/ops/elementwise.js';
 import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
 import { addProduct } from '../../lib/ops/low-rank.js';
 import { dequantizeWeight } from '../../lib/ops/quantize.js';
+import { randomUniform } from '../../lib/ops/random.js';
 import type { Weight } from '../../lib/ops/weight.js';
 import { Tensor } from '../../lib/tensor.js';
 import { largestError } from '../support/op-harness.js';
@@ -197,6 +198,35 @@ t.test('PiSSA', async (t) => {
   const { logitDrift } = await model.merge(join(folder, 'merged'), { adapter: 'a' });
   t.ok(logitDrift < 0.2, `drift ${logitDrift}`);
   t.throws(() => model.addLora('x', { init: 'pissa', useDora: true }), { code: 'ERR_QLORA_OPTION_CONFLICT' });
+});
+
+t.test('what generation freezes of an adapter computes the same bits', async (t) => {
+  for (const computeDtype of ['bf16', 'f32', 'f16'] as const) {
+    await using model = await QuantizedModel.load(whole, { computeDtype });
+    const { core } = model;
+    for (const [name, options] of Object.entries({
+      plain: { r: 3, alpha: 5 },
+      stabilized: { r: 4, useRslora: true, targetModules: ['q_proj', 'down_proj'] },
+      dora: { r: 4, useDora: true },
+      pissa: { r: 4, init: 'pissa' as const },
+    })) {
+      const { layers } = model.addLora(name, options);
+      for (const [i, { B }] of layers.entries()) randomUniform(B, -0.3, 0.3, 7, i);
+      using frozen = new FrozenAdapter(core, name);
+      t.equal(frozen.layers.size, layers.length);
+      const rows = { tokens: Int32Array.from(ids), batch: 1, length: ids.length };
+      const bits = async (more: object) => {
+        using hidden = hiddenStates(core, undefined, rows, { adapter: name, checkpointing: 'none', ...more });
+        return [...(await hidden.readBits())];
+      };
+      const expected = await bits({});
+      t.same(await bits({ frozen: frozen.layers }), expected, `${name} in ${computeDtype}`);
+      for (const { B } of layers) fill(B, 0);
+      t.notSame(await bits({}), expected);
+      t.same(await bits({ frozen: frozen.layers }), expected, 'it is a copy');
+      model.removeLora(name);
+    }
+  }
 });
 
 t.test('PiSSA, trained and saved', async (t) => {

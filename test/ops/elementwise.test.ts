@@ -3,6 +3,7 @@ import { add, cast, dropout, fill, scale, scaleByTensor, zeros } from '../../lib
 import { embedding } from '../../lib/ops/embedding.js';
 import { type Activation, glu } from '../../lib/ops/glu.js';
 import { neftune } from '../../lib/ops/neftune.js';
+import { selectRows } from '../../lib/ops/select-rows.js';
 import { type DType, type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
 import {
   checkMisuse,
@@ -149,6 +150,22 @@ const cases: OpCase[] = [
         }),
     }),
   ),
+  ...[[0], [4], [0, 1, 2, 3, 4], [1, 3], Array.from({ length: 70 }, (_, i) => 3 * i + 1)].map((rows): OpCase => {
+    const [M, C] = [Math.max(5, (rows.at(-1) as number) + 2), 11];
+    return {
+      name: `rows [${rows.slice(0, 5)}] of [${M}, ${C}]`,
+      inputs: {
+        x: { shape: [M, C], gradient: 'activation' },
+        rows: { shape: [rows.length], dtype: 'i32', value: (i) => rows[i] as number },
+      },
+      run: (tape, { x, rows }) => selectRows(tape, x as Tensor, rows as Tensor),
+      reference: (v) =>
+        Float64Array.from(
+          { length: rows.length * C },
+          (_, i) => column(v, 'x')[(rows[Math.floor(i / C)] as number) * C + (i % C)] as number,
+        ),
+    };
+  }),
 ];
 
 await forEachIsa(t, import.meta.url, async () => {
@@ -255,6 +272,17 @@ await forEachIsa(t, import.meta.url, async () => {
       code: 'ERR_QLORA_ARGUMENT',
       message: /fill: value must fit u8, got 256/,
     },
+    ...[
+      [1, 3],
+      [-1, 0],
+      [1, 1],
+    ].map((rows) => ({
+      name: `rows [${rows}] of three`,
+      run: (s: Stream) =>
+        selectRows(undefined, zeros(s, [3, 2], 'f32'), Tensor.from(s, Int32Array.from(rows), [2])).read(),
+      code: 'ERR_QLORA_ARGUMENT' as const,
+      message: /selectRows: rows must ascend from 0 to at most 2, got (3 at 1|-1 at 0|1 at 1)/,
+    })),
     {
       name: 'dropout of everything',
       run: (s) => dropout(undefined, new Tensor(s, 'f32', [2]), { p: 1, seed: 0, stream: 0 }),

@@ -207,6 +207,21 @@ const modes: Record<string, (...args: string[]) => Promise<unknown>> = {
     return { grown, before, after: model.memory().byClass };
   },
 
+  /** Pages that the stream's thread was given in the first step, and in each of those after the second. */
+  async stepFaults() {
+    const long = rows.map((_, i) => ({ inputIds: Array.from({ length: 256 }, (_, k) => (i + 3 * k) % 500) }));
+    return withTrainer(demo, async (trainer) => {
+      const { stream } = trainer.model.core;
+      const counts = [(await stream.usage()).minorFaults];
+      for (let step = 0; step < 8; step++) {
+        await trainer.trainStep(long);
+        counts.push((await stream.usage()).minorFaults);
+      }
+      const [first, , ...later] = counts.slice(1).map((n, i) => n - (counts[i] as number));
+      return { first, later };
+    });
+  },
+
   /** How many threads there are, where the system starts only a few. */
   async threads() {
     const stream = new Stream();

@@ -2,11 +2,18 @@
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
+import { Tape } from '../../lib/autograd.js';
 import { collate, shiftLabels } from '../../lib/data/batch.js';
 import { lengthGroupedOrder, shuffledOrder } from '../../lib/data/order.js';
 import { MemoryRows } from '../../lib/data/row-store.js';
 import { packRows } from '../../lib/data/sequences.js';
-import { QLoRATrainer, type TrainerOptions } from '../../lib/index.js';
+import { QLoRATrainer, QuantizedModel, type TrainerOptions } from '../../lib/index.js';
+import { decoderOf, hiddenStates } from '../../lib/models/core.js';
+import { zeros } from '../../lib/ops/elementwise.js';
+import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
+import { randomUniform } from '../../lib/ops/random.js';
+import { Tensor } from '../../lib/tensor.js';
+import { enqueueLoss } from '../../lib/train/micro-step.js';
 import { resolveTrainerOptions } from '../../lib/train/options.js';
 import { StepPlan } from '../../lib/train/step-plan.js';
 import { referencesDir } from '../support/references.js';
@@ -182,6 +189,61 @@ t.test('packed rows have the loss and the gradients of rows by themselves', asyn
       t.ok(worst < 2e-6, `${name}, ${what}: A and B within ${worst}`);
     }
   }
+});
+
+t.test('where few labels count, the last layer is spared the rest: loss and gradients stay', async (t) => {
+  await using model = await QuantizedModel.load(tiny, { quantization: 'none', computeDtype: 'f32' });
+  const { core } = model;
+  const adapter = model.addLora('a', { r: 4 });
+  for (const [i, { A, B }] of adapter.layers.entries()) {
+    for (const p of [A, B]) p.requiresGrad = true;
+    randomUniform(B, -0.1, 0.1, 5, i);
+  }
+  const sequences = [11, 23, 40].map((length, b) => {
+    const row = encoded(length, 17 * b);
+    return [{ ...row, labels: row.ids.map((id, k) => (k < length - 1 - 3 * b ? -100 : id)) }];
+  });
+  const gradients = async (loss: (tape: Tape) => Tensor) => {
+    const parameters = adapter.layers.flatMap(({ A, B }) => [A, B]);
+    for (const p of parameters) p.gradient = zeros(core.stream, p.shape, 'f32');
+    using value = loss(new Tape());
+    const all = await Promise.all(parameters.map((p) => (p.gradient as Tensor).read()));
+    return { loss: (await value.read())[0] as number, all };
+  };
+  for (const checkpointing of ['none', 'blocks'] as const) {
+    const pass = { adapter: 'a', checkpointing };
+    await core.stream.usage();
+    const spared = await gradients((tape) => enqueueLoss(core, tape, sequences, 0.1, pass));
+    const { operations } = await core.stream.usage();
+    t.equal(
+      operations.selectRows?.calls,
+      checkpointing === 'none' ? 2 : 4,
+      'what goes into the last layer, and what it attends to',
+    );
+    const whole = await gradients((tape) => {
+      const batch = collate(sequences);
+      const { tokens, batch: B, length, positions, segmentIds } = batch;
+      const rows = { tokens, batch: B, length, positions, segmentIds };
+      using hidden = hiddenStates(core, tape, rows, pass);
+      using labels = Tensor.from(core.stream, shiftLabels(batch), [B * length]);
+      const loss = linearCrossEntropy(tape, hidden, decoderOf(core, 'a').head, labels, { scale: 0.1 });
+      using one = Tensor.from(core.stream, Float32Array.of(1), [1]);
+      tape.backward(loss, one);
+      return loss;
+    });
+    t.ok(Math.abs(spared.loss - whole.loss) < 1e-6 * whole.loss, `loss ${spared.loss} and ${whole.loss}`);
+    for (const [i, values] of whole.all.entries()) {
+      const size = Math.max(...values.map(Math.abs));
+      const worst = Math.max(...values.map((v, k) => Math.abs(v - (spared.all[i]?.[k] as number))));
+      t.ok(size > 0 && worst < 1e-5 * size, `gradient ${i}: within ${worst} of ${size}`);
+    }
+  }
+  const none = sequences.map((sequence) => sequence.map((row) => ({ ...row, labels: row.ids.map(() => -100) })));
+  const { loss, all } = await gradients((tape) =>
+    enqueueLoss(core, tape, none, 0.1, { adapter: 'a', checkpointing: 'none' }),
+  );
+  t.equal(loss, 0, 'no label counts');
+  t.ok(all.every((values) => values.every((v) => v === 0)));
 });
 
 t.test('a run over packed rows, from an epoch to its end', async (t) => {
