@@ -131,7 +131,7 @@ t.test('train, and what can be done with an adapter', async (t) => {
     t.match(await cli([...ask, prompt, '--instruction', 'x']), { status: 2, stderr: /ERR_QLORA_OPTION_CONFLICT/ });
     t.match(await cli([...ask, prompt, '--top_k', 'many']), {
       status: 2,
-      stderr: /--top_k: option 'top_k': expected[\s\S]*hint: .*generate --help.*docs\/cli\.md say what each takes/,
+      stderr: /--top_k: expected[\s\S]*hint: .*generate --help.*docs\/cli\.md say what each takes/,
     });
     t.match(await cli(['generate', join(folder, 'none'), 'x']), { status: 1, stderr: /ERR_QLORA_MODEL_NOT_FOUND/ });
   });
@@ -293,7 +293,7 @@ t.test("train from a LLaMA-Factory file, in objects, and from qlora.py's flags",
       'trust_remote_code: true',
       /lf\.yaml:18: trust_remote_code: true is not supported: no code of a model is ever run/,
     ],
-    ['warmup_ratio: 1.5', /lf\.yaml:18: 'warmup_ratio': .*got 1\.5/],
+    ['warmup_ratio: 1.5', /lf\.yaml:18: option 'warmup_ratio': .*got 1\.5/],
     ['seed: [', /lf\.yaml:\d+: /],
   ] as const) {
     writeFileSync(file, [...lines, line].join('\n'));
