@@ -153,7 +153,9 @@ export class QuantizedModel implements AsyncDisposable {
       onProgress: progress('load'),
       purpose,
     });
-    log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    if (purpose !== 'rehearsal') {
+      log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    }
     return new QuantizedModel(core, resolved.offline);
   }
 

@@ -12,6 +12,7 @@ import { restoreModel, writeModel } from '../models/save.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
+import { checkEarly } from './early-checks.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { warnOfIdle } from './idle-options.js';
@@ -76,6 +77,7 @@ export class QLoRATrainer implements AsyncDisposable {
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
     warnOfIdle(resolved);
+    await checkEarly(resolved);
     const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
     const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';

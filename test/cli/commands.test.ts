@@ -1,10 +1,10 @@
 /** The commands in processes of their own, on the demo's model. */
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
 import { exitCodes, exitCodesHelp } from '../../lib/cli/exit-codes.js';
-import { QuantizedModel } from '../../lib/index.js';
+import { QLoRATrainer, QuantizedModel } from '../../lib/index.js';
 import { cli } from '../support/cli.js';
 import { keyTables } from '../support/key-tables.js';
 import { packageRoot } from '../support/references.js';
@@ -206,11 +206,39 @@ t.test('train, and what can be done with an adapter', async (t) => {
     });
     t.match(await cli(['info', folder]), { status: 1, stderr: /ERR_QLORA_MODEL_NOT_FOUND/ });
 
+    const inputIds = Array<number>(1280).fill(5);
+    const labels = inputIds.map((id, i) => (i < 1024 ? -100 : id));
+    const options = { model, dataset: [{ inputIds, labels }], outputDir: folder };
+    const planOf = (more: object) => QLoRATrainer.plan({ ...options, ...more });
+    const { loading, training, withoutCheckpointing } = facts?.memory as Record<string, Record<string, number>>;
+    t.same(training, await planOf({}));
+    t.same(withoutCheckpointing, await planOf({ gradientCheckpointing: false }));
+    t.ok((withoutCheckpointing?.total as number) > (training?.total as number));
+    t.equal(loading?.weights, loaded.memory().byClass.weights);
+    t.ok((loading?.total as number) >= loaded.sizeBytes && (loading?.total as number) < (training?.total as number));
+    t.match(text.stdout, /^memory +loading +training +without checkpointing$/m);
+    t.match(text.stdout, /^weights +1\.04 MB +1\.04 MB +1\.04 MB$/m);
+    t.match(ofAdapter?.memory, { training: await planOf({ initialAdapter: adapter }) }, 'of its base, with it');
+    const stray = join(folder, 'stray');
+    cpSync(adapter, stray, { recursive: true });
+    const named = (base_model_name_or_path: string) => {
+      const file = join(stray, 'adapter_config.json');
+      writeFileSync(file, JSON.stringify({ ...json(file), base_model_name_or_path }));
+    };
+    named(join(folder, 'nowhere'));
+    t.notMatch((await cli(['info', stray])).stdout, 'memory', 'its base is not here');
+    const broken = join(folder, 'broken');
+    mkdirSync(broken);
+    writeFileSync(join(broken, 'config.json'), '{}');
+    named(broken);
+    t.match(await cli(['info', stray]), { status: 0, stdout: /^memory cannot be planned: /m });
+
     const quantized = join(folder, 'quantized');
     const [result] = (await cli(['quantize', model, quantized, '--json'])).objects;
     t.same(result, { type: 'result', outputDir: quantized, sizeBytes: loaded.sizeBytes });
     const [again] = (await cli(['info', quantized, '--json'])).objects;
-    t.same({ ...again, storedIn: 'BF16' }, facts, 'the same model');
+    // Read as it is stored, it takes other memory than while it is quantized.
+    t.same({ ...again, storedIn: 'BF16', memory: facts?.memory }, facts, 'the same model');
     t.equal(again?.storedIn, 'bitsandbytes nf4');
   });
 
