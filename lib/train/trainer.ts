@@ -92,8 +92,8 @@ export class QLoRATrainer implements AsyncDisposable {
       // What takes more than was planned is an error then, not the end of the process.
       if (typeof given === 'string') model.core.stream.setMemoryLimit(resolved.maxMemory ?? 0);
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
-      // What an adapter was trained with it goes on with.
-      resolved.template ??= templateOf(adapter?.training);
+      // What an adapter, or a model that one was merged into, was trained with it goes on with.
+      resolved.template ??= templateOf((adapter ?? model.core).training);
       datasets ??= await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       const plan = planned?.steps ?? (await StepPlan.create(datasets.train, resolved));

@@ -210,7 +210,8 @@ t.test('train, and what can be done with an adapter', async (t) => {
     const labels = inputIds.map((id, i) => (i < 1024 ? -100 : id));
     const options = { model, dataset: [{ inputIds, labels }], outputDir: folder };
     const planOf = (more: object) => QLoRATrainer.plan({ ...options, ...more });
-    const { loading, training, withoutCheckpointing } = facts?.memory as Record<string, Record<string, number>>;
+    const { memory } = facts as { memory: Record<string, Record<string, number>> };
+    const { loading, training, withoutCheckpointing } = memory;
     t.same(training, await planOf({}));
     t.same(withoutCheckpointing, await planOf({ gradientCheckpointing: false }));
     t.ok((withoutCheckpointing?.total as number) > (training?.total as number));
