@@ -3,7 +3,7 @@ import { spawnSync } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
-import { type LoadOptions, QuantizedModel, setLogger } from '../../lib/index.js';
+import { type LoadOptions, QLoRATrainer, QuantizedModel, setLogger } from '../../lib/index.js';
 import { mergeModel } from '../../lib/models/merge.js';
 import { driftSentence, isRounding } from '../../lib/models/merge-drift.js';
 import { dequantizeWeight } from '../../lib/ops/quantize.js';
@@ -186,6 +186,10 @@ t.test('tokenizer, template and stop tokens go with it', async (t) => {
   );
   t.match(rendered, /^<s>.*### Instruction:\nQ\n\n### Response:A<.s>\n\n$/s);
   t.match(readJson(out, 'qlora_node.json'), { template: 'alpaca-lit-gpt' });
+  const row = { ...question, output: '42' };
+  await using trainer = await QLoRATrainer.create({ model: out, dataset: [row], outputDir: join(out, 'again') });
+  t.notMatch((await trainer.explain(row)).tokens.join(''), 'Response: ', 'training goes on with it');
+  t.match((await trainer.explain(row)).tokens.join(''), 'Response:42');
 });
 
 t.test('whole or not at all', async (t) => {
