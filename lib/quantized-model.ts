@@ -9,6 +9,7 @@ import { checkIds, decoderOf, hiddenStates, logitsOf, type ModelCore } from './m
 import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { mergeModel } from './models/merge.js';
+import { driftSentence, isRounding } from './models/merge-drift.js';
 import { saveModel } from './models/save.js';
 import type { WeightOptions } from './models/weights.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
@@ -279,7 +280,8 @@ export class QuantizedModel implements AsyncDisposable {
    * for the unquantized model is needed, and compared. Where it fails or is aborted, nothing is left.
    *
    * @returns logitDrift: the largest absolute difference between the logits of this model with the adapter and of the
-   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype
+   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype. The log says whether it is
+   *   what rounding explains.
    * @throws ERR_QLORA_OUTPUT_EXISTS, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED, ERR_QLORA_NON_FINITE (a sum that the
    *   dtype cannot hold), the signal's reason
    */
@@ -290,7 +292,9 @@ export class QuantizedModel implements AsyncDisposable {
     const { core } = this;
     const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
     const adapter = chooseAdapter(core, choice);
-    return mergeModel(core, outDirectory, { adapter, manners: mannersOf(core, adapter), signal });
+    const drift = await mergeModel(core, outDirectory, { adapter, manners: mannersOf(core, adapter), signal });
+    log(isRounding(drift) ? 'info' : 'warn', driftSentence(drift), drift);
+    return { logitDrift: drift.logitDrift };
   }
 
   /** Frees everything. What was enqueued before is finished first. */

@@ -2,7 +2,7 @@
 import { inspect } from 'node:util';
 import type { Command } from 'commander';
 import { QLoRAError } from '../errors.js';
-import { type LogLevel, setLogger } from '../logger.js';
+import type { LogLevel } from '../logger.js';
 
 export interface Output {
   readonly json: boolean;
@@ -39,17 +39,6 @@ export function makeOutput({ json = false, color }: { json?: boolean; color?: bo
 export function writeNote(output: Output, message: string, level: LogLevel = 'info'): void {
   output.line(level === 'info' ? message : `${level}: ${message}`);
   output.object({ type: 'log', level, message });
-}
-
-/** The library's warnings, each once: standard output is the command's result. */
-export function showWarnings(output: Output): void {
-  const shown = new Set<string>();
-  setLogger((level, message) => {
-    if (level !== 'warn' || shown.has(message)) return;
-    shown.add(message);
-    output.object({ type: 'log', level, message });
-    if (!output.json) process.stderr.write(`warning: ${message}\n`);
-  });
 }
 
 /** What hints call by the names of a program, as flags. */

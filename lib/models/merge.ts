@@ -6,7 +6,6 @@ import { writeFileAtomic } from '../io/atomic-file.js';
 import { writeNewFolder } from '../io/new-folder.js';
 import { pythonJson } from '../io/python-json.js';
 import { type LazyTensor, writeModelTensors } from '../io/safetensors-stream.js';
-import { log } from '../logger.js';
 import type { Linear } from '../nn/linear.js';
 import type { LoraLinear } from '../nn/lora.js';
 import { loraRowNorm } from '../ops/dora.js';
@@ -16,7 +15,7 @@ import { dequantizeWeight } from '../ops/quantize.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 import { copyCompanions, type Manners, writeManners } from './companions.js';
 import { decoderOf, type ModelCore } from './core.js';
-import { driftSentence, isRounding, measureDrift } from './merge-drift.js';
+import { type Drift, measureDrift } from './merge-drift.js';
 
 export interface MergeOptions {
   /** Name of the adapter; undefined: the base alone. */
@@ -27,13 +26,13 @@ export interface MergeOptions {
   shardBytes?: number;
 }
 
-/** Writes the folder, loads it again without quantization, and compares: see Drift. What that means goes to the log. */
+/** Writes the folder, loads it again without quantization, and compares. */
 export async function mergeModel(
   core: ModelCore,
   directory: string,
   { adapter, manners, signal, shardBytes = 5e9 }: MergeOptions,
-): Promise<{ logitDrift: number }> {
-  const drift = await writeNewFolder(directory, async (folder) => {
+): Promise<Drift> {
+  return writeNewFolder(directory, async (folder) => {
     signal?.throwIfAborted();
     await writeModelTensors(folder, mergedTensors(core, adapter), { shardBytes, signal });
     await writeFileAtomic(join(folder, 'config.json'), `${pythonJson(mergedConfig(core, adapter), 2)}\n`);
@@ -41,8 +40,6 @@ export async function mergeModel(
     await writeManners(core, folder, manners);
     return measureDrift(core, adapter, folder, signal);
   });
-  log(isRounding(drift) ? 'info' : 'warn', driftSentence(drift), drift);
-  return { logitDrift: drift.logitDrift };
 }
 
 /** The tensors that the adapter trained whole, and those that this takes a second copy of, by their names. */

@@ -11,7 +11,6 @@ import { ourRules, trainerRules } from '../../lib/cli/config/options.js';
 import { qloraRules } from '../../lib/cli/config/qlora.js';
 import { type Configuration, locate, readConfiguration, trainerOptions } from '../../lib/cli/config/resolve.js';
 import type { Rule, Rules } from '../../lib/cli/config/rules.js';
-import { hyphenated } from '../../lib/cli/flags.js';
 import { QLoRAError } from '../../lib/errors.js';
 import { loraSchema } from '../../lib/quantized-model.js';
 import { resolveTrainerOptions, schema } from '../../lib/train/options.js';
@@ -378,34 +377,6 @@ t.test('what is wrong in a file is found with its line', async (t) => {
   } catch (error) {
     const located = locate(error, places) as QLoRAError;
     t.equal(located.message, `${file}:4: option 'lora_dropout': expected number to be <1, got 1.5`);
-  }
-  // A flag says which option it is: nothing comes twice.
-  for (const [flag, value, message] of [
-    ['--optimizer', 'adam', /^--optimizer: expected one of .*, got "adam"$/],
-    ['--lora-r', '0', /^--lora-r: expected number to be >=1, got 0$/],
-    ['--quantization-type', 'nf5', /^--quantization-type: must be one of nf4, fp4, int8, got 'nf5'$/],
-    [
-      '--lora-rank-pattern',
-      '{q_proj: 0}',
-      /^--lora-rank-pattern: option 'lora\.rankPattern\.q_proj': expected .*, got 0$/,
-    ],
-    ['--batch-size', 'x', /^--batch-size: expected number, got "x"$/],
-    ['--quantization', '4bit', /^--quantization: expected 'none'; 4 bits are quantization\.type nf4, .*, got "4bit"$/],
-  ] as const) {
-    const key = Object.keys(ourRules).find((name) => `--${hyphenated(name)}` === flag) as string;
-    const given = [{ key, value: valueOfFlag(ourRules[key] as Rule, value), place: flag }];
-    const error = await readConfiguration(undefined, given).then(
-      (read) => {
-        const all = { ...trainerOptions(read.options), model: 'm', dataset: data, outputDir: 'o' };
-        try {
-          return resolveTrainerOptions(all);
-        } catch (thrown) {
-          return locate(thrown, read.places);
-        }
-      },
-      (thrown) => thrown,
-    );
-    t.match((error as QLoRAError).message, message, flag);
   }
   const bomb = ['a: &a [x,x,x,x,x,x,x,x,x,x]', ...'bcdefghij'.split('').map((c, i) => {
     const before = 'abcdefghi'[i];

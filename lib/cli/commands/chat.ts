@@ -3,7 +3,7 @@ import type { Command } from 'commander';
 import { allGenerationRules, generationOptions, generationRules } from '../config/generation.js';
 import { addSettingFlags } from '../flags.js';
 import { addLoadFlags, loadModel } from '../load-model.js';
-import { addOutputFlags, makeOutput, showWarnings } from '../output.js';
+import { addOutputFlags, makeOutput } from '../output.js';
 
 interface Flags {
   json?: boolean;
@@ -28,7 +28,7 @@ export function define(command: Command): void {
   command.addHelpText('after', `\nWhile talking:\n${commandsHelp}`);
   command.action(async (folder: string, flags: Flags) => {
     const output = makeOutput(flags);
-    showWarnings(output);
+    (await import('../show-log.js')).showWarnings(output);
     const { options } = generationOptions(generation());
     await using model = await loadModel(folder, await load(), output);
     const { Conversation } = await import('../conversation.js');

@@ -5,7 +5,7 @@ import { allGenerationRules, generationOptions, generationRules } from '../confi
 import { locate } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
 import { addLoadFlags, loadAdapter, loadModel } from '../load-model.js';
-import { addOutputFlags, makeOutput, showWarnings } from '../output.js';
+import { addOutputFlags, makeOutput } from '../output.js';
 
 interface Flags {
   json?: boolean;
@@ -40,7 +40,7 @@ export function define(command: Command): void {
   const load = addLoadFlags(command);
   command.action(async (folder: string, text: string | undefined, flags: Flags) => {
     const output = makeOutput(flags);
-    showWarnings(output);
+    (await import('../show-log.js')).showWarnings(output);
     const { options, places } = generationOptions(generation());
     const prompt = await promptOf(text, flags);
     await using model = await loadModel(folder, await load(), output);

@@ -1,7 +1,6 @@
 import type { Command } from 'commander';
-import { setLogger } from '../../logger.js';
 import { addLoadFlags, loadAdapter, loadModel } from '../load-model.js';
-import { addOutputFlags, makeOutput, writeNote } from '../output.js';
+import { addOutputFlags, makeOutput } from '../output.js';
 
 export function define(command: Command): void {
   command
@@ -18,9 +17,7 @@ export function define(command: Command): void {
     const output = makeOutput(flags);
     await using model = await loadModel(folder, await load(), output);
     await loadAdapter(model, 'adapter', adapter);
-    setLogger((level, message) => {
-      if (level !== 'debug') writeNote(output, message, level);
-    });
+    (await import('../show-log.js')).showLog(output);
     const { logitDrift } = await model.merge(out, { adapter: 'adapter' });
     output.line(`written to ${out}`);
     output.object({ type: 'result', outputDir: out, logitDrift });
