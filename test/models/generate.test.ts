@@ -141,6 +141,13 @@ t.test('text', async (t) => {
         t.same(await pieces(model.generateTokens(prompt, { ...options, stop: [stop] })), cut, 'one by one as well');
       }
     }
+    // A stop string that begins where a token does.
+    const greedy = { maxNewTokens: 12, ignoreEos: true };
+    const ids = await model.generateTokens(prompt, greedy);
+    const starts = [1, 2, 3, 4, 5, 6].map((n) => [n, text(ids.slice(0, n)).length] as const);
+    const [n, start] = starts.find(([, at]) => text(ids).indexOf(text(ids).slice(at)) === at) ?? [0, 0];
+    t.ok(start > 0);
+    t.same(await model.generateTokens(prompt, { ...greedy, stop: [text(ids).slice(start)] }), ids.slice(0, n));
     const options = { maxNewTokens: 20, ignoreEos: true };
     const all = await model.generateTokens(prompt, options);
     t.same(await model.generateTokens(prompt, { ...options, stop: [`${text(all).slice(-3)}X`] }), all, 'none is lost');
