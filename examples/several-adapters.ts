@@ -8,8 +8,9 @@ import { QLoRATrainer, QuantizedModel, type Row } from '../lib/index.js';
 
 const [outputDir = 'demo-output/several-adapters'] = process.argv.slice(2);
 
-/** The same questions, answered in two ways. */
-const numbers = Array.from({ length: 32 }, (_, n) => n);
+/** The same questions, answered in two ways. What is asked at the end is in no row. */
+const asked = [21, 8];
+const numbers = Array.from({ length: 32 }, (_, n) => n).filter((n) => !asked.includes(n));
 const skills: Record<string, (n: number) => string> = {
   double: (n) => String(2 * n),
   next: (n) => String(n + 1),
@@ -18,6 +19,8 @@ const question = (n: number) => ({ instruction: `What comes of ${n}?` });
 
 // 1.7 million weights in 4 bits, loaded once.
 await using model = await QuantizedModel.load('examples/demo/model');
+const ask = (n: number, adapter: string | null) => model.generate(question(n), { adapter, maxNewTokens: 8 });
+const before = await Promise.all(asked.map((n) => ask(n, null)));
 
 for (const [name, answer] of Object.entries(skills)) {
   const rows: Row[] = numbers.map((n) => ({ ...question(n), output: answer(n) }));
@@ -38,14 +41,10 @@ for (const [name, answer] of Object.entries(skills)) {
   console.log(`${name}: loss ${finalLoss.toFixed(3)}, ${model.adapters.size} loaded`);
 }
 
-// At the same time, over the same weights. null is the base alone.
-const asked = [21, 8];
-for (const n of asked) {
-  const answers = await Promise.all(
-    ['double', 'next', null].map(async (adapter) => {
-      const text = await model.generate(question(n), { adapter, maxNewTokens: 8 });
-      return `${adapter ?? 'base'} ${text}`;
-    }),
-  );
-  console.log(`What comes of ${n}? ${answers.join(', ')}`);
+// At the same time, over the same weights. null is the base alone, which never learnt what the question means: it guesses,
+// now and then one of the adapters' answers, and as it guessed before there were adapters.
+for (const [i, n] of asked.entries()) {
+  const [double, next, base] = await Promise.all([ask(n, 'double'), ask(n, 'next'), ask(n, null)]);
+  const as = base === before[i] ? 'as before any training' : `before any training ${before[i]}`;
+  console.log(`What comes of ${n}? double: ${double}, next: ${next}, the base guesses ${base}, ${as}`);
 }

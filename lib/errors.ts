@@ -39,6 +39,31 @@ export function didYouMean(name: string, known: Iterable<string>): string | unde
   return best;
 }
 
+/**
+ * The value of an option that was probably meant: near in spelling, or of the same beginning (adam, adamw_torch), or
+ * what the given one spells out (bfloat16).
+ */
+export function nearestValue(given: string, known: readonly string[]): string | undefined {
+  const value = given.toLowerCase();
+  const shared = (candidate: string) => {
+    const differs = [...candidate].findIndex((letter, i) => letter !== value[i]);
+    return differs < 0 ? candidate.length : differs;
+  };
+  const typed = known.find((candidate) => editDistance(value, candidate.toLowerCase(), 3) <= 1);
+  const begins = known.filter((candidate) => shared(candidate) >= 3).sort((a, b) => shared(b) - shared(a));
+  const spelt = known.filter((candidate) => [...candidate].every(inOrder(value))).sort((a, b) => b.length - a.length);
+  return typed ?? begins[0] ?? didYouMean(value, known) ?? spelt[0];
+}
+
+/** Whether letters come in `text`, each behind the one before. */
+function inOrder(text: string): (letter: string) => boolean {
+  let at = -1;
+  return (letter) => {
+    at = text.indexOf(letter, at + 1);
+    return at >= 0;
+  };
+}
+
 /** Levenshtein distance of a and b, or `limit` where it is at least that. */
 function editDistance(a: string, b: string, limit: number): number {
   if (Math.abs(a.length - b.length) >= limit) return limit;

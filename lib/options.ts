@@ -1,5 +1,5 @@
 import type { z } from 'zod';
-import { didYouMean, QLoRAError } from './errors.js';
+import { didYouMean, nearestValue, QLoRAError } from './errors.js';
 
 /**
  * Checks an options object. A key that the schema does not have is an error that names the nearest one; a wrong value
@@ -27,7 +27,7 @@ export function checkOptions<Schema extends z.ZodObject>(
   const value = issue.path.reduce<unknown>((v, key) => (v as Record<PropertyKey, unknown> | undefined)?.[key], options);
   const what = path === '' ? 'its options' : `option '${path}'`;
   throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${where}: ${what}: ${expected(issue)}, got ${show(value)}`, {
-    hint: 'The docstrings of the options say what each takes.',
+    hint: hintFor(issue, value) ?? 'The docstrings of the options say what each takes.',
     detail: { option: path },
   });
 }
@@ -48,7 +48,17 @@ function worst(issues: readonly Issue[]): Issue {
 /** zod's sentence without what came, which is shown as it is. */
 function expected(issue: Issue): string {
   if (issue.code === 'invalid_union') return [...new Set(issue.errors.flat().map(expected))].join(' or ');
-  return issue.message.replace(/^Invalid (input|string|option): /, '').replace(/, received .*$/, '');
+  return issue.message.replace(/^(Invalid (input|string|option)|Too (small|big)): /, '').replace(/, received .*$/, '');
+}
+
+/** What a wrong value was probably meant to be. */
+function hintFor(issue: Issue, value: unknown): string | undefined {
+  if (typeof value !== 'string') return undefined;
+  const issues = issue.code === 'invalid_union' ? issue.errors.flat() : [issue];
+  const known = issues.flatMap((i) => (i.code === 'invalid_value' ? i.values.map(String) : []));
+  const near = nearestValue(value, known);
+  if (near !== undefined) return `Did you mean '${near}'?`;
+  return issue.code === 'invalid_type' && issue.expected === 'array' ? `Write [${JSON.stringify(value)}].` : undefined;
 }
 
 function knownKeys(schema: z.ZodObject, path: readonly PropertyKey[]): string[] {

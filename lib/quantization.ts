@@ -37,9 +37,10 @@ const defaults: ResolvedQuantizeOptions = { type: 'nf4', blockSize: 64, doubleQu
 /**
  * The options with their defaults.
  *
+ * @param prefix of their names in messages
  * @throws ERR_QLORA_OPTION_UNKNOWN, ERR_QLORA_OPTION_INVALID
  */
-export function resolveQuantizeOptions(options: QuantizeOptions = {}): ResolvedQuantizeOptions {
+export function resolveQuantizeOptions(options: QuantizeOptions = {}, prefix = ''): ResolvedQuantizeOptions {
   for (const name of Object.keys(options)) {
     if (Object.hasOwn(defaults, name)) continue;
     const near = didYouMean(name, Object.keys(defaults));
@@ -49,18 +50,25 @@ export function resolveQuantizeOptions(options: QuantizeOptions = {}): ResolvedQ
     });
   }
   const { type = defaults.type, blockSize = defaults.blockSize, doubleQuant = defaults.doubleQuant } = options;
-  checkOneOf('type', type, types);
-  checkOneOf('blockSize', blockSize, blockSizes);
-  checkOneOf('doubleQuant', doubleQuant, [true, false]);
+  checkOneOf(`${prefix}type`, type, types);
+  checkOneOf(`${prefix}blockSize`, blockSize, blockSizes);
+  checkOneOf(`${prefix}doubleQuant`, doubleQuant, [true, false]);
   return { type, blockSize, doubleQuant };
 }
 
 function checkOneOf(name: string, value: unknown, allowed: readonly unknown[]): void {
   if (allowed.includes(value)) return;
   throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${name} must be one of ${allowed.join(', ')}, got ${show(value)}`, {
-    hint: `Leave ${name} out for its default.`,
+    hint: (name.endsWith('type') ? typeByName(value) : undefined) ?? `Leave ${name} out for its default.`,
     detail: { option: name, value },
   });
+}
+
+/** What stands for a type where an object is to: its name, or what other programs say, as 4bit, int4, load_in_8bit. */
+export function typeByName(value: unknown): string | undefined {
+  if ((types as readonly unknown[]).includes(value)) return `Write { type: '${value}' }.`;
+  const bits = /(?:^|\D)([48])(?:$|\D)/.exec(String(value))?.[1];
+  return bits && `${bits} bits are type ${bits === '8' ? "'int8'" : "'nf4', the default, or 'fp4'"}.`;
 }
 
 function show(value: unknown): string {

@@ -1,26 +1,21 @@
 import { z } from 'zod';
-import { encodePrompt } from './data/prompt.js';
-import type { Message } from './data/rows.js';
 import { QLoRAError } from './errors.js';
-import { type EventStream, eventStream } from './event-stream.js';
-import { endTokensOf, recordOf } from './generate/end-tokens.js';
 import { mannersOf } from './generate/manners.js';
-import { chooseAdapter, type GenerateOptions, resolveGenerateOptions } from './generate/options.js';
-import { endsWithStop, StopStrings } from './generate/stop-strings.js';
-import { generateIds } from './generate/tokens.js';
+import { chooseAdapter, type GenerateOptions } from './generate/options.js';
+import { type TextStream, type TokenStream, textStream, tokenStream } from './generate/streams.js';
 import { locate } from './io/hub.js';
 import { log } from './logger.js';
 import { checkIds, decoderOf, hiddenStates, logitsOf, type ModelCore } from './models/core.js';
 import { disposeCore, loadCore } from './models/load.js';
 import { createAdapter, detach, type LoraAdapter, type LoraOptions, loadAdapter } from './models/lora-adapter.js';
 import { mergeModel } from './models/merge.js';
+import { driftSentence, isRounding } from './models/merge-drift.js';
 import { saveModel } from './models/save.js';
 import type { WeightOptions } from './models/weights.js';
 import { linearCrossEntropy } from './ops/linear-cross-entropy.js';
 import { checkOptions } from './options.js';
-import { type QuantizeOptions, resolveQuantizeOptions } from './quantization.js';
+import { type QuantizeOptions, resolveQuantizeOptions, typeByName } from './quantization.js';
 import { type Device, type FloatDType, Tensor } from './tensor.js';
-import type { Tokenizer } from './tokenizer/tokenizer.js';
 
 export interface LoadOptions {
   /** 'none' keeps the dtype of the file. A checkpoint that is quantized already keeps its own. Default nf4 with double quantization. */
@@ -51,13 +46,7 @@ export interface ChatMessage {
  */
 export type AdapterChoice = string | null;
 
-/**
- * Await it for the whole text, iterate it for pieces: new text only, without stop strings and special tokens. It starts
- * at once; once iterated, a failure is thrown there only.
- */
-export type TextStream = EventStream<string, string>;
-/** The same with ids. */
-export type TokenStream = EventStream<number, number[]>;
+export type { TextStream, TokenStream } from './generate/streams.js';
 
 export interface MemoryUse {
   device: Device;
@@ -80,6 +69,14 @@ const loadSchema = z.strictObject({
 
 /** @internal Defaults filled in, wrong options refused. */
 export function resolveLoadOptions(options: LoadOptions, where: string) {
+  const { quantization: given } = options ?? {};
+  if (typeof given === 'string' && given !== 'none') {
+    const what = `option 'quantization': expected "none" or an object, got "${given}"`;
+    throw new QLoRAError('ERR_QLORA_OPTION_INVALID', `${where}: ${what}`, {
+      hint: typeByName(given) ?? "Write { type: 'nf4' }, or leave it out for that.",
+      detail: { option: 'quantization' },
+    });
+  }
   const {
     quantization = {},
     computeDtype = 'bf16',
@@ -96,12 +93,6 @@ export function resolveLoadOptions(options: LoadOptions, where: string) {
 
 const passSchema = z.strictObject({ adapter: z.string().nullable().optional() });
 const mergeSchema = passSchema.extend({ signal: z.instanceof(AbortSignal).optional() });
-const promptSchema = z.union([
-  z.string(),
-  z.array(z.strictObject({ role: z.enum(['system', 'user', 'assistant', 'tool']), content: z.string() })).min(1),
-  z.strictObject({ instruction: z.string(), input: z.string().optional() }),
-]);
-
 /** @internal */
 export const loraSchema = z.strictObject({
   r: z.int().min(1).optional(),
@@ -163,7 +154,9 @@ export class QuantizedModel implements AsyncDisposable {
       onProgress: progress('load'),
       purpose,
     });
-    log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    if (purpose !== 'rehearsal') {
+      log('info', `loaded ${directory}`, { family: core.family.modelTypes[0], linears: core.weights.linears.length });
+    }
     return new QuantizedModel(core, resolved.offline);
   }
 
@@ -249,57 +242,15 @@ export class QuantizedModel implements AsyncDisposable {
     prompt: string | ChatMessage[] | { instruction: string; input?: string },
     options: GenerateOptions = {},
   ): TextStream {
-    const abort = new AbortController();
-    return eventStream(
-      async (emit) => {
-        const resolved = resolveGenerateOptions(this.core, options, 'text');
-        checkOptions(z.strictObject({ prompt: promptSchema }), { prompt }, 'generate');
-        const tokenizer = this.#tokenizer();
-        const record = recordOf(this.core, resolved.adapter);
-        const ids = encodePrompt(prompt as string | Message[], tokenizer, record);
-        const stop = new StopStrings(resolved.stop);
-        const decoder = tokenizer.stream({ context: ids });
-        let text = '';
-        const give = (piece: string) => {
-          text += piece;
-          if (piece) emit(piece);
-        };
-        const sampling = {
-          ...resolved,
-          endTokens: endTokensOf(this.core, record),
-          isWhole: (made: readonly number[]) => endsWithStop(tokenizer, resolved.stop, made),
-          signal: joined(resolved.signal, abort.signal),
-        };
-        for await (const id of generateIds(this.core, ids, sampling)) {
-          give(stop.push(decoder.push(id)));
-          if (stop.found) return text;
-        }
-        give(stop.push(decoder.finish()));
-        give(stop.finish());
-        return text;
-      },
-      () => abort.abort(),
-    );
+    return textStream(this.core, prompt, options);
   }
 
-  /** Ids in, new ids out; needs no tokenizer. `ignoreEos` goes on to maxNewTokens. */
+  /**
+   * Ids in, new ids out. `ignoreEos` goes on to maxNewTokens. `stop` alone needs a tokenizer: the ids are those whose
+   * text lies wholly before a stop string.
+   */
   generateTokens(inputIds: ArrayLike<number>, options: GenerateOptions & { ignoreEos?: boolean } = {}): TokenStream {
-    const abort = new AbortController();
-    return eventStream(
-      async (emit) => {
-        const resolved = resolveGenerateOptions(this.core, options, 'tokens');
-        const record = recordOf(this.core, resolved.adapter);
-        const ends = resolved.ignoreEos ? new Set<number>() : endTokensOf(this.core, record);
-        const ids: number[] = [];
-        const sampling = { ...resolved, endTokens: ends, signal: joined(resolved.signal, abort.signal) };
-        for await (const id of generateIds(this.core, inputIds, sampling)) {
-          ids.push(id);
-          emit(id);
-        }
-        return ids;
-      },
-      () => abort.abort(),
-    );
+    return tokenStream(this.core, inputIds, options);
   }
 
   /** A new adapter that changes nothing until it is trained. */
@@ -329,7 +280,8 @@ export class QuantizedModel implements AsyncDisposable {
    * for the unquantized model is needed, and compared. Where it fails or is aborted, nothing is left.
    *
    * @returns logitDrift: the largest absolute difference between the logits of this model with the adapter and of the
-   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype
+   *   merged one, over 16 ids spread over the vocabulary, both in this model's computeDtype. The log says whether it is
+   *   what rounding explains.
    * @throws ERR_QLORA_OUTPUT_EXISTS, ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED, ERR_QLORA_NON_FINITE (a sum that the
    *   dtype cannot hold), the signal's reason
    */
@@ -340,7 +292,9 @@ export class QuantizedModel implements AsyncDisposable {
     const { core } = this;
     const { adapter: choice, signal } = checkOptions(mergeSchema, options, 'merge');
     const adapter = chooseAdapter(core, choice);
-    return mergeModel(core, outDirectory, { adapter, manners: mannersOf(core, adapter), signal });
+    const drift = await mergeModel(core, outDirectory, { adapter, manners: mannersOf(core, adapter), signal });
+    log(isRounding(drift) ? 'info' : 'warn', driftSentence(drift), drift);
+    return { logitDrift: drift.logitDrift };
   }
 
   /** Frees everything. What was enqueued before is finished first. */
@@ -363,25 +317,10 @@ export class QuantizedModel implements AsyncDisposable {
     const rows = { tokens: Int32Array.from(inputIds), batch: 1, length: inputIds.length };
     return hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
   }
-
-  #tokenizer(): Tokenizer {
-    if (this.core.tokenizer) return this.core.tokenizer;
-    throw new QLoRAError(
-      'ERR_QLORA_TOKENIZER_MISSING',
-      `${this.core.directory} has no tokenizer.json, which text needs`,
-      {
-        hint: 'Copy tokenizer.json and tokenizer_config.json into the model folder, or use generateTokens() with ids.',
-      },
-    );
-  }
 }
 
 function resolveQuantization(quantization: NonNullable<LoadOptions['quantization']>): WeightOptions['quantization'] {
   if (quantization === 'none') return undefined;
   const { skipModules = [], ...options } = quantization;
-  return { ...resolveQuantizeOptions(options), skipModules };
-}
-
-function joined(a: AbortSignal | undefined, b: AbortSignal): AbortSignal {
-  return a ? AbortSignal.any([a, b]) : b;
+  return { ...resolveQuantizeOptions(options, 'quantization.'), skipModules };
 }

@@ -1,11 +1,22 @@
 /** The documentation says what the code says: programs compile and run, links lead somewhere, tables are complete. */
 import { execFileSync } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { basename, dirname, join } from 'node:path';
 import t from 'tap';
 import ts from 'typescript';
 import { formatNames } from '../lib/data/rows.js';
 import { templateNames } from '../lib/data/templates.js';
+import { QuantizedModel } from '../lib/index.js';
 import { packageRoot } from './support/references.js';
 
 const root = packageRoot();
@@ -95,6 +106,67 @@ t.test("README's program runs as README says", async (t) => {
   t.match(lines[0] as string, /^step 10: loss \d/);
   t.equal(lines.at(-1), '42');
   t.ok(existsSync(join(output, 'adapter_model.safetensors')));
+});
+
+t.test('every program of the recipes runs, one page after the other, as somebody who reads them all', async (t) => {
+  const [modules, home] = [join(root, 'dist', 'recipes-of-docs'), mkdtempSync(join(tmpdir(), 'qlora-docs-'))];
+  t.teardown(() => {
+    for (const folder of [modules, home]) rmSync(folder, { recursive: true });
+  });
+  mkdirSync(modules, { recursive: true });
+  const demo = join(root, 'examples', 'demo', 'model');
+  for (const name of ['models/TinyLlama-1.1B', 'TinyLlama/TinyLlama-1.1B-Chat-v1.0', 'examples/demo/model']) {
+    mkdirSync(join(home, dirname(name)), { recursive: true });
+    symlinkSync(demo, join(home, name));
+  }
+  const tickets = Array.from({ length: 40 }, (_, n) => ({
+    instruction: 'Double it.',
+    input: `${n}`,
+    output: `${2 * n}`,
+  }));
+  const jsonl = tickets.map((row) => JSON.stringify(row)).join('\n');
+  mkdirSync(join(home, 'data', 'ultrachat'), { recursive: true });
+  writeFileSync(join(home, 'data', 'tickets.jsonl'), jsonl);
+  writeFileSync(
+    join(home, 'data', 'tickets.csv'),
+    `instruction,output\n${tickets.map(({ input, output }) => `${input},${output}`).join('\n')}`,
+  );
+  writeFileSync(join(home, 'data', 'ultrachat', 'train.jsonl'), jsonl);
+  {
+    await using model = await QuantizedModel.load(demo);
+    const adapter = model.addLora('theirs', { r: 4 });
+    for (const name of ['adapters/summaries', 'adapters/from-peft', 'someone/an-adapter']) {
+      await adapter.save(join(home, name));
+    }
+  }
+
+  const names: string[] = [];
+  for (const page of pages.filter((file) => file.startsWith(join('docs', 'recipes')))) {
+    blocksOf(page, 'ts').forEach((block, i) => {
+      const { outputText } = ts.transpileModule(block, {
+        compilerOptions: { target: ts.ScriptTarget.ES2022, module: ts.ModuleKind.ESNext },
+      });
+      const name = `${basename(page, '.md')}-${i + 1}`;
+      // The one change: any port that is free.
+      writeFileSync(join(modules, `${name}.mjs`), outputText.replace('listen(8080)', 'listen(0)'));
+      names.push(name);
+    });
+  }
+  const main = join(modules, 'all.mjs');
+  const imports = names.map((name) => `console.log('\\n:: ${name}'); await import('./${name}.mjs');`);
+  writeFileSync(main, [...imports, 'process.exit();'].join('\n'));
+  const env = { ...process.env, NODE_OPTIONS: '', HF_HUB_OFFLINE: '1' };
+  const said = execFileSync(process.execPath, [main], { cwd: home, encoding: 'utf8', env }).split(/^:: /m).slice(1);
+  t.same(
+    said.map((text) => text.slice(0, text.indexOf('\n'))),
+    names,
+  );
+  const of = (name: string) => said[names.indexOf(name)] as string;
+  t.match(of('fine-tune-on-your-rows-1'), /^loss \S+, adapter in adapters\/tickets$/m);
+  t.match(of('fine-tune-on-your-rows-4'), /^(\d\S*\n){100}/m, "steps of a loop of one's own");
+  t.match(of('look-at-a-run-1'), /^step \d+: loss \d/m);
+  t.match(of('merge-1'), /^logits moved by \d/m);
+  t.match(of('stop-and-resume-1'), /^done$/m);
 });
 
 t.test('links lead somewhere', async (t) => {

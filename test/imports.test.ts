@@ -38,7 +38,9 @@ const layers: Record<string, readonly string[]> = {
   data: ['errors.ts', 'logger.ts', 'format.ts', 'io', 'tokenizer'],
   'quantization.ts': ['errors.ts', 'tensor.ts', 'ops'],
   models: ['errors.ts', 'tensor.ts', 'autograd.ts', 'ops', 'nn', 'io', 'tokenizer'],
-  generate: ['errors.ts', 'options.ts', 'tensor.ts', 'ops', 'io', 'models', 'data', 'tokenizer'],
+  generate: [
+    'errors.ts', 'logger.ts', 'options.ts', 'event-stream.ts', 'tensor.ts', 'ops', 'io', 'models', 'data', 'tokenizer',
+  ],
   'quantized-model.ts': [
     'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
     'models', 'generate',

@@ -81,6 +81,19 @@ t.test('option names and values, at every door', async (t) => {
   ];
   for (const [what, call, message] of invalid)
     await refuses(t, what, call, { code: 'ERR_QLORA_OPTION_INVALID', message });
+  const meant: [string, () => unknown, RegExp][] = [
+    ['adam', () => create({ optimizer: 'adam' }), /^Did you mean 'adamw_32bit'\?/],
+    ['paged_adam_8bit', () => create({ optimizer: 'paged_adam_8bit' }), /'paged_adamw_8bit'/],
+    ['cosin', () => create({ lrScheduler: 'cosin' }), /'cosine'/],
+    ['linear_with_warmup', () => create({ lrScheduler: 'linear_with_warmup' }), /'linear'/],
+    ['fp16', () => create({ computeDtype: 'fp16' }), /'f16'/],
+    ['bfloat16', () => load({ computeDtype: 'bfloat16' as 'bf16' }), /'bf16'/],
+    ['4bit', () => create({ quantization: '4bit' }), /^4 bits are type 'nf4'/],
+    ['int4', () => load({ quantization: { type: 'int4' as 'nf4' } }), /^4 bits are type 'nf4'/],
+    ['8bit', () => load({ quantization: '8bit' as 'none' }), /^8 bits are type 'int8'/],
+  ];
+  for (const [what, call, hint] of meant)
+    await refuses(t, what, call, { code: 'ERR_QLORA_OPTION_INVALID', message: new RegExp(what), hint });
   const others: [string, () => unknown, Wrong][] = [
     [
       'template',

@@ -52,7 +52,7 @@ export async function loadAdapter(model: QuantizedModel, name: string, folder: s
   }
 }
 
-async function isThere(path: string): Promise<boolean> {
+export async function isThere(path: string): Promise<boolean> {
   return access(path).then(
     () => true,
     () => false,

@@ -2,6 +2,7 @@
 import { inspect } from 'node:util';
 import type { Command } from 'commander';
 import { QLoRAError } from '../errors.js';
+import type { LogLevel } from '../logger.js';
 
 export interface Output {
   readonly json: boolean;
@@ -35,9 +36,9 @@ export function makeOutput({ json = false, color }: { json?: boolean; color?: bo
 }
 
 /** A line of the log, as a run writes them. */
-export function writeNote(output: Output, message: string): void {
-  output.line(message);
-  output.object({ type: 'log', level: 'info', message });
+export function writeNote(output: Output, message: string, level: LogLevel = 'info'): void {
+  output.line(level === 'info' ? message : `${level}: ${message}`);
+  output.object({ type: 'log', level, message });
 }
 
 /** What hints call by the names of a program, as flags. */

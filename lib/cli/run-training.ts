@@ -41,8 +41,8 @@ export async function runTraining(settings: RunSettings, output: Output): Promis
     view.result(result);
     if (result.stopped) return exitCodes.stopped;
     if (exportDir !== undefined) {
-      const { logitDrift } = await trainer.model.merge(exportDir);
-      view.log('info', `merged into ${exportDir}: logits drift by at most ${logitDrift.toPrecision(3)}`);
+      await trainer.model.merge(exportDir);
+      view.log('info', `merged into ${exportDir}`);
     }
     return exitCodes.done;
   } catch (error) {

@@ -40,6 +40,15 @@ const promptTemplates: Readonly<Record<string, PromptTemplate>> = {
   },
 };
 
+/** What a prompt of one of these asks, without the words around it; the text itself where it is none. */
+export function questionIn(prompt: string): string {
+  const begin = [taskWithInput, task].find((words) => prompt.startsWith(words)) ?? '';
+  const asked = /^### Instruction:\n(.*?)(?:\n\n### Input:\n(.*))?\n\n### Response:\s*$/s.exec(
+    prompt.slice(begin.length),
+  );
+  return asked ? questionOf({ instruction: asked[1] as string, input: asked[2] }) : prompt;
+}
+
 const DEFAULT_TEMPLATE = 'alpaca';
 /** The name of the model's own chat template. */
 const ownTemplate = 'chat';
@@ -87,7 +96,7 @@ export function chatRenderer(name: string | undefined, tokenizer: Tokenizer, too
 }
 
 /** An instruction as a conversation's question: the input follows on a line of its own. */
-export function questionOf({ instruction, input }: Instruction): string {
+export function questionOf({ instruction, input }: { instruction: string; input?: string | undefined }): string {
   return input ? `${instruction}\n${input}` : instruction;
 }
 

@@ -1,5 +1,6 @@
 import { z } from 'zod';
 import { QLoRAError } from '../errors.js';
+import { log } from '../logger.js';
 import type { ModelCore } from '../models/core.js';
 import { checkOptions } from '../options.js';
 import type { SamplingOptions } from './tokens.js';
@@ -69,7 +70,7 @@ const defaults = {
   stop: [],
   seed: 42,
 };
-const tokensSchema = schema.omit({ stop: true }).extend({ ignoreEos: z.boolean().optional() });
+const tokensSchema = schema.extend({ ignoreEos: z.boolean().optional() });
 
 export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens' | 'isWhole'> & {
   stop: readonly string[];
@@ -79,7 +80,7 @@ export type ResolvedGenerateOptions = Omit<SamplingOptions, 'endTokens' | 'isWho
 /** The options that generation_config.json may set as well. */
 const fileSchema = schema.omit({ stop: true, seed: true, adapter: true, signal: true });
 
-/** @param what 'text' takes stop strings, 'tokens' takes ignoreEos */
+/** @param what 'tokens' takes ignoreEos too */
 export function resolveGenerateOptions(
   core: ModelCore,
   options: GenerateOptions & { ignoreEos?: boolean },
@@ -103,6 +104,7 @@ export function resolveGenerateOptions(
     ...defined(given),
   };
   const { doSample, signal, ignoreEos, adapter, ...rest } = merged;
+  if (!doSample) warnOfSampling(given);
   const { minNewTokens, maxNewTokens } = rest;
   if (minNewTokens !== undefined && minNewTokens > maxNewTokens) {
     throw new QLoRAError(
@@ -124,6 +126,16 @@ export function resolveGenerateOptions(
     ignoreEos: ignoreEos ?? false,
     signal,
   };
+}
+
+/** Tells the log of what was given for sampling where nothing is sampled; temperature 0 says so itself. */
+function warnOfSampling(given: GenerateOptions): void {
+  for (const name of ['temperature', 'topK', 'topP', 'typicalP'] as const) {
+    if (given[name] === undefined || (name === 'temperature' && given[name] === 0)) continue;
+    log('warn', `option '${name}' changes nothing without doSample: the likeliest token is taken each time`, {
+      option: name,
+    });
+  }
 }
 
 function defined<T extends object>(options: T): { [K in keyof T]?: Exclude<T[K], undefined> } {

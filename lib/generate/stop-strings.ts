@@ -44,6 +44,41 @@ export class StopStrings {
   }
 }
 
+/** The same for ids: those whose text lies wholly before any stop string. An id that ends no character waits for the next. */
+export class StopIds {
+  readonly #stop: StopStrings;
+  readonly #decoder: { push(id: number): string };
+  #waiting: { id: number; end: number }[] = [];
+  /** Length of all text, and of what is certain to come before a stop string. */
+  #length = 0;
+  #sure = 0;
+
+  constructor(stops: readonly string[], decoder: { push(id: number): string }) {
+    this.#stop = new StopStrings(stops);
+    this.#decoder = decoder;
+  }
+
+  get found(): boolean {
+    return this.#stop.found;
+  }
+
+  push(id: number): number[] {
+    const text = this.#decoder.push(id);
+    this.#length += text.length;
+    this.#sure += this.#stop.push(text).length;
+    this.#waiting.push({ id, end: Number.POSITIVE_INFINITY });
+    if (text === '') return [];
+    for (const one of this.#waiting) one.end = Math.min(one.end, this.#length);
+    const sure = this.#waiting.filter(({ end }) => end <= this.#sure);
+    this.#waiting = this.#waiting.slice(sure.length);
+    return sure.map((one) => one.id);
+  }
+
+  finish(): number[] {
+    return this.found ? [] : this.#waiting.map(({ id }) => id);
+  }
+}
+
 /** Length of the longest end of `text` that `stop` begins with. */
 function overlap(text: string, stop: string): number {
   for (let n = Math.min(text.length, stop.length - 1); n > 0; n--) {

@@ -1,8 +1,8 @@
 /** Models and adapters of the Hugging Face hub, in the cache that Hugging Face's own libraries share. */
-import { readFile, stat } from 'node:fs/promises';
+import { readdir, readFile, stat } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
-import { QLoRAError } from '../errors.js';
+import { didYouMean, QLoRAError } from '../errors.js';
 import { downloadBlob, linkSnapshot, storeRef } from './hub-cache.js';
 
 export interface HubOptions {
@@ -51,6 +51,14 @@ export async function locate(
 ): Promise<string> {
   const there = await stat(source).catch(() => undefined);
   if (there || !hubName.test(source)) return source;
+  try {
+    return await fromHub(source, kind, options, load);
+  } catch (error) {
+    throw await asPath(error, source);
+  }
+}
+
+async function fromHub(source: string, kind: Kind, options: HubOptions, load: () => Promise<Hub>): Promise<string> {
   const { revision = 'main', offline = isSet(process.env.HF_HUB_OFFLINE) } = options;
   if (!/^[\w.-]+(\/[\w.-]+)*$/.test(revision) || revision.split('/').includes('..')) {
     throw new QLoRAError(
@@ -74,6 +82,18 @@ export async function locate(
     );
   }
   return download(hub, source, kind, repository, revision, options);
+}
+
+/** What has the form owner/name may be a path with a mistake in it: where that is likely, the hint says so first. */
+async function asPath(error: unknown, source: string): Promise<unknown> {
+  if (!(error instanceof QLoRAError) || !error.message.includes('there is no folder')) return error;
+  const [owner = '', name = ''] = source.split('/');
+  const beside = await readdir(owner).catch(() => undefined);
+  const near = beside && didYouMean(name, beside);
+  const folder = near ? `Did you mean the folder '${owner}/${near}'?` : `The folder '${owner}' has no '${name}'.`;
+  const what = beside ? folder : 'A relative path starts at the working directory of the process.';
+  const hint = `If a folder was meant: is the path right? ${what} If a model of the hub: ${error.hint}`;
+  return new QLoRAError(error.code, error.message, { hint, detail: error.detail, cause: error.cause });
 }
 
 const isSet = (value: string | undefined) => value !== undefined && /^(1|true|yes|on)$/i.test(value);
@@ -211,7 +231,7 @@ function hubError(
     return new QLoRAError(
       kind === 'model' ? 'ERR_QLORA_MODEL_NOT_FOUND' : 'ERR_QLORA_ADAPTER_NOT_FOUND',
       `there is no folder '${source}', and the hub at ${endpoint()} has none of that name with a revision '${revision}'`,
-      { hint: 'A relative path starts at the working directory of the process.', cause },
+      { hint: 'Check its name and its revision.', cause },
     );
   }
   return new QLoRAError(

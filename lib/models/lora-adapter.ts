@@ -153,15 +153,15 @@ function* partsOf(
   for (const [name, tensor] of whole.tensors) yield { key: adapterKey(name, 'whole'), tensor };
 }
 
-/** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did; or PiSSA's. */
-export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
-  const { targetModules = 'all-linear', seed = 42 } = options;
-  const config: AdapterConfig = {
-    baseModel: core.name,
+/** What an adapter's folder says of such options. @param linears paths of the layers that an adapter can change */
+export function adapterConfig(options: LoraOptions, baseModel: string, linears: readonly string[]): AdapterConfig {
+  const { targetModules = 'all-linear' } = options;
+  return {
+    baseModel,
     r: options.r ?? 64,
     alpha: options.alpha ?? 16,
     dropout: options.dropout ?? 0,
-    targetModules: targetModules instanceof RegExp ? targetModules.source : namesOf(core, targetModules),
+    targetModules: targetModules instanceof RegExp ? targetModules.source : namesOf(linears, targetModules),
     layersToTransform: [],
     layersPattern: [],
     rankPattern: options.rankPattern ?? {},
@@ -170,6 +170,12 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
     useRslora: options.useRslora ?? false,
     useDora: options.useDora ?? false,
   };
+}
+
+/** A new adapter with PEFT's start: A random, B zero, so that the model computes what it did; or PiSSA's. */
+export function createAdapter(core: ModelCore, name: string, options: LoraOptions): LoraAdapter {
+  const { seed = 42 } = options;
+  const config = adapterConfig(options, core.name, linearPaths(core));
   refuseTaken(core, name);
   if (options.init === 'pissa') refuseWithDora(options.useDora);
   const adapter = makeAdapter(core, name, config);
@@ -193,9 +199,9 @@ export function createAdapter(core: ModelCore, name: string, options: LoraOption
 }
 
 /** PEFT knows 'all-linear', but in files it writes the names. */
-function namesOf(core: ModelCore, targets: 'all-linear' | readonly string[]): readonly string[] {
+function namesOf(linears: readonly string[], targets: 'all-linear' | readonly string[]): readonly string[] {
   if (targets !== 'all-linear') return targets;
-  return [...new Set(core.weights.linears.map(({ path }) => path.slice(path.lastIndexOf('.') + 1)))];
+  return [...new Set(linears.map((path) => path.slice(path.lastIndexOf('.') + 1)))];
 }
 
 /** An adapter from a PEFT folder. */
@@ -265,6 +271,7 @@ function publish(core: ModelCore, adapter: LoraAdapter): void {
   core.adapters.set(adapter.name, adapter);
 }
 
+export const linearPaths = (core: ModelCore) => core.weights.linears.map(({ path }) => path);
 const linearsByPath = (core: ModelCore) => new Map(core.weights.linears.map((linear) => [linear.path, linear]));
 
 function checkAdapterShape(directory: string, name: string, got: readonly number[], expected: readonly number[]): void {

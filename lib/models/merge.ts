@@ -14,8 +14,8 @@ import { addProduct } from '../ops/low-rank.js';
 import { dequantizeWeight } from '../ops/quantize.js';
 import { type FloatDType, Tensor } from '../tensor.js';
 import { copyCompanions, type Manners, writeManners } from './companions.js';
-import { decoderOf, hiddenStates, logitsOf, type ModelCore } from './core.js';
-import { disposeCore, loadCore } from './load.js';
+import { decoderOf, type ModelCore } from './core.js';
+import { type Drift, measureDrift } from './merge-drift.js';
 
 export interface MergeOptions {
   /** Name of the adapter; undefined: the base alone. */
@@ -26,28 +26,19 @@ export interface MergeOptions {
   shardBytes?: number;
 }
 
-/** Tokens of the text on which drift is measured. */
-const probeLength = 16;
-
-/**
- * Writes the folder, loads it again without quantization, and compares.
- *
- * @returns logitDrift: the largest absolute difference, over all places and the whole vocabulary, between the logits of
- *   this model with the adapter and those of the folder, of 16 ids spread over the vocabulary, both in this model's
- *   computeDtype
- */
+/** Writes the folder, loads it again without quantization, and compares. */
 export async function mergeModel(
   core: ModelCore,
   directory: string,
   { adapter, manners, signal, shardBytes = 5e9 }: MergeOptions,
-): Promise<{ logitDrift: number }> {
+): Promise<Drift> {
   return writeNewFolder(directory, async (folder) => {
     signal?.throwIfAborted();
     await writeModelTensors(folder, mergedTensors(core, adapter), { shardBytes, signal });
     await writeFileAtomic(join(folder, 'config.json'), `${pythonJson(mergedConfig(core, adapter), 2)}\n`);
     await copyCompanions(core, folder);
     await writeManners(core, folder, manners);
-    return { logitDrift: await logitDrift(core, adapter, folder, signal) };
+    return measureDrift(core, adapter, folder, signal);
   });
 }
 
@@ -138,36 +129,4 @@ async function scaleRows(values: Float32Array, lengths: Float32Array, norms: Flo
     sinceTurn = 0;
     await setImmediate();
   }
-}
-
-async function logitDrift(
-  core: ModelCore,
-  adapter: string | undefined,
-  folder: string,
-  signal: AbortSignal | undefined,
-): Promise<number> {
-  const before = await probe(core, adapter);
-  const { computeDtype, configJson } = core;
-  const merged = await loadCore(folder, {
-    quantization: undefined,
-    storage: 'as-in-file',
-    computeDtype,
-    allowUnknownConfig: Object.keys(configJson), // the model that is loaded was accepted with them
-    signal,
-  });
-  try {
-    const after = await probe(merged, undefined);
-    return before.reduce((most, x, i) => Math.max(most, Math.abs(x - (after[i] as number))), 0);
-  } finally {
-    await disposeCore(merged);
-  }
-}
-
-async function probe(core: ModelCore, adapter: string | undefined): Promise<Float32Array> {
-  const { vocabSize } = core.config;
-  const tokens = Int32Array.from({ length: probeLength }, (_, i) => Math.floor(((i + 0.5) * vocabSize) / probeLength));
-  const rows = { tokens, batch: 1, length: probeLength };
-  using hidden = hiddenStates(core, undefined, rows, { adapter, checkpointing: 'none' });
-  using logits = logitsOf(core, adapter, hidden);
-  return logits.read();
 }

@@ -35,7 +35,7 @@ export interface LoadedWeights {
 const tiedHeadPath = 'lm_head';
 
 /** A module of one layer, with its number filled in. */
-interface Module {
+export interface Module {
   rule: ModuleRule;
   from: string;
   to: string;
@@ -81,7 +81,11 @@ export async function loadWeights(
   }
 }
 
-function listModules(family: Family, config: DecoderConfig, fields: Readonly<Record<string, unknown>>): Module[] {
+export function listModules(
+  family: Family,
+  config: DecoderConfig,
+  fields: Readonly<Record<string, unknown>>,
+): Module[] {
   return family.modules(config, fields).flatMap((rule) => {
     if (!rule.from.includes('*')) return [{ rule, from: rule.from, to: rule.to }];
     return Array.from({ length: config.numLayers }, (_, i) => ({

@@ -1,5 +1,6 @@
 /** The report of a run: how it learnt, what it said meanwhile, what it took, and with which options. */
 
+import { questionIn } from '../data/templates.js';
 import { bytes, thousands } from '../format.js';
 import { smooth } from './curve.js';
 import { dataOf } from './data-section.js';
@@ -190,7 +191,7 @@ function samples({ samples }: RunLog): Html {
     const row = (step: string, text: string, kind = '') =>
       html`<tr class="${kind}"><th scope="row" class="num">${step}</th><td class="text">${text || '(nothing)'}</td></tr>
 `;
-    return html`<div class="card sample"><p class="text">${prompt}</p>
+    return html`<div class="card sample"><p class="text">${questionIn(prompt)}</p>
 <div class="scroll"><table><thead><tr><th scope="col" class="num">Step</th><th scope="col">Answer</th></tr></thead><tbody>
 ${firstAndLast(answers, 6).map(({ step, text }) => row(thousands(step), text))}${expected === undefined ? '' : row('right', expected, 'expected')}</tbody></table></div></div>
 `;

@@ -20,6 +20,8 @@ export interface RecorderOptions {
   resumeAt?: number;
   /** The checkpoint of that step, which may have been written by a process that was killed before it could log it. */
   checkpoint?: string;
+  /** Where a run that is resumed is over already: an end that the log has there stays. Default: its last step. */
+  endsAt?: number;
   /** Told once, where something could not be written: that never ends a run. */
   onWarning?(warning: { code: string; message: string }): void;
 }
@@ -68,7 +70,8 @@ export class RunRecorder {
     const { resumeAt } = options;
     const path = join(folder, metricsFile);
     const none: Earlier = { text: '', known: new RunLog(folder) };
-    const earlier = resumeAt === undefined ? none : await earlierLines(folder, resumeAt, context);
+    const { endsAt = context.totalSteps } = options;
+    const earlier = resumeAt === undefined ? none : await earlierLines(folder, { resumeAt, endsAt }, context);
     const { text, damage, known } = earlier;
     const recorder = new RunRecorder(folder, context, options, new AppendFile(path, Buffer.byteLength(text)), earlier);
     await recorder.#attempt(async () => {
@@ -212,7 +215,11 @@ interface Earlier {
 }
 
 /** The lines up to a step. Its end is left out where the run goes on. */
-async function earlierLines(folder: string, resumeAt: number, context: RunContext): Promise<Earlier> {
+async function earlierLines(
+  folder: string,
+  { resumeAt, endsAt }: { resumeAt: number; endsAt: number },
+  context: RunContext,
+): Promise<Earlier> {
   const isLogged = loggedSteps(context);
   const known = new RunLog(folder);
   const kept: string[] = [];
@@ -223,7 +230,7 @@ async function earlierLines(folder: string, resumeAt: number, context: RunContex
     for await (const line of readRunLines(folder)) {
       if (line.type !== 'start' && line.step > resumeAt) continue;
       if (line.type === 'end') {
-        const isWhole = line.status === 'finished' && line.step === context.totalSteps;
+        const isWhole = line.status === 'finished' && line.step === endsAt;
         if (!isWhole && before?.type === 'step' && !isLogged(before.step)) {
           kept.pop();
           unwritten = before;

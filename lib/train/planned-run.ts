@@ -46,9 +46,8 @@ export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | '
     const outside =
       typeof given === 'string' ? { loading: peakBytes, others: 0 } : { loading: 0, others: byClass.adapters ?? 0 };
     const initialAdapter = options.initialAdapter && (await locate(options.initialAdapter, 'adapter', { offline }));
-    const record = initialAdapter ? await readTrainingRecord(initialAdapter) : undefined;
-    // What an adapter was trained with it goes on with.
-    options.template ??= templateOf(record);
+    // What an adapter, or a model that one was merged into, was trained with it goes on with.
+    options.template ??= templateOf(initialAdapter ? await readTrainingRecord(initialAdapter) : core.training);
     const datasets = await prepareDatasets(core, options);
     try {
       const steps = await StepPlan.create(datasets.train, options);

@@ -137,6 +137,8 @@ export class Run {
     const options = {
       resumeAt,
       onWarning,
+      // Where early stopping ended it, the log has its end as well.
+      ...(this.#over ? { endsAt: this.#t.stepper.step } : {}),
       ...(saved ? { checkpoint: checkpointPath(this.#outputDir, resumeAt) } : {}),
     };
     const recorder = await RunRecorder.open(this.#outputDir, contextOf(this.#t), options);
@@ -323,17 +325,22 @@ export class Run {
     // One that was named may have newer ones beside it. Of another folder, the best lies there too.
     progress.run = resume === true ? state.run : undefined;
     const { evaluated, best } = isHere ? state : { evaluated: undefined, best: undefined };
-    Object.assign(progress, { evaluated, best: best && (await this.#isKept(best.step, warn)) ? best : undefined });
+    Object.assign(progress, { evaluated, best: best && (await this.#isKept(best.step)) ? best : undefined });
   }
 
   /** A best step of a run that did not keep it cannot be what this one ends with. */
-  async #isKept(step: number, warn: (code: string) => (message: string) => void): Promise<boolean> {
+  async #isKept(step: number): Promise<boolean> {
     if (!this.#t.stepper.options.keepBest) return true;
+    return this.#isWhole(checkpointPath(this.#outputDir, step), 'keepBest looks among the steps from here on');
+  }
+
+  /** Whether the best step's checkpoint can be taken; if not, an event says what is done instead. */
+  async #isWhole(path: string, instead: string): Promise<boolean> {
     try {
-      await openCheckpoint(checkpointPath(this.#outputDir, step));
+      await openCheckpoint(path);
       return true;
     } catch (error) {
-      warn('BEST_NOT_KEPT')(`keepBest looks among the steps from here on: ${(error as Error).message}`);
+      this.#emit({ type: 'warning', code: 'BEST_NOT_KEPT', message: `${instead}: ${(error as Error).message}` });
       return false;
     }
   }
@@ -368,8 +375,8 @@ export class Run {
     const { stepper, trained, progress, turns, save } = this.#t;
     const { step, options } = stepper;
     if (options.keepBest && progress.best && progress.best.step !== step) {
-      const { path } = await openCheckpoint(checkpointPath(this.#outputDir, progress.best.step));
-      await turns.take(() => trained.restore(path));
+      const path = checkpointPath(this.#outputDir, progress.best.step);
+      if (await this.#isWhole(path, 'the run ends with its last step')) await turns.take(() => trained.restore(path));
     }
     return this.#result(await save(), false);
   }

@@ -12,6 +12,7 @@ import { restoreModel, writeModel } from '../models/save.js';
 import { checkOptions } from '../options.js';
 import { QuantizedModel } from '../quantized-model.js';
 import { type Datasets, encodeDataset, encodeOptionsOf, encodeRows, prepareDatasets } from './dataset.js';
+import { checkEarly } from './early-checks.js';
 import { type Evaluation, evaluateRows } from './evaluate.js';
 import type { TrainEvent, TrainResult, TrainRun } from './events.js';
 import { warnOfIdle } from './idle-options.js';
@@ -76,6 +77,7 @@ export class QLoRATrainer implements AsyncDisposable {
   static async create(options: TrainerOptions): Promise<QLoRATrainer> {
     const resolved = resolveTrainerOptions(options);
     warnOfIdle(resolved);
+    await checkEarly(resolved);
     const { model: given, quantization, computeDtype, device, offline, revision, lora, initialAdapter } = resolved;
     const load = { quantization, computeDtype, device, offline, revision };
     const full = lora === 'none';
@@ -90,8 +92,8 @@ export class QLoRATrainer implements AsyncDisposable {
       // What takes more than was planned is an error then, not the end of the process.
       if (typeof given === 'string') model.core.stream.setMemoryLimit(resolved.maxMemory ?? 0);
       if (initialAdapter) adapter = await model.loadLora(adapterName, initialAdapter);
-      // What an adapter was trained with it goes on with.
-      resolved.template ??= templateOf(adapter?.training);
+      // What an adapter, or a model that one was merged into, was trained with it goes on with.
+      resolved.template ??= templateOf((adapter ?? model.core).training);
       datasets ??= await prepareDatasets(model.core, resolved);
       if (!initialAdapter && !full) adapter = model.addLora(adapterName, { seed: resolved.seed, ...(lora as object) });
       const plan = planned?.steps ?? (await StepPlan.create(datasets.train, resolved));

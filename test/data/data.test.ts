@@ -6,7 +6,7 @@ import { explainRow } from '../../lib/data/explain.js';
 import { randomBits, shuffledOrder, splitRows } from '../../lib/data/order.js';
 import { type DatasetSource, readRows } from '../../lib/data/read-rows.js';
 import { formatNames, type Row, toRow } from '../../lib/data/rows.js';
-import { promptTemplate } from '../../lib/data/templates.js';
+import { promptTemplate, questionIn, questionOf } from '../../lib/data/templates.js';
 import type { ChatTurn } from '../../lib/tokenizer/chat-template.js';
 import { Tokenizer } from '../../lib/tokenizer/tokenizer.js';
 import { readJson, referencesDir } from '../support/references.js';
@@ -45,6 +45,7 @@ t.test("Alpaca's three variants: prompts, ids, labels and cuts", async (t) => {
     const row = rows[c.row] as { instruction: string; input?: string; output: string };
     const { source, tail } = promptTemplate(VARIANTS[c.variant]);
     t.equal(source(row) + tail, c.prompt, `${label}: prompt`);
+    t.equal(questionIn(c.prompt.trim()).trim(), questionOf(row).trim(), `${label}: what it asks`);
     const { sourceMaxLength, targetMaxLength } = c;
     const options = { template: VARIANTS[c.variant], sourceMaxLength, targetMaxLength };
     const encoded = encodeRow(row, await load(c.tokenizer), options);

@@ -272,6 +272,21 @@ t.test('what cannot be had', async (t) => {
     code: 'ERR_QLORA_DEPENDENCY_MISSING',
     hint: /npm install @huggingface\/hub/,
   });
+  const before = process.cwd();
+  t.teardown(() => process.chdir(before));
+  mkdirSync(join(t.testdirName, 'models', 'tiny-llama'), { recursive: true });
+  process.chdir(t.testdirName);
+  for (const [path, hint] of [
+    [
+      source,
+      /^If a folder was meant: is the path right\? A relative path starts at .* If a model of the hub: Fetch it/,
+    ],
+    ['models/tiny-lama', /is the path right\? Did you mean the folder 'models\/tiny-llama'\?/],
+    ['models/gpt', /is the path right\? The folder 'models' has no 'gpt'\./],
+  ] as const) {
+    await t.rejects(locate(path, 'model', { offline: true }), { code: 'ERR_QLORA_HUB_OFFLINE', hint });
+  }
+  process.chdir(before);
   for (const path of ['/no/such', './no/such', '../no', 'a/b/c', 'no']) t.equal(await locate(path, 'model'), path);
   await hub.close();
   await t.rejects(load(), { code: 'ERR_QLORA_DOWNLOAD_FAILED', message: /no folder 'org/, hint: /offline: true/ });

@@ -5,7 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import t from 'tap';
 import { promptTemplate } from '../../lib/data/templates.js';
 import { StopStrings } from '../../lib/generate/stop-strings.js';
-import { QuantizedModel } from '../../lib/index.js';
+import { QuantizedModel, setLogger } from '../../lib/index.js';
 import { packageRoot, referencesDir } from '../support/references.js';
 
 const demo = join(packageRoot(), 'examples', 'demo', 'model');
@@ -115,6 +115,59 @@ t.test('text', async (t) => {
     t.equal(await model.generate('The numbers are', { ...options, stop: [`${whole.slice(-3)}X`] }), whole);
   });
 
+  await t.test('stop strings among ids', async (t) => {
+    const { tokenizer } = model.core;
+    if (!tokenizer) return t.fail('no tokenizer');
+    const prompt = tokenizer.encode('The numbers are');
+    const text = (ids: readonly number[]) => {
+      const decoder = tokenizer.stream({ context: prompt });
+      return ids.map((id) => decoder.push(id)).join('');
+    };
+    for (const numBeams of [1, 3]) {
+      const options = { maxNewTokens: 60, doSample: true, temperature: 1.2, seed: 11, topK: 0, numBeams };
+      const all = await model.generateTokens(prompt, options);
+      const whole = text(all);
+      const middle = Math.floor(whole.length / 2);
+      for (const length of numBeams === 1 ? [1, 3, 8] : [3]) {
+        const stop = whole.slice(middle, middle + length);
+        const cut = await model.generateTokens(prompt, { ...options, stop: ['never there', stop] });
+        if (numBeams > 1) {
+          t.notOk(text(cut).includes(stop), 'of beams as well');
+          continue;
+        }
+        const before = whole.indexOf(stop);
+        t.same(cut, all.slice(0, cut.length), 'those of the same text');
+        t.ok(text(cut).length <= before && text(all.slice(0, cut.length + 1)).length > before, JSON.stringify(stop));
+        t.same(await pieces(model.generateTokens(prompt, { ...options, stop: [stop] })), cut, 'one by one as well');
+      }
+    }
+    // A stop string that begins where a token does.
+    const greedy = { maxNewTokens: 12, ignoreEos: true };
+    const ids = await model.generateTokens(prompt, greedy);
+    const starts = [1, 2, 3, 4, 5, 6].map((n) => [n, text(ids.slice(0, n)).length] as const);
+    const [n, start] = starts.find(([, at]) => text(ids).indexOf(text(ids).slice(at)) === at) ?? [0, 0];
+    t.ok(start > 0);
+    t.same(await model.generateTokens(prompt, { ...greedy, stop: [text(ids).slice(start)] }), ids.slice(0, n));
+    const options = { maxNewTokens: 20, ignoreEos: true };
+    const all = await model.generateTokens(prompt, options);
+    t.same(await model.generateTokens(prompt, { ...options, stop: [`${text(all).slice(-3)}X`] }), all, 'none is lost');
+  });
+
+  await t.test('options of sampling where nothing is sampled', async (t) => {
+    const said: string[] = [];
+    setLogger((level, message) => said.push(`${level}: ${message}`));
+    t.teardown(() => setLogger(null));
+    const options = { maxNewTokens: 1, temperature: 0.7, topP: 0.9, topK: 5, seed: 3 };
+    await model.generate('a', { ...options, doSample: true });
+    await model.generate('a', { maxNewTokens: 1, temperature: 0 });
+    t.same(said, []);
+    await model.generate('a', options);
+    t.same(
+      said.map((line) => /^warn: option '(\w+)' changes nothing without doSample/.exec(line)?.[1]),
+      ['temperature', 'topK', 'topP'],
+    );
+  });
+
   await t.test('which adapter', async (t) => {
     const base = await model.generate(question);
     model.addLora('one', { r: 2 });
@@ -149,6 +202,7 @@ t.test('text', async (t) => {
   });
 
   await t.test('errors, of which none goes unhandled', async (t) => {
+    const wrongStop = { stop: 'a' as unknown as string[] };
     const unknownOption = {
       code: 'ERR_QLORA_OPTION_UNKNOWN',
       message: /generate.*maxNewTokes/,
@@ -157,10 +211,9 @@ t.test('text', async (t) => {
     await t.rejects(async () => model.generate('a', { maxNewTokes: 3 } as object), unknownOption);
     await t.rejects(pieces(model.generate('a', { maxNewTokes: 3 } as object)), unknownOption);
     await t.rejects(pieces(model.generateTokens([1], { maxNewTokes: 3 } as object)), unknownOption);
-    await t.rejects(async () => model.generateTokens([1], { stop: ['a'] }), {
-      code: 'ERR_QLORA_OPTION_UNKNOWN',
-      hint: String,
-    });
+    for (const ask of [() => model.generate('a', wrongStop), () => model.generateTokens([1], wrongStop)]) {
+      await t.rejects(async () => ask(), { code: 'ERR_QLORA_OPTION_INVALID', hint: 'Write ["a"].' });
+    }
     await t.rejects(async () => model.generateTokens([]), { code: 'ERR_QLORA_ARGUMENT', hint: String });
     for (const wrong of [
       5,

@@ -3,8 +3,9 @@ import { spawnSync } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t, { type Test } from 'tap';
-import { type LoadOptions, QuantizedModel } from '../../lib/index.js';
+import { type LoadOptions, QLoRATrainer, QuantizedModel, setLogger } from '../../lib/index.js';
 import { mergeModel } from '../../lib/models/merge.js';
+import { driftSentence, isRounding } from '../../lib/models/merge-drift.js';
 import { dequantizeWeight } from '../../lib/ops/quantize.js';
 import { largestError } from '../support/op-harness.js';
 import { packageRoot, readJson, referencesDir } from '../support/references.js';
@@ -63,8 +64,21 @@ async function checkMerge(t: Test, name: string, options: LoadOptions, drift: nu
   await using model = await QuantizedModel.load(directory, { computeDtype: 'f32', ...options });
   await model.loadLora('a', join(directory, 'adapter'));
   const out = join(t.testdir({}), 'parent', 'merged');
+  const told: [string, object | undefined][] = [];
+  setLogger((level, _, fields) => told.push([level, fields]));
+  t.teardown(() => setLogger(null));
   const { logitDrift } = await model.merge(out);
   t.ok(logitDrift > 0 && logitDrift < drift, `drift ${logitDrift}`);
+  const probe = Array.from({ length: 16 }, (_, i) =>
+    Math.floor(((i + 0.5) * (model.config.vocab_size as number)) / 16),
+  );
+  const [base, adapted] = await Promise.all([null, 'a'].map((adapter) => model.logits(probe, { adapter })));
+  const most = (values: Iterable<number>) => Math.max(...Array.from(values, Math.abs));
+  const [largestLogit, adapterChange] = [
+    most(adapted ?? []),
+    most(Array.from(adapted ?? [], (x, i) => x - (base?.[i] ?? 0))),
+  ];
+  t.same(told.at(-1), ['info', { logitDrift, largestLogit, adapterChange }], 'what it means is told');
 
   const [before, after] = [tensorsOf(directory), tensorsOf(out)];
   t.same(
@@ -172,6 +186,10 @@ t.test('tokenizer, template and stop tokens go with it', async (t) => {
   );
   t.match(rendered, /^<s>.*### Instruction:\nQ\n\n### Response:A<.s>\n\n$/s);
   t.match(readJson(out, 'qlora_node.json'), { template: 'alpaca-lit-gpt' });
+  const row = { ...question, output: '42' };
+  await using trainer = await QLoRATrainer.create({ model: out, dataset: [row], outputDir: join(out, 'again') });
+  t.notMatch((await trainer.explain(row)).tokens.join(''), 'Response: ', 'training goes on with it');
+  t.match((await trainer.explain(row)).tokens.join(''), 'Response:42');
 });
 
 t.test('whole or not at all', async (t) => {
@@ -227,4 +245,16 @@ t.test('a disk that takes no more', async (t) => {
   );
   t.match(run.stdout, /^ERR_QLORA_WRITE_FAILED .*cannot write it/, run.stderr);
   t.same(readdirSync(folder), [], 'nothing is left');
+});
+
+t.test('drift in words', async (t) => {
+  const good = { logitDrift: 0.1, largestLogit: 10, adapterChange: 4 };
+  t.ok(isRounding(good));
+  t.match(
+    driftSentence(good),
+    /at most 0\.100, 1\.0% of the largest: good, .* up to 5%; the adapter moves them by 4\.00$/,
+  );
+  const bad = { logitDrift: 0.6, largestLogit: 10, adapterChange: 0 };
+  t.notOk(isRounding(bad));
+  t.match(driftSentence(bad), /6\.0% of the largest: more than the 5% .*: compare answers before you use it$/);
 });

@@ -337,6 +337,7 @@ t.test('a trainer leaves them in its outputDir', async (t) => {
   const asked = await trainer.model.generate({ instruction }, { doSample: false, maxNewTokens: 64 });
   t.equal(samples[3]?.text, asked.trim(), 'what the model answers at that step');
   t.match(page(whole), 'step 6, finished');
+  t.match(page(whole), '<div class="card sample"><p class="text">Double 0.</p>', 'the page has the question alone');
 
   // Stopped and resumed: the same log.
   const parts = folder();

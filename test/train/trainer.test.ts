@@ -342,3 +342,25 @@ t.test('an output folder that cannot be made is found before the first step', as
   await t.rejects(training, { name: 'QLoRAError', code: 'ERR_QLORA_WRITE_FAILED', message: /file/, hint: String });
   t.same(events, []);
 });
+
+t.test('what is wrong is found before weights are read', async (t) => {
+  const told: string[] = [];
+  setLogger((_, message) => told.push(message));
+  t.teardown(() => setLogger(null));
+  const missing = join(t.testdirName, 'none.jsonl');
+  for (const [options, code] of [
+    [{ dataset: missing }, 'ERR_QLORA_DATASET_NOT_FOUND'],
+    [{ dataset: [{ source: rows }, { source: missing }] }, 'ERR_QLORA_DATASET_NOT_FOUND'],
+    [{ evalDataset: missing }, 'ERR_QLORA_DATASET_NOT_FOUND'],
+    [{ template: 'alpacca' }, 'ERR_QLORA_TEMPLATE_UNKNOWN'],
+    [{ lora: { targetModules: ['q_prj'] } }, 'ERR_QLORA_ADAPTER_TARGETS'],
+    [{ lora: { targetModules: /.*\.query/ } }, 'ERR_QLORA_ADAPTER_TARGETS'],
+    [{ initialAdapter: join(t.testdirName, 'adapter'), lora: undefined }, 'ERR_QLORA_ADAPTER_NOT_FOUND'],
+  ] as const) {
+    await t.rejects(create(t, { model: demo, ...options } as TrainerOptions), { code, hint: String });
+    t.same(told, [], `${code}: nothing was loaded, and no row read`);
+  }
+  const trainer = await create(t, { model: demo, lora: { targetModules: ['q_proj'] } });
+  t.match(told[0], /^loaded .*model$/);
+  await trainer.dispose();
+});

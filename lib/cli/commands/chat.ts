@@ -1,7 +1,6 @@
 import { createInterface, type Interface } from 'node:readline';
 import type { Command } from 'commander';
-import { translate } from '../config/draft.js';
-import { allGenerationRules, generationRules } from '../config/generation.js';
+import { allGenerationRules, generationOptions, generationRules } from '../config/generation.js';
 import { addSettingFlags } from '../flags.js';
 import { addLoadFlags, loadModel } from '../load-model.js';
 import { addOutputFlags, makeOutput } from '../output.js';
@@ -29,9 +28,8 @@ export function define(command: Command): void {
   command.addHelpText('after', `\nWhile talking:\n${commandsHelp}`);
   command.action(async (folder: string, flags: Flags) => {
     const output = makeOutput(flags);
-    const options = Object.fromEntries(
-      [...translate(generation(), allGenerationRules)].map(([k, { value }]) => [k, value]),
-    );
+    (await import('../show-log.js')).showWarnings(output);
+    const { options } = generationOptions(generation());
     await using model = await loadModel(folder, await load(), output);
     const { Conversation } = await import('../conversation.js');
     const conversation = new Conversation(model, options, flags.system, output);

@@ -1,8 +1,8 @@
 import { text as readAll } from 'node:stream/consumers';
 import type { Command } from 'commander';
 import { QLoRAError } from '../../errors.js';
-import { translate } from '../config/draft.js';
-import { allGenerationRules, generationRules } from '../config/generation.js';
+import { allGenerationRules, generationOptions, generationRules } from '../config/generation.js';
+import { locate } from '../config/resolve.js';
 import { addSettingFlags } from '../flags.js';
 import { addLoadFlags, loadAdapter, loadModel } from '../load-model.js';
 import { addOutputFlags, makeOutput } from '../output.js';
@@ -40,18 +40,21 @@ export function define(command: Command): void {
   const load = addLoadFlags(command);
   command.action(async (folder: string, text: string | undefined, flags: Flags) => {
     const output = makeOutput(flags);
-    const options = Object.fromEntries(
-      [...translate(generation(), allGenerationRules)].map(([k, { value }]) => [k, value]),
-    );
+    (await import('../show-log.js')).showWarnings(output);
+    const { options, places } = generationOptions(generation());
     const prompt = await promptOf(text, flags);
     await using model = await loadModel(folder, await load(), output);
     if (flags.adapter !== undefined) await loadAdapter(model, 'adapter', flags.adapter);
     const stream = model.generate(prompt, { ...options, ...(flags.stop.length > 0 ? { stop: flags.stop } : {}) });
     let whole = '';
-    for await (const piece of stream) {
-      whole += piece;
-      output.write(piece);
-      output.object({ type: 'text', text: piece });
+    try {
+      for await (const piece of stream) {
+        whole += piece;
+        output.write(piece);
+        output.object({ type: 'text', text: piece });
+      }
+    } catch (error) {
+      throw locate(error, places);
     }
     if (!whole.endsWith('\n')) output.line();
     output.object({ type: 'result', text: whole });

@@ -1,10 +1,11 @@
-import { access } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { bytes, thousands } from '../../format.js';
 import { table } from '../format.js';
+import { isThere } from '../load-model.js';
+import type { MemoryFacts } from '../memory-facts.js';
 import type { AdapterFacts, ModelFacts } from '../model-facts.js';
-import { addOutputFlags, makeOutput } from '../output.js';
+import { addOutputFlags, makeOutput, type Output } from '../output.js';
 
 export function define(command: Command): void {
   command.argument('<folder>', 'of a model or of an adapter');
@@ -12,23 +13,57 @@ export function define(command: Command): void {
   command.action(async (folder: string, flags: { json?: boolean; color?: boolean }) => {
     const output = makeOutput(flags);
     const { adapterFacts, modelFacts } = await import('../model-facts.js');
-    const isAdapter = await access(join(folder, 'adapter_config.json')).then(
-      () => true,
-      () => false,
-    );
+    const isAdapter = await isThere(join(folder, 'adapter_config.json'));
     if (isAdapter) {
       const facts = await adapterFacts(folder);
-      output.object(facts);
+      const base = await foundBase(facts.baseModel);
+      const memory = base === undefined ? undefined : await planned(base, folder);
+      output.object({ ...facts, memory });
       for (const line of table(adapterRows(facts))) output.line(line);
+      if (memory) writeMemory(memory, 'going on with this adapter', output);
     } else {
       const facts = await modelFacts(folder);
-      output.object(facts);
+      const memory = await planned(folder);
+      output.object({ ...facts, memory });
       for (const line of table(modelRows(facts))) output.line(line);
       output.line();
       const rows = facts.shapes.map(({ module, shape, count }) => [module, shape.join(' x '), `${count}`]);
       for (const line of table([['module', 'shape', 'times'], ...rows])) output.line(line);
+      writeMemory(memory, 'a new adapter with the defaults', output);
     }
   });
+}
+
+/** The folder of an adapter's base, where it is here or in the cache of the hub. */
+async function foundBase(name: string | undefined): Promise<string | undefined> {
+  if (name === undefined) return undefined;
+  const { locate } = await import('../../io/hub.js');
+  const folder = await locate(name, 'model', { offline: true }).catch(() => undefined);
+  return folder !== undefined && (await isThere(join(folder, 'config.json'))) ? folder : undefined;
+}
+
+/** What is known of a folder is worth showing although no memory can be planned. */
+async function planned(model: string, adapter?: string): Promise<MemoryFacts | { error: string }> {
+  try {
+    const { memoryFacts } = await import('../memory-facts.js');
+    return await memoryFacts(model, adapter);
+  } catch (error) {
+    return { error: (error as Error).message };
+  }
+}
+
+function writeMemory(memory: MemoryFacts | { error: string }, what: string, output: Output): void {
+  output.line();
+  if ('error' in memory) {
+    output.line(`memory cannot be planned: ${memory.error}`);
+    return;
+  }
+  const { rowTokens, loading, training, withoutCheckpointing } = memory;
+  const plans = [loading, training, withoutCheckpointing];
+  const classes = Object.keys(loading) as (keyof typeof loading)[];
+  const rows = classes.map((name) => [name, ...plans.map((plan) => bytes(plan[name]))]);
+  for (const line of table([['memory', 'loading', 'training', 'without checkpointing'], ...rows])) output.line(line);
+  output.line(`Training: ${what}, rows of up to ${rowTokens} tokens. \`qlora-node plan\` takes your rows and options.`);
 }
 
 function modelRows(facts: ModelFacts): string[][] {

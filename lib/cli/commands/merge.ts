@@ -17,8 +17,9 @@ export function define(command: Command): void {
     const output = makeOutput(flags);
     await using model = await loadModel(folder, await load(), output);
     await loadAdapter(model, 'adapter', adapter);
+    (await import('../show-log.js')).showLog(output);
     const { logitDrift } = await model.merge(out, { adapter: 'adapter' });
-    output.line(`written to ${out}; read again, its logits differ by at most ${logitDrift.toPrecision(3)}`);
+    output.line(`written to ${out}`);
     output.object({ type: 'result', outputDir: out, logitDrift });
   });
 }

@@ -67,7 +67,7 @@ export function translate(settings: readonly Setting[], rules: Rules): Draft {
       );
     }
     if (rule.kind === 'agrees') continue;
-    checkOptions(z.strictObject({ [key]: rule.takes }), { [key]: value }, place);
+    check(rule, { key, value, place });
     const ours = rule.convert(value);
     if (ours === undefined) continue;
     const earlier = draft.get(rule.to);
@@ -80,6 +80,30 @@ export function translate(settings: readonly Setting[], rules: Rules): Draft {
     draft.set(rule.to, { value: ours, key, place });
   }
   return draft;
+}
+
+function check({ takes }: Extract<Rule, { kind: 'maps' }>, setting: Setting): void {
+  const { key, value } = setting;
+  try {
+    checkOptions(z.strictObject({ [key]: takes }), { [key]: value }, 'configuration');
+  } catch (error) {
+    const { option } = (error as QLoRAError).detail ?? {};
+    throw atPlace(error as QLoRAError, setting, option === key ? 'all' : 'part');
+  }
+}
+
+/**
+ * An error about an option, or about a part of its value, as one about the place where that was set. A flag is its
+ * option's name; of a line of a file the key is said too.
+ */
+export function atPlace(error: QLoRAError, { key, place }: Entry, about: 'all' | 'part'): QLoRAError {
+  const { code, hint, detail } = error;
+  let what = error.message.replace(/^\w+: (?=option '|there is no option)/, '');
+  if (about === 'all') {
+    what = what.replace(`option '${detail?.option}': `, '').replace(`${detail?.option} must be `, 'must be ');
+    if (!place.startsWith('--')) what = `option '${key}': ${what}`;
+  }
+  return new QLoRAError(code, `${place}: ${what}`, { hint, detail: { ...detail, place }, cause: error });
 }
 
 /** The text of a flag as the value that its key takes: a number and a truth value where text is not taken. */

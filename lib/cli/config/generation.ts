@@ -1,5 +1,7 @@
 /** Options of text generation, under our names and under those of transformers and qlora.py. */
 import { z } from 'zod';
+import { type Draft, translate } from './draft.js';
+import type { Setting } from './file.js';
 import { agrees, boolean, type Mapped, maps, number, type Rules, whole } from './rules.js';
 
 export const generationRules: Readonly<Record<string, Mapped>> = {
@@ -24,3 +26,9 @@ export const allGenerationRules: Rules = {
   ...Object.fromEntries(Object.entries(generationRules).map(([name, rule]) => [snake(name), rule])),
   use_cache: agrees(z.literal(true), 'keys and values are always kept'),
 };
+
+/** What flags ask for, and where each option was set, for messages. @throws see translate */
+export function generationOptions(flags: readonly Setting[]): { options: Record<string, unknown>; places: Draft } {
+  const places = translate(flags, allGenerationRules);
+  return { options: Object.fromEntries([...places].map(([name, { value }]) => [name, value])), places };
+}

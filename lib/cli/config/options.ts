@@ -40,7 +40,13 @@ export const trainerRules: Rules = {
   ),
   datasetFormat: maps('datasetFormat', text, 'how records become rows; default: by their fields'),
   template: maps('template', text, 'how instructions become prompts; default alpaca'),
-  quantization: maps('quantization', none, "'none' keeps the files' type"),
+  quantization: maps(
+    'quantization',
+    z.literal('none', {
+      error: "expected 'none'; 4 bits are quantization.type nf4, the default, or fp4, and 8 bits are int8",
+    }),
+    "'none' keeps the files' type",
+  ),
   'quantization.type': maps('quantization.type', text, 'nf4 (default), fp4 or int8'),
   'quantization.blockSize': maps('quantization.blockSize', whole, 'weights that share a scale; default 64'),
   'quantization.doubleQuant': maps('quantization.doubleQuant', boolean, 'quantize the scales too; default true'),

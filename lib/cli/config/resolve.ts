@@ -2,7 +2,17 @@
 import { QLoRAError } from '../../errors.js';
 import type { TrainerOptions } from '../../train/options.js';
 import { type DatasetSpec, sourcesOf } from './datasets.js';
-import { allRules, conflict, type Dialect, type Draft, dialectOf, type Entry, nestedKeys, translate } from './draft.js';
+import {
+  allRules,
+  atPlace,
+  conflict,
+  type Dialect,
+  type Draft,
+  dialectOf,
+  type Entry,
+  nestedKeys,
+  translate,
+} from './draft.js';
 import { readSettings, type Setting } from './file.js';
 import { llamaFactoryDefaults, llamaFactoryRank } from './llama-factory.js';
 import { splitList } from './rules.js';
@@ -191,14 +201,11 @@ export function trainerOptions(options: PlainOptions): TrainerOptions {
   return { ...options, lora: { ...(lora as object), targetModules: new RegExp(pattern) } } as unknown as TrainerOptions;
 }
 
-/** An error of the trainer about an option says where that option was set. */
+/** An error of the library about an option says where that option was set. */
 export function locate(error: unknown, places: ReadonlyMap<string, Entry>): unknown {
   if (!(error instanceof QLoRAError)) return error;
   const option = error.detail?.option;
   if (typeof option !== 'string') return error;
-  const entry = [...places].find(([path]) => option === path || option.startsWith(`${path}.`))?.[1];
-  if (!entry) return error;
-  const { code, hint, detail } = error;
-  const message = `${entry.place}: '${entry.key}': ${error.message}`;
-  return new QLoRAError(code, message, { hint, detail: { ...detail, place: entry.place }, cause: error });
+  const [path, entry] = [...places].find(([path]) => option === path || option.startsWith(`${path}.`)) ?? [];
+  return entry ? atPlace(error, entry, path === option ? 'all' : 'part') : error;
 }
