@@ -2,13 +2,13 @@
  * 4-bit matmul (NF4, blocks of 64, double quantization) in bf16, forward and backward.
  *
  * `share` is of the bound that is nearer: multiply-adds, or reading the weight once from memory. The weights rotate
- * through layers that no cache holds. `--m 1,512` and `--shape 4096x4096` (inputs x outputs) choose; `--lora 16` adds an adapter, whose
- * work then counts.
+ * through layers that no cache holds; with `--layers one` the same is used again and again, and may come from a cache.
+ * `--m 1,512` and `--shape 2048x5632` (inputs x outputs) choose; `--lora 16` adds an adapter, whose work then counts.
  */
 import { quantizeWeight } from '../lib/ops/quantize.js';
 import type { Weight } from '../lib/ops/weight.js';
 import { Stream, Tensor } from '../lib/tensor.js';
-import { column, counts, defineBench, percent, rounded } from './bench.js';
+import { choice, column, counts, defineBench, percent, rounded } from './bench.js';
 import { cacheBytes } from './machine.js';
 import { measureRoofline } from './roofline.js';
 import { leastMs } from './timing.js';
@@ -34,6 +34,7 @@ export default defineBench({
     shape: { type: 'string', default: '4096x4096,2048x5632' },
     lora: { type: 'string', default: '0' },
     seconds: { type: 'string', default: '0.7' },
+    layers: { type: 'string', default: 'many' },
   },
   columns: [
     column('M', 5, 'm'),
@@ -47,11 +48,12 @@ export default defineBench({
     const rank = Number(values.lora);
     const seconds = Number(values.seconds);
     const ms = counts('m', values.m);
+    const bytes = choice('layers', values.layers, ['many', 'one']) === 'many' ? 3 * cacheBytes() : 1;
     const roofline = await measureRoofline();
     const stream = new Stream();
     for (const shape of values.shape.split(',')) {
       const [K, N] = counts('shape', shape.replace('x', ',')) as [number, number];
-      const layers = await quantizedLayers(stream, N, K, 3 * cacheBytes());
+      const layers = await quantizedLayers(stream, N, K, bytes);
       const [A, B, dA, dB] = [0, 1, 2, 3].map((i) => {
         const size = i % 2 ? [N, rank || 1] : [rank || 1, K];
         return Tensor.from(stream, new Float32Array((size[0] as number) * (size[1] as number)).fill(0.01), size);
