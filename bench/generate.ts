@@ -1,73 +1,82 @@
 /**
- * Greedy decoding and prefill at batch 1: one JSON line.
- *
- *     npm run bench -- generate --model FOLDER [--adapter]
+ * Greedy decoding and prefill at batch 1.
  *
  * decodeTokensPerSecond is --new tokens over (time of --new + 1 tokens) - (time of 1 token), after a prompt of --prompt
  * tokens; prefillTokensPerSecond is --prefill prompt tokens over the time of one new token after them. Medians.
+ * `share` is of decoding's floor, reading every quantized layer and the head once a token; `prefillShare` of prefill's,
+ * the multiply-adds.
  */
-import { parseArgs } from 'node:util';
 import { QuantizedModel } from '../lib/index.js';
-import { machineFields, median, peakRssBytes } from './machine.js';
+import { column, count, defineBench, megabytes, percent, rounded } from './bench.js';
+import { flopPerToken } from './floor.js';
+import { peakRssBytes } from './machine.js';
+import { modelFolder, modelOptions } from './make-model.js';
 import { measureRoofline } from './roofline.js';
+import { median } from './timing.js';
 
-const { values } = parseArgs({
+export default defineBench({
+  name: 'generate',
+  about: 'greedy, one sequence; share of reading the weights once a token, and of the multiply-adds of the prompt',
   options: {
-    model: { type: 'string' },
+    ...modelOptions,
     adapter: { type: 'boolean', default: false },
     r: { type: 'string', default: '16' },
     prompt: { type: 'string', default: '64' },
     new: { type: 'string', default: '128' },
     prefill: { type: 'string', default: '512' },
     runs: { type: 'string', default: '3' },
-    json: { type: 'boolean', default: true },
+  },
+  columns: [
+    column('model', 14, 'model'),
+    column('adapter', 7, 'adapter'),
+    column('tokens/s', 9, 'decodeTokensPerSecond', 1),
+    percent('share', 'share'),
+    column('prefill tokens/s', 10, 'prefillTokensPerSecond', 1),
+    percent('share', 'prefillShare'),
+    megabytes('peak RSS', 'peakRssBytes'),
+  ],
+  async run(values, emit) {
+    const { folder, model: name } = await modelFolder(values);
+    const [promptLength, newTokens] = [count('prompt', values.prompt), count('new', values.new)];
+    const prefillLength = count('prefill', values.prefill);
+    const r = values.adapter ? count('r', values.r) : 0;
+    await using model = await QuantizedModel.load(folder);
+    if (r) model.addLora('bench', { r, alpha: r });
+    const { config, weights } = model.core;
+
+    const ids = (length: number) => Array.from({ length }, (_, i) => (i * 7919 + 13) % config.vocabSize);
+    const seconds = async (length: number, maxNewTokens: number): Promise<number> => {
+      const start = performance.now();
+      const made = await model.generateTokens(ids(length), { maxNewTokens, doSample: false, ignoreEos: true });
+      if (made.length !== maxNewTokens) throw new Error(`${made.length} tokens came, ${maxNewTokens} were asked for`);
+      return (performance.now() - start) / 1000;
+    };
+    await seconds(promptLength, 2);
+    await seconds(prefillLength, 1);
+    const decode: number[] = [];
+    const prefill: number[] = [];
+    for (let i = 0; i < count('runs', values.runs); i++) {
+      decode.push(newTokens / ((await seconds(promptLength, newTokens + 1)) - (await seconds(promptLength, 1))));
+      prefill.push(prefillLength / (await seconds(prefillLength, 1)));
+    }
+    const peak = peakRssBytes();
+    const roofline = await measureRoofline();
+    const { linears, decoder } = weights;
+    const bytesPerToken = linears.reduce((sum, { weight }) => sum + weight.sizeBytes, decoder.head.sizeBytes);
+    const [decodeRate, prefillRate] = [median(decode), median(prefill)];
+    // The head is for the last token of the prompt only.
+    const { forward, head } = flopPerToken(model, prefillLength, r);
+    const prefillFlop = forward - head * (1 - 1 / prefillLength);
+    emit({
+      model: name,
+      adapter: values.adapter,
+      decodeTokensPerSecond: rounded(decodeRate),
+      prefillTokensPerSecond: rounded(prefillRate),
+      bytesPerToken,
+      share: rounded((decodeRate * bytesPerToken) / (roofline.readGigabytesPerSecond * 1e9)),
+      prefillShare: rounded((prefillRate * prefillFlop) / (roofline.rooflineGflops * 1e9)),
+      peakRssBytes: peak,
+      ...roofline,
+    });
   },
 });
-if (!values.model) throw new Error('generate: --model FOLDER is missing');
-const [promptLength, newTokens, prefillLength, runs] = [values.prompt, values.new, values.prefill, values.runs].map(
-  Number,
-) as [number, number, number, number];
-
-const began = performance.now();
-await using model = await QuantizedModel.load(values.model);
-const loadSeconds = (performance.now() - began) / 1000;
-if (values.adapter) model.addLora('bench', { r: Number(values.r), alpha: Number(values.r) });
-
-const ids = (length: number) => Array.from({ length }, (_, i) => (i * 7919 + 13) % model.core.config.vocabSize);
-async function seconds(length: number, maxNewTokens: number): Promise<number> {
-  const start = performance.now();
-  const made = await model.generateTokens(ids(length), { maxNewTokens, doSample: false, ignoreEos: true });
-  if (made.length !== maxNewTokens) throw new Error(`${made.length} tokens came, ${maxNewTokens} were asked for`);
-  return (performance.now() - start) / 1000;
-}
-
-await seconds(promptLength, 2);
-await seconds(prefillLength, 1);
-const decode: number[] = [];
-const prefill: number[] = [];
-for (let i = 0; i < runs; i++) {
-  decode.push(newTokens / ((await seconds(promptLength, newTokens + 1)) - (await seconds(promptLength, 1))));
-  prefill.push(prefillLength / (await seconds(prefillLength, 1)));
-}
-const roofline = await measureRoofline();
-const { weights, config } = model.core;
-// Each token reads every linear layer and the output head once.
-const { head } = weights.decoder;
-const bytesPerToken = weights.linears.reduce((sum, { weight }) => sum + weight.sizeBytes, head.sizeBytes);
-const decodeTokensPerSecond = median(decode);
-console.log(
-  JSON.stringify({
-    bench: 'generate',
-    ...machineFields(),
-    model: values.model.replace(/\/+$/, '').split('/').at(-1),
-    adapter: values.adapter,
-    layers: config.numLayers,
-    loadSeconds,
-    decodeTokensPerSecond,
-    prefillTokensPerSecond: median(prefill),
-    bytesPerToken,
-    readGigabytesPerSecond: roofline.gigabytesPerSecond,
-    share: (decodeTokensPerSecond * bytesPerToken) / (roofline.gigabytesPerSecond * 1e9),
-    peakRssBytes: peakRssBytes(),
-  }),
-);

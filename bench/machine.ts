@@ -1,15 +1,16 @@
-/** What every bench says about where it ran. */
-import { readFileSync } from 'node:fs';
+/** Where a bench runs, and what its process has taken. */
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { performance } from 'node:perf_hooks';
 import { backends } from '../lib/index.js';
 
-export interface MachineFields {
+export type MachineFields = {
   cpu: string;
   /** Instruction sets that matter here, as the processor names them. */
   cpuFlags: string[];
   threads: number;
   /** The kernels in use. */
   path: string;
-}
+};
 
 const interesting = [
   'avx2',
@@ -44,20 +45,43 @@ function processorFlags(): string[] {
   }
 }
 
-/** Peak resident bytes since the process started or `resetPeak()`; undefined where the system does not tell. */
-export function peakRssBytes(): number | undefined {
+/** Of the largest cache of the first core; 32 MiB where the system does not tell. */
+export function cacheBytes(): number {
+  const folder = '/sys/devices/system/cpu/cpu0/cache';
+  const unit: Record<string, number> = { K: 2 ** 10, M: 2 ** 20, G: 2 ** 30 };
   try {
-    const kib = readFileSync('/proc/self/status', 'utf8').match(/^VmHWM:\s+(\d+) kB$/m)?.[1];
-    return kib === undefined ? undefined : Number(kib) * 1024;
+    const sizes = readdirSync(folder)
+      .filter((name) => name.startsWith('index'))
+      .map((name) => /^(\d+)([KMG])/.exec(readFileSync(`${folder}/${name}/size`, 'utf8')))
+      .map((match) => Number(match?.[1] ?? 0) * (unit[match?.[2] ?? ''] ?? 0));
+    return Math.max(...sizes, 2 ** 20);
   } catch {
-    return undefined;
+    return 2 ** 25;
   }
 }
 
-export function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2
-    ? (sorted[middle] as number)
-    : ((sorted[middle - 1] as number) + (sorted[middle] as number)) / 2;
+/** Peak resident bytes since the process started or `resetPeakRss()`. */
+export function peakRssBytes(): number {
+  try {
+    const kib = readFileSync('/proc/self/status', 'utf8').match(/^VmHWM:\s+(\d+) kB$/m)?.[1];
+    if (kib !== undefined) return Number(kib) * 1024;
+  } catch {}
+  return process.resourceUsage().maxRSS * 1024;
+}
+
+/** The peak starts anew, where the system lets a process do that. */
+export function resetPeakRss(): void {
+  try {
+    writeFileSync('/proc/self/clear_refs', '5');
+  } catch {}
+}
+
+/** Processor time of the main thread so far; where the system does not tell, the time in which it was not idle. */
+export function mainThreadSeconds(): number {
+  try {
+    const [nanoseconds] = readFileSync(`/proc/self/task/${process.pid}/schedstat`, 'utf8').split(' ');
+    return Number(nanoseconds) / 1e9;
+  } catch {
+    return performance.eventLoopUtilization().active / 1000;
+  }
 }

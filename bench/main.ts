@@ -1,16 +1,73 @@
-/** `npm run bench -- NAME [options]` runs one bench; without a name, those that need no model. */
-import { spawnSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
+/**
+ *     npm run bench                                all of them, in less than 10 minutes, on SmolLM-135M's shape
+ *     npm run bench -- --preset tinyllama-1.1b     on another
+ *     npm run bench -- NAME [options]              one
+ *
+ * A table for people, or with --json one JSON object a line. Each bench runs in a process of its own.
+ */
+import { spawn } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import attention from './attention.js';
+import { type Bench, type Options, printer, type Values } from './bench.js';
+import generate from './generate.js';
+import load from './load.js';
+import { machineFields } from './machine.js';
+import makeModel, { modelFolder, modelOptions } from './make-model.js';
+import matmul from './matmul.js';
+import quantize from './quantize.js';
+import roofline from './roofline.js';
+import train from './train.js';
 
-const withoutModel = ['roofline', 'matmul', 'quantize'];
-const [name, ...options] = process.argv.slice(2);
-const chosen = name && !name.startsWith('-') ? [name] : withoutModel;
-const rest = chosen[0] === name ? options : process.argv.slice(2);
-for (const bench of chosen) {
-  const file = fileURLToPath(new URL(`./${bench}.js`, import.meta.url));
-  if (!existsSync(file))
-    throw new Error(`there is no bench '${bench}'; there are train, generate, ${withoutModel.join(', ')}`);
-  const { status } = spawnSync(process.execPath, [file, ...rest], { stdio: 'inherit' });
-  if (status) process.exitCode = status;
+const benches = [roofline, matmul, attention, quantize, load, train, generate, makeModel];
+
+/** What runs where no name is given; those behind `model` run on one. */
+const everything = [['roofline'], ['matmul'], ['attention'], ['quantize']];
+const everythingOnAModel = [
+  ['load'],
+  ['train', '--checkpointing', 'off'],
+  ['train', '--checkpointing', 'on'],
+  ['generate'],
+  ['generate', '--adapter'],
+];
+
+const json = { json: { type: 'boolean', default: false } } as const;
+
+async function runOne(bench: Bench, args: string[]): Promise<void> {
+  const { values } = parseArgs({ args, options: { ...bench.options, ...json } });
+  const { json: asJson, ...rest } = values;
+  await bench.run(rest as Values<Options>, printer(bench, machineFields(), asJson ? 'json' : 'table'));
+}
+
+async function runAll(args: string[]): Promise<void> {
+  const { values } = parseArgs({ args, options: { ...modelOptions, ...json } });
+  const format = values.json ? ['--json'] : [];
+  if (!values.json) {
+    const { cpu, path, threads } = machineFields();
+    console.log(`${cpu}, ${threads} threads, ${path}`);
+  }
+  for (const command of everything) await runProcess([...command, ...format]);
+  const { folder } = await modelFolder(values);
+  for (const command of everythingOnAModel) await runProcess([...command, '--model', folder, ...format]);
+}
+
+/** A bench that fails does not keep the others from running. */
+async function runProcess(args: string[]): Promise<void> {
+  const child = spawn(process.execPath, [fileURLToPath(import.meta.url), ...args], { stdio: 'inherit' });
+  const status = await new Promise((resolve) => child.once('exit', (code) => resolve(code ?? 1)));
+  if (status) process.exitCode = 1;
+}
+
+const [name, ...args] = process.argv.slice(2);
+try {
+  if (!name || name.startsWith('-')) await runAll(process.argv.slice(2));
+  else {
+    const bench = benches.find((b) => b.name === name);
+    if (!bench) throw new Error(`there is no bench '${name}'; there are ${benches.map((b) => b.name).join(', ')}`);
+    await runOne(bench, args);
+  }
+} catch (error) {
+  const { message, hint } = error as Error & { hint?: string };
+  console.error(hint ? `${message}\n${hint}` : message);
+  process.exitCode = 1;
 }

@@ -1,10 +1,12 @@
-/** Quantizing and dequantizing a 4096 x 4096 layer in NF4 with double quantization, as loading does: one JSON line a path. */
-import { native } from '../lib/native.js';
+/** Quantizing and dequantizing a layer in NF4 with double quantization, as loading does; share of what memory allows. */
+import { cast } from '../lib/ops/elementwise.js';
 import { dequantizeWeight, quantizeWeight } from '../lib/ops/quantize.js';
 import type { Weight } from '../lib/ops/weight.js';
-import { Stream, Tensor } from '../lib/tensor.js';
+import { bytesPerElement, Stream } from '../lib/tensor.js';
+import { column, count, defineBench, percent, rounded } from './bench.js';
+import { filled } from './matmul.js';
+import { measureRoofline } from './roofline.js';
 
-const size = 4096;
 const repeats = 9;
 
 /** The best of several runs, in milliseconds. */
@@ -18,38 +20,46 @@ async function best(run: () => Promise<void>): Promise<number> {
   return least;
 }
 
-const stream = new Stream();
-const bits = new Uint16Array(size * size);
-// Signs and magnitudes from 2^-12 to 2^-4, all mantissas: the exponent in the upper half of a random word.
-for (let i = 0; i < bits.length; i++) bits[i] = (Math.random() < 0.5 ? 0x8000 : 0) | (0x3980 + Math.random() * 0x400);
-const { inUse, threads } = native.cpu();
-
-for (const path of ['bf16', 'f32'] as const) {
-  using narrow = new Tensor(stream, 'bf16', [size, size]);
-  await narrow.write(bits);
-  using wide = new Tensor(stream, 'f32', [size, size]);
-  stream.run('dequantize', narrow, null, null, null, null, size, size, 0, 0, wide);
-  const x = path === 'bf16' ? narrow : wide;
-  let weight: Weight | undefined;
-  const msQuantize = await best(async () => {
-    weight?.dispose();
-    weight = await quantizeWeight(x, { type: 'nf4', blockSize: 64, doubleQuant: true });
-  });
-  const msDequantize = await best(async () => {
-    dequantizeWeight(weight as Weight, path).dispose();
-    await stream.sync();
-  });
-  weight?.dispose();
-  const result = {
-    bench: 'quantize',
-    cpu: inUse,
-    threads,
-    path,
-    weights: size * size,
-    msQuantize: Number(msQuantize.toFixed(3)),
-    msDequantize: Number(msDequantize.toFixed(3)),
-    gigaWeightsPerSecond: Number(((size * size) / msQuantize / 1e6).toFixed(3)),
-  };
-  console.log(JSON.stringify(result));
-}
-await stream.close();
+export default defineBench({
+  name: 'quantize',
+  about: 'a square layer to NF4 with double quantization and back; share of reading it once from memory',
+  options: { size: { type: 'string', default: '4096' } },
+  columns: [
+    column('dtype', 5, 'dtype'),
+    column('size', 6, 'size'),
+    column('ms quantize', 11, 'msQuantize', 2),
+    column('ms dequantize', 13, 'msDequantize', 2),
+    column('Gweights/s', 10, 'gigaWeightsPerSecond', 2),
+    percent('share', 'share'),
+  ],
+  async run(values, emit) {
+    const size = count('size', values.size);
+    const roofline = await measureRoofline();
+    const stream = new Stream();
+    using narrow = filled(stream, [size, size]);
+    using wide = cast(undefined, narrow, 'f32');
+    for (const x of [narrow, wide]) {
+      let weight: Weight | undefined;
+      const msQuantize = await best(async () => {
+        weight?.dispose();
+        weight = await quantizeWeight(x, { type: 'nf4', blockSize: 64, doubleQuant: true });
+      });
+      const msDequantize = await best(async () => {
+        dequantizeWeight(weight as Weight, 'bf16').dispose();
+        await stream.sync();
+      });
+      weight?.dispose();
+      const floorMs = (size * size * bytesPerElement[x.dtype]) / roofline.readGigabytesPerSecond / 1e6;
+      emit({
+        dtype: x.dtype,
+        size,
+        msQuantize: rounded(msQuantize),
+        msDequantize: rounded(msDequantize),
+        gigaWeightsPerSecond: rounded((size * size) / msQuantize / 1e6),
+        share: rounded(floorMs / msQuantize),
+        ...roofline,
+      });
+    }
+    await stream.close();
+  },
+});

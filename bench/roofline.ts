@@ -1,35 +1,34 @@
 /** What the machine can do: multiply-adds from registers, and reading from memory, on all threads. */
-import { pathToFileURL } from 'node:url';
 import { dtypeIndex } from '../lib/ops/weight.js';
 import { type FloatDType, Stream, Tensor } from '../lib/tensor.js';
-import { machineFields } from './machine.js';
+import { column, defineBench, rounded } from './bench.js';
 
-export interface RooflineRates {
+export interface RooflineFields {
   /** Of the multiply-adds that a matmul of the compute dtype uses. */
-  gflops: number;
-  gigabytesPerSecond: number;
+  rooflineGflops: number;
+  readGigabytesPerSecond: number;
 }
 
 /** The best of many short tries, so that other work on the machine counts little; takes about a second. */
-export async function measureRoofline(dtype: FloatDType = 'bf16'): Promise<RooflineRates> {
+export async function measureRoofline(dtype: FloatDType = 'bf16'): Promise<RooflineFields> {
   const stream = new Stream();
   const rates = new Tensor(stream, 'f32', [2], 'scratch');
   stream.run('roofline', rates, dtypeIndex[dtype]);
-  const [gflops, gigabytesPerSecond] = (await rates.read()) as Float32Array;
+  const [gflops, gigabytes] = (await rates.read()) as Float32Array;
   await stream.close();
-  return { gflops: gflops as number, gigabytesPerSecond: gigabytesPerSecond as number };
+  return { rooflineGflops: rounded(gflops as number), readGigabytesPerSecond: rounded(gigabytes as number) };
 }
 
-if (import.meta.url === pathToFileURL(process.argv[1] ?? '').href) {
-  for (const dtype of ['bf16', 'f32'] as const) {
-    const rates = await measureRoofline(dtype);
-    const result = {
-      bench: 'roofline',
-      ...machineFields(),
-      dtype,
-      gflops: Number(rates.gflops.toFixed(1)),
-      gigabytesPerSecond: Number(rates.gigabytesPerSecond.toFixed(1)),
-    };
-    console.log(JSON.stringify(result));
-  }
-}
+export default defineBench({
+  name: 'roofline',
+  about: 'multiply-adds from registers and reads from memory, the bounds of all that follows',
+  options: {},
+  columns: [
+    column('dtype', 5, 'dtype'),
+    column('GFLOP/s', 8, 'rooflineGflops', 1),
+    column('GB/s read', 9, 'readGigabytesPerSecond', 1),
+  ],
+  async run(_, emit) {
+    for (const dtype of ['bf16', 'f32'] as const) emit({ dtype, ...(await measureRoofline(dtype)) });
+  },
+});

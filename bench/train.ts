@@ -1,113 +1,116 @@
 /**
- * Training steps of LoRA over a 4-bit base: one JSON line with load time, tokens/s, peak memory, the delay of the event
- * loop, and the share of the machine's matrix peak that the step's arithmetic reaches.
+ * Training steps of LoRA over a 4-bit base. Every token is random and a target. A step is forward, backward and AdamW over
+ * the adapter, r 16 on all linear layers; two steps come before those that are timed.
  *
- *     npm run bench -- train --model FOLDER --batch 1 --sequence 512 --checkpointing off
+ * `hostShare` is the main thread's processor time, JavaScript and enqueueing, over the time of the steps;
+ * `minorFaultsPerStep` counts pages that are touched for the first time.
  *
- * Every token is random and a target. A step is forward, backward and AdamW over the adapter, r 16 on all linear layers.
+ * `share` is of the floor: the step's arithmetic at the rate of the machine's multiply-adds, with the recomputation that
+ * `--checkpointing on` asks for ('auto' is held to the floor without it).
  */
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import { monitorEventLoopDelay } from 'node:perf_hooks';
-import { parseArgs } from 'node:util';
 import { QLoRATrainer, QuantizedModel } from '../lib/index.js';
-import { machineFields, median, peakRssBytes } from './machine.js';
+import { choice, column, count, defineBench, megabytes, percent, rounded } from './bench.js';
+import { flopPerToken } from './floor.js';
+import { mainThreadSeconds, peakRssBytes, resetPeakRss } from './machine.js';
+import { modelFolder, modelOptions } from './make-model.js';
 import { measureRoofline } from './roofline.js';
+import { temporaryFolder } from './temporary.js';
+import { median } from './timing.js';
 
-const { values } = parseArgs({
+const checkpointingModes = { on: true, off: false, auto: 'auto' } as const;
+
+export default defineBench({
+  name: 'train',
+  about: 'LoRA on all linear layers; share of the floor, the arithmetic of a step at the rate of multiply-adds',
   options: {
-    model: { type: 'string' },
+    ...modelOptions,
     batch: { type: 'string', default: '1' },
     sequence: { type: 'string', default: '512' },
     checkpointing: { type: 'string', default: 'off' },
     steps: { type: 'string', default: '4' },
     r: { type: 'string', default: '16' },
-    json: { type: 'boolean', default: true },
+  },
+  columns: [
+    column('model', 14, 'model'),
+    { title: 'batch', width: 8, text: (m) => `${m.batch} x ${m.sequence}` },
+    column('checkpointing', 13, 'checkpointing'),
+    column('tokens/s', 8, 'tokensPerSecond', 1),
+    percent('share', 'share'),
+    megabytes('peak RSS', 'peakRssBytes'),
+    percent('host', 'hostShare'),
+    column('loop p99 ms', 11, 'eventLoopDelayP99Ms', 1),
+    column('faults/step', 11, 'minorFaultsPerStep', 1),
+  ],
+  async run(values, emit) {
+    const [batch, sequence, steps, r] = (['batch', 'sequence', 'steps', 'r'] as const).map((name) =>
+      count(name, values[name]),
+    ) as [number, number, number, number];
+    const checkpointing = choice('checkpointing', values.checkpointing, ['on', 'off', 'auto']);
+    const { folder, model: name } = await modelFolder(values);
+    const began = performance.now();
+    await using model = await QuantizedModel.load(folder);
+    const loadSeconds = (performance.now() - began) / 1000;
+    const loadPeakRssBytes = peakRssBytes();
+
+    let seed = 1;
+    const random = () => {
+      seed = (Math.imul(seed, 1103515245) + 12345) & 0x7fffffff;
+      return seed % model.core.config.vocabSize;
+    };
+    const rows = Array.from({ length: batch }, () => ({ inputIds: Array.from({ length: sequence }, random) }));
+    resetPeakRss();
+    await using trainer = await QLoRATrainer.create({
+      model,
+      dataset: rows,
+      outputDir: temporaryFolder(),
+      lora: { r, alpha: 16 },
+      batchSize: batch,
+      gradientAccumulationSteps: 1,
+      gradientCheckpointing: checkpointingModes[checkpointing],
+    });
+    for (let i = 0; i < 2; i++) await trainer.trainStep(rows);
+    const faults = process.resourceUsage().minorPageFault;
+    const host = mainThreadSeconds();
+    const seconds: number[] = [];
+    let loss = 0;
+    for (let i = 0; i < steps; i++) {
+      const start = performance.now();
+      ({ loss } = await trainer.trainStep(rows));
+      seconds.push((performance.now() - start) / 1000);
+    }
+    const hostShare = (mainThreadSeconds() - host) / seconds.reduce((sum, s) => sum + s, 0);
+    const minorFaultsPerStep = (process.resourceUsage().minorPageFault - faults) / steps;
+    // In a step of its own, since sampling every millisecond is work of the main thread too.
+    const delay = monitorEventLoopDelay({ resolution: 1 });
+    delay.enable();
+    await trainer.trainStep(rows);
+    delay.disable();
+    const peak = peakRssBytes();
+    const tokensPerSecond = (batch * sequence) / median(seconds);
+    const roofline = await measureRoofline();
+    const { forward, backward, recompute } = flopPerToken(model, sequence, r);
+    const flop = forward + backward + (checkpointing === 'on' ? recompute : 0);
+    emit({
+      model: name,
+      batch,
+      sequence,
+      checkpointing,
+      r,
+      tokensPerSecond: rounded(tokensPerSecond),
+      millisecondsPerStep: seconds.map((s) => Math.round(s * 1000)),
+      peakRssBytes: peak,
+      share: rounded((tokensPerSecond * flop) / (roofline.rooflineGflops * 1e9)),
+      floorTokensPerSecond: rounded((roofline.rooflineGflops * 1e9) / flop),
+      gflopPerToken: rounded(flop / 1e9),
+      hostShare: rounded(hostShare),
+      eventLoopDelayP99Ms: rounded(delay.percentile(99) / 1e6),
+      minorFaultsPerStep,
+      countedPeakBytes: model.memory().peakBytes,
+      loadSeconds: rounded(loadSeconds),
+      loadPeakRssBytes,
+      loss,
+      ...roofline,
+    });
   },
 });
-if (!values.model) throw new Error('train: --model FOLDER is missing');
-const [batch, sequence, steps, r] = [values.batch, values.sequence, values.steps, values.r].map(Number) as [
-  number,
-  number,
-  number,
-  number,
-];
-const gradientCheckpointing = values.checkpointing === 'on';
-
-/** FLOP a token: the floors of a step, without recomputation of what the tape keeps. */
-function flopPerToken(model: QuantizedModel): number {
-  const { linears } = model.core.weights;
-  const { config } = model.core;
-  const P = linears.reduce((sum, { weight }) => sum + weight.N * weight.K, 0);
-  const dV = config.hiddenSize * config.vocabSize;
-  const attention = 2 * sequence * config.numHeads * config.headDim * config.numLayers;
-  const adapters = linears.reduce((sum, { weight }) => sum + r * (weight.N + weight.K), 0);
-  const backward = 2 * P + 2 * dV + 2.5 * attention + 4 * adapters;
-  const forward = 2 * P + 2 * dV + attention + 2 * adapters;
-  return forward + backward + (gradientCheckpointing ? 2 * P + attention + 2 * adapters : 0);
-}
-
-const outputDir = mkdtempSync(join(tmpdir(), 'qlora-bench-'));
-const began = performance.now();
-await using model = await QuantizedModel.load(values.model);
-const loadSeconds = (performance.now() - began) / 1000;
-const loadPeakRssBytes = peakRssBytes();
-
-let seed = 1;
-const random = () => {
-  seed = (Math.imul(seed, 1103515245) + 12345) & 0x7fffffff;
-  return seed % model.core.config.vocabSize;
-};
-const rows = Array.from({ length: batch }, () => ({ inputIds: Array.from({ length: sequence }, random) }));
-// The peak of training alone, where the kernel lets a process restart it.
-try {
-  writeFileSync('/proc/self/clear_refs', '5');
-} catch {}
-await using trainer = await QLoRATrainer.create({
-  model,
-  dataset: rows,
-  outputDir,
-  lora: { r, alpha: 16 },
-  batchSize: batch,
-  gradientAccumulationSteps: 1,
-  gradientCheckpointing,
-});
-await trainer.trainStep(rows);
-const delay = monitorEventLoopDelay({ resolution: 1 });
-delay.enable();
-const seconds: number[] = [];
-const losses: number[] = [];
-for (let i = 0; i < steps; i++) {
-  const start = performance.now();
-  losses.push((await trainer.trainStep(rows)).loss);
-  seconds.push((performance.now() - start) / 1000);
-}
-delay.disable();
-const peak = peakRssBytes();
-const tokensPerSecond = (batch * sequence) / median(seconds);
-const roofline = await measureRoofline();
-const flop = flopPerToken(model);
-console.log(
-  JSON.stringify({
-    bench: 'train',
-    ...machineFields(),
-    model: values.model.replace(/\/+$/, '').split('/').at(-1),
-    batch,
-    sequence,
-    checkpointing: values.checkpointing,
-    r,
-    loadSeconds,
-    loadPeakRssBytes,
-    tokensPerSecond,
-    millisecondsPerStep: seconds.map((s) => Math.round(s * 1000)),
-    peakRssBytes: peak,
-    countedPeakBytes: model.memory().peakBytes,
-    gflopPerToken: flop / 1e9,
-    rooflineGflops: roofline.gflops,
-    share: (tokensPerSecond * flop) / (roofline.gflops * 1e9),
-    eventLoopDelayMs: { p50: delay.percentile(50) / 1e6, p99: delay.percentile(99) / 1e6, max: delay.max / 1e6 },
-    loss: losses,
-  }),
-);
-rmSync(outputDir, { recursive: true });

@@ -3,7 +3,9 @@ import { cpSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:
 import { join } from 'node:path';
 import t from 'tap';
 import { QuantizedModel } from '../lib/index.js';
-import { packageRoot, referencesDir } from './support/references.js';
+import { ConfigReader } from '../lib/models/config-reader.js';
+import { qwen2 } from '../lib/models/families/qwen2.js';
+import { packageRoot, readJson, referencesDir } from './support/references.js';
 import { refuses, use, type Wrong } from './support/refuses.js';
 
 const tiny = join(referencesDir('models'), 'llama');
@@ -204,6 +206,42 @@ t.test('model folders', async (t) => {
   t.ok(model, 'null, false and what is allowed pass');
   use(undefined);
   await model.dispose();
+});
+
+t.test("Qwen2's windows: which layers have one, and what config.json gets wrong", async (t) => {
+  const base = readJson<Record<string, unknown>>(referencesDir('models'), 'qwen2-yarn', 'config.json');
+  const windows = (changes: object) => {
+    const fields = new ConfigReader({ ...base, num_hidden_layers: 4, ...changes });
+    const { attention } = qwen2.config(fields);
+    fields.finish();
+    return attention.windows;
+  };
+  const layers = (...types: ('full' | 'sliding')[]) => ({ layer_types: types.map((type) => `${type}_attention`) });
+  t.same(windows({}), [0, 9, 9, 9]);
+  t.same(windows({ max_window_layers: 0 }), [9, 9, 9, 9]);
+  t.same(windows({ max_window_layers: 4 }), [0, 0, 0, 0]);
+  t.same(windows({ use_sliding_window: false }), [0, 0, 0, 0]);
+  t.same(windows({ sliding_window: null, use_sliding_window: false }), [0, 0, 0, 0]);
+  t.same(windows(layers('sliding', 'full', 'sliding', 'full')), [9, 0, 9, 0], 'layer_types decides');
+  const wrong: [object, Wrong][] = [
+    [layers('full', 'sliding'), { code: 'ERR_QLORA_CONFIG_INVALID', message: /each of the 4 layers, got 2/ }],
+    [
+      { ...layers('full', 'full', 'full', 'sliding'), use_sliding_window: false },
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /while use_sliding_window is false/ },
+    ],
+    [
+      { layer_types: ['full_attention', 'chunked_attention', 'full_attention', 'full_attention'] },
+      { code: 'ERR_QLORA_CONFIG_INVALID', message: /'layer_types' must be an array of 'full_attention'/ },
+    ],
+    [{ sliding_window: 0 }, { code: 'ERR_QLORA_CONFIG_INVALID', message: /'sliding_window' must be a positive/ }],
+    [{ num_key_value_heads: undefined }, { code: 'ERR_QLORA_CONFIG_INVALID', message: /'num_key_value_heads'/ }],
+    [{ hidden_act: 'gelu' }, { code: 'ERR_QLORA_CONFIG_INVALID', message: /'hidden_act' must be one of 'silu'/ }],
+    [
+      { dual_chunk_attention_config: { chunk_size: 8 } },
+      { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /dual_chunk_attention_config/ },
+    ],
+  ];
+  for (const [changes, expected] of wrong) t.throws(() => windows(changes), expected);
 });
 
 t.test("another model's adapter, a damaged one", async (t) => {

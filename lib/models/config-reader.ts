@@ -51,6 +51,14 @@ export class ConfigReader {
     return value as T;
   }
 
+  strings<T extends string>(name: string, accepted: readonly T[]): T[] {
+    const value = this.#take(name);
+    if (!Array.isArray(value) || !value.every((v) => accepted.includes(v))) {
+      this.#wrong(name, `an array of ${accepted.map((a) => `'${a}'`).join(', ')}`, value);
+    }
+    return value as T[];
+  }
+
   numbers(name: string): number[] {
     const value = this.#take(name);
     if (!Array.isArray(value) || !value.every((v) => typeof v === 'number' && Number.isFinite(v))) {

@@ -15,7 +15,8 @@ export interface DecoderConfig {
   /** Root-mean-square norm; the weight is added to `offset` (1 for Gemma). */
   norm: { eps: number; offset: number };
   rope: Rope;
-  attention: { scale: number };
+  /** windows: how many keys a query of each layer sees at most, 0 for all of them; left out where no layer has one. */
+  attention: { scale: number; windows?: readonly number[] };
   activation: Activation;
   /** The output head is the embedding table. */
   tiedHead: boolean;

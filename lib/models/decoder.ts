@@ -158,7 +158,8 @@ function attend(
   using k = turned(block.k, G);
   using flatV = block.v.forward(tape, x, pass);
   using v = reshape(tape, flatV, [B, T, G, D]);
-  const options = { scale: config.attention.scale, causal: true };
+  const { scale, windows } = config.attention;
+  const options = { scale, causal: true, window: windows?.[layer] };
   if (cache) {
     const { keys, values } = cache.layer(layer);
     appendKeyValue(k, keys, cache.length);

@@ -69,6 +69,18 @@ await forEachIsa(t, import.meta.url, async () => {
     });
   }
 
+  await t.test('biases and windows go through a checkpoint', async (t) => {
+    const source = join(referencesDir('models'), 'qwen2-yarn');
+    await using model = await QuantizedModel.load(source, { computeDtype: 'f32' });
+    const directory = join(scratch, 'qwen2');
+    await model.save(directory);
+    const [got, want] = [tensorsOf(directory), tensorsOf(source)];
+    for (const [key, tensor] of want) if (key.endsWith('.bias')) t.same(got.get(key), tensor, key);
+    await using again = await QuantizedModel.load(directory, { computeDtype: 'f32' });
+    const ids = inputIds.map((id) => id % 200);
+    t.same(await again.logits(ids), await model.logits(ids), 'saved and loaded: the same bits');
+  });
+
   await t.test('8 bits, as LLM.int8 is stored', async (t) => {
     const options: LoadOptions = { computeDtype: 'f32', quantization: { type: 'int8' } };
     await using model = await QuantizedModel.load(join(folder, 'llama-64'), options);

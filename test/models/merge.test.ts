@@ -38,6 +38,7 @@ function peftMerge(
   path: string,
   config: PeftConfig,
 ): Float64Array {
+  if (!adapter.has(`base_model.model.${path}.lora_A.weight`)) return Float64Array.from(weight);
   const part = (suffix: string) => valuesOf(adapter.get(`base_model.model.${path}.${suffix}`) as StoredTensor);
   const [A, B] = [part('lora_A.weight'), part('lora_B.weight')];
   const r = A.length / K;
@@ -122,6 +123,8 @@ t.test('weights are those of PEFT, rounded once', async (t) => {
   await t.test('LoRA over files in f16', (t) => checkMerge(t, 'llama', { quantization: 'none' }, 0.02));
   await t.test('rsLoRA over tied shards', (t) => checkMerge(t, 'llama3', { quantization: 'none' }, 0.2));
   await t.test('DoRA with biases', (t) => checkMerge(t, 'llama-bias', { quantization: 'none' }, 0.2));
+  await t.test('q and v alone, with biases, tied', (t) => checkMerge(t, 'qwen2', { quantization: 'none' }, 0.2));
+  await t.test('biases over 4 bits', (t) => checkMerge(t, 'qwen2-yarn', nf4, 0.2));
   await t.test('over 4 bits', (t) => checkMerge(t, 'deepseek-coder', nf4, 0.2));
   await t.test('DoRA over 4 bits', (t) => checkMerge(t, 'llama-bias', nf4, 0.2));
   await t.test('over 8 bits', (t) => checkMerge(t, 'llama', { quantization: { type: 'int8' } }, 1));

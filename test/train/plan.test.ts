@@ -9,6 +9,7 @@ import { packageRoot, referencesDir } from '../support/references.js';
 
 const demo = join(packageRoot(), 'examples', 'demo', 'model');
 const tiny = join(referencesDir('models'), 'llama');
+const windowed = join(referencesDir('models'), 'qwen2-yarn');
 const random = t.testdir();
 writeRandomLlama(random);
 
@@ -67,6 +68,7 @@ t.test('counted peak bytes are what was planned', async (t) => {
       dataset: rows.map(() => ({ text: 'One and two are three. '.repeat(9) })),
     },
     'a tiny model': { model: tiny, batchSize: 4 },
+    'biases and windows': { model: windowed, batchSize: 3, lora: { r: 4, useDora: true } },
   };
   for (const [name, options] of Object.entries(shapes)) {
     const all = optionsOf(t, options);

@@ -1,8 +1,9 @@
 import { didYouMean, QLoRAError } from '../../errors.js';
 import type { Family } from '../config.js';
 import { llama } from './llama.js';
+import { qwen2 } from './qwen2.js';
 
-const families: readonly Family[] = [llama];
+const families: readonly Family[] = [llama, qwen2];
 
 /** The family of a config.json by its model_type. */
 export function familyOf(config: Readonly<Record<string, unknown>>): Family {
