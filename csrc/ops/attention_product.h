@@ -77,7 +77,7 @@ struct BFloat16Pairs {
 /// Calls f(math, zero) with the arithmetic for a dtype and a value of the C++ type behind it.
 template <class F>
 QLORA_INLINE void dispatchMath(DType dtype, F&& f) {
-#if defined(QLORA_ISA_avx512bf16)
+#if defined(QLORA_ISA_avx512bf16) && !defined(QLORA_ISA_amx)  // processors with AMX do more fp32 FMA than vdpbf16ps
   if (dtype == DType::bf16) return f(BFloat16Pairs{}, bf16{});
 #endif
   dispatchFloat(dtype, [&](auto zero) { f(Float32{}, zero); });

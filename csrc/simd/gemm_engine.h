@@ -9,6 +9,9 @@
 //   nn, tn   rows (columns) of A are packed once and broadcast; rows of B are decoded by each task into lanes. No
 //            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
 //
+// An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below; kDecoded,
+// the largest block that a task decodes; and what a thread holds while it multiplies (Session).
+//
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
 
@@ -28,9 +31,11 @@ template <class E>
 class Engine {
  public:
   using Element = typename E::Element;
-  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kPair = E::kPair, kGroup = E::kGroup;
+  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   static constexpr int64_t kTile = int64_t{kRows} * kStrip;
+  // Tiles take whole units of rows: so many more than there are may be read, and are multiplied for nothing.
+  static constexpr int64_t kRowsBeyond = E::kRowUnit - 1;
 
   static PackedA pack(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K,
                       bool split) {
@@ -60,7 +65,7 @@ class Engine {
       return packed;
     }
     const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
-    auto* panels = context.scratch.take<Element>(chunks * M * kStride + 1);
+    auto* panels = context.scratch.take<Element>((chunks * M + kRowsBeyond) * kStride + 1);
     context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
       const int64_t chunk = task / blocks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
       const int64_t row = task % blocks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
@@ -74,7 +79,7 @@ class Engine {
           for (int64_t r = 0; r < rows; ++r) out[r * kStride + c] = line[r];
         }
       }
-      zeroTails(out, rows, kStride, n, roundUp(n, kPair));
+      zeroTails(out, rows, kStride, n, roundUp(n, kDepth));
     });
     packed.panels = panels;
     return packed;
@@ -98,7 +103,7 @@ class Engine {
   enum class Store { direct, transposed };
   static constexpr int64_t kRowsPacked = 64;
   // Blocks of the operand that each task decodes, and of the one that is packed once: what fits the second cache.
-  static constexpr int64_t kDecoded = 128, kShared = 512;
+  static constexpr int64_t kDecoded = E::kDecoded, kShared = 512;
 
   struct Term {
     GemmOperand b;
@@ -122,6 +127,7 @@ class Engine {
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
     shared_ = even(g.M, kShared, sharedUnit);
     decoded_ = even(g.N, kDecoded, decodedUnit);
+    while (tasks() < kTasks && decoded_ > 128) decoded_ = even(g.N, decoded_ / 2, decodedUnit);
     while (tasks() < kTasks && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
     while (tasks() < kTasks && decoded_ > std::max<int64_t>(32, decodedUnit))
       decoded_ = even(g.N, decoded_ / 2, decodedUnit);
@@ -154,6 +160,7 @@ class Engine {
 
   /// Rows [m, m + shared_) by columns [n, n + decoded_) of C.
   void runTask(int64_t m, int64_t n, int thread) const {
+    [[maybe_unused]] const typename E::Session session;
     Element* panel = panelBuffer_ + thread * panelSize_;
     const int64_t ms = std::min(shared_, g_.M - m), ns = std::min(decoded_, g_.N - n);
     Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, tilesBuffer_ + thread * tilesSize_};
@@ -163,7 +170,7 @@ class Engine {
       for (int64_t k = 0; k < term.K; k += kChunk) {
         const int64_t size = std::min<int64_t>(kChunk, term.K - k);
         if (lanesShared_) {
-          const int64_t padded = roundUp(size, term.split ? kGroup : kPair);
+          const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
           if (term.split) {
             E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
           } else {
@@ -174,7 +181,7 @@ class Engine {
           multiply(block, padded, panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip, first);
         } else {
           E::lanes(term.b, g_.compute, k, size, n, ns, panel);
-          multiply(block, roundUp(size, kPair), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
+          multiply(block, roundUp(size, kDepth), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
                    first);
         }
         first = false;
@@ -195,18 +202,22 @@ class Engine {
 
     int64_t groups() const { return ceilDivide(rows, kRows); }
     int64_t strips() const { return ceilDivide(lanes, kStrip); }
-    /// Rows fall into groups of nearly one size.
-    int64_t groupStart(int64_t group) const { return group * rows / groups(); }
+    /// Rows fall into groups of nearly one size, in whole units.
+    int64_t groupStart(int64_t group) const {
+      return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit));
+    }
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
 
-  static void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips, int64_t stripSize,
-                       bool first) {
+  void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips, int64_t stripSize,
+                bool first) const {
     for (int64_t group = 0; group < block.groups(); ++group) {
       const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
       for (int64_t strip = 0; strip < block.strips(); ++strip) {
-        E::tile(static_cast<int>(count), depth, rows + start * kStride, strips + strip * stripSize,
-                block.tile(group, strip), first);
+        // Decoded lanes are dealt over the whole strip, however few there are.
+        const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
+        E::tile(static_cast<int>(count), static_cast<int>(lanes), depth, rows + start * kStride,
+                strips + strip * stripSize, block.tile(group, strip), first);
       }
     }
   }
