@@ -1,7 +1,6 @@
 #include "core/processor.h"
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -66,15 +65,5 @@ bool hasTiles() {
 bool hasTiles() { return false; }
 
 #endif
-
-const char* wantedIsa() {
-  const char* name = std::getenv("QLORA_CPU");
-  return name ? name : "";
-}
-
-bool tilesAreEmulated() {
-  static const bool emulated = !std::strcmp(wantedIsa(), kEmulatedIsa) || !hasTiles();
-  return emulated;
-}
 
 }  // namespace qlora

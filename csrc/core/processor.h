@@ -15,10 +15,4 @@ Processor processor();
 /// them, which the first call asks for (Linux gives tiles only to processes that ask).
 bool hasTiles();
 
-/// QLORA_CPU, or "" where it is not set.
-const char* wantedIsa();
-/// Whether this process emulates tiles, which never changes: where it has none, and for QLORA_CPU=amx-emulated.
-bool tilesAreEmulated();
-constexpr const char* kEmulatedIsa = "amx-emulated";
-
 }  // namespace qlora

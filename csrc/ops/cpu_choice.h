@@ -21,9 +21,9 @@ struct CpuRule {
 constexpr int kAnyModel = 255;
 
 inline constexpr CpuRule kCpuRules[] = {
-    // Sapphire Rapids (model 143), GFLOP/s a core: tiles 3800 from registers and 2500 from the first cache, fp32 FMA 240,
+    // Sapphire Rapids (model 143), GFLOP/s a core: tiles 3800 from registers, 2500 from the first cache; fp32 FMA 240;
     // vdpbf16ps 119. Emerald Rapids (207) and Granite Rapids (173, 174) have the same units.
-    {"GenuineIntel", 6, 143, kAnyModel, "amx", "its tiles do ten times the work of fp32 FMA"},
+    {"GenuineIntel", 6, 143, kAnyModel, "amx", "tiles do ten times the work of fp32 FMA"},
     // The same without tiles: a system or a virtual machine may hide them.
     {"GenuineIntel", 6, 143, kAnyModel, "avx512", "fp32 FMA does twice the work of vdpbf16ps"},
     // Zen 4 (model 17), GFLOP/s a core: vdpbf16ps 235, fp32 FMA 117.

@@ -2,6 +2,7 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/wanted_isa.h"
 #include "cpu_isas.h"
 #include "ops/cpu_choice.h"
 #include "ops/op_table.h"

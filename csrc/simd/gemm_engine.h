@@ -9,8 +9,8 @@
 //   nn, tn   rows (columns) of A are packed once and broadcast; rows of B are decoded by each task into lanes. No
 //            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
 //
-// An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below; kDecoded,
-// the largest block that a task decodes; and what a thread holds while it multiplies (Session).
+// An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below;
+// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session).
 //
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
@@ -46,6 +46,7 @@ class Engine {
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
         const int64_t strip = task % strips, begin = task / strips * kChunk, end = std::min<int64_t>(begin + kChunk, K);
         const int64_t lanes = std::min<int64_t>(kStrip, M - strip * kStrip);
+        Element* out = panels + stripOffset(strips, strip, begin, depth);
         // Rows of a piece stay in the first cache until they are transposed.
         constexpr int64_t kPiece = 128, kApart = kPiece + 32;
         alignas(64) Element rows[kStrip * kApart];
@@ -58,7 +59,7 @@ class Engine {
             E::rowsNatural(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
             zeroTails(rows, lanes, kApart, n, roundUp(n, kGroup));
           }
-          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), panels + (strip * depth + k) * kStrip);
+          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), out + (k - begin) * kStrip);
         }
       });
       packed.panels = panels;
@@ -100,6 +101,13 @@ class Engine {
     for (int64_t r = 0; r < count; ++r) std::fill(rows + r * stride + from, rows + r * stride + to, Element{});
   }
 
+  /// Packed lanes lie chunk by chunk, so that those of one chunk are neighbours: at steps of a whole K, often a power
+  /// of two, they would fall into the same sets of the caches.
+  static int64_t chunkDepth(int64_t k, int64_t depth) { return std::min<int64_t>(kChunk, depth - k); }
+  static int64_t stripOffset(int64_t strips, int64_t strip, int64_t k, int64_t depth) {
+    return (k * strips + strip * chunkDepth(k, depth)) * kStrip;
+  }
+
   enum class Store { direct, transposed };
   static constexpr int64_t kRowsPacked = 64;
   // Blocks of the operand that each task decodes, and of the one that is packed once: what fits the second cache.
@@ -111,6 +119,7 @@ class Engine {
     const Element* a;
     DropoutMask dropout;
     bool split;
+    int64_t strips;  // of which the panels are, perhaps more than are multiplied
   };
 
   Engine(Context& context, const Gemm& g, Store store) : g_(g), store_(store), lanesShared_(g.form == GemmForm::nt) {
@@ -140,7 +149,7 @@ class Engine {
   }
 
   void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
-    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split};
+    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split, ceilDivide(a.M, kStrip)};
   }
 
   /// The size of the even blocks that n falls into when none may pass `limit`.
@@ -178,7 +187,8 @@ class Engine {
             zeroTails(panel, ns, kStride, size, padded);
           }
           const int64_t depth = roundUp(term.K, kGroup);
-          multiply(block, padded, panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip, first);
+          multiply(block, padded, panel, term.a + stripOffset(term.strips, m / kStrip, k, depth),
+                   chunkDepth(k, depth) * kStrip, first);
         } else {
           E::lanes(term.b, g_.compute, k, size, n, ns, panel);
           multiply(block, roundUp(size, kDepth), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
@@ -203,9 +213,7 @@ class Engine {
     int64_t groups() const { return ceilDivide(rows, kRows); }
     int64_t strips() const { return ceilDivide(lanes, kStrip); }
     /// Rows fall into groups of nearly one size, in whole units.
-    int64_t groupStart(int64_t group) const {
-      return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit));
-    }
+    int64_t groupStart(int64_t group) const { return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit)); }
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
 

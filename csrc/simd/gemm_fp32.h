@@ -98,7 +98,8 @@ struct Fp32Engine {
     }
   }
 
-  static void tile(int count, int /*lanes*/, int64_t depth, const float* rows, const float* strip, float* c, bool first) {
+  static void tile(int count, int /*lanes*/, int64_t depth, const float* rows, const float* strip, float* c,
+                   bool first) {
     switch (count) {
 #define QLORA_TILE(n) \
   case n:             \

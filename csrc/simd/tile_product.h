@@ -1,16 +1,17 @@
-// The product of a matmul on tiles: up to 32 x 32 sums, in four tiles of C. gemm_amx.h says where the operands come from.
+// The product of a matmul on tiles: up to 32 x 32 sums, in four tiles of C. gemm_amx.h says where the operands come
+// from.
 #pragma once
 
 #include "simd/tiles.h"
 
 namespace qlora::QLORA_ISA {
 
-constexpr int kTileDepth = kTileBytes / 2;    // bf16 in a row of A
-constexpr int kTileLanes = 2 * kTileRows;     // of a strip
+constexpr int kTileDepth = kTileBytes / 2;  // bf16 in a row of A
+constexpr int kTileLanes = 2 * kTileRows;   // of a strip
 constexpr int kSumsSize = kTileLanes * kTileLanes;
 
 struct TileProduct {
-  const bf16* rows;   // A: 16 R rows, rowStride apart
+  const bf16* rows;  // A: 16 R rows, rowStride apart
   int64_t rowStride;
   const bf16* strip;  // B: [depth / 2][kTileLanes][2], of which the first 16 L lanes are multiplied
   int64_t depth;      // a multiple of kTileDepth
@@ -37,14 +38,19 @@ void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
   } else {
     forEachSum<R, L>(p.sums, [&]<int C>(float* at) { tiles.template load<C>(at, kSumRow); });
   }
+  const bf16 *rows = p.rows, *lowerRows = rows + kTileRows * p.rowStride, *strip = p.strip;
   const auto* nextSums = reinterpret_cast<const char*>(p.sums + kSumsSize);
-  for (int64_t k = 0; k < p.depth; k += kTileDepth) {
-    const bf16* strip = p.strip + k * kTileLanes;
+  for (int64_t k = 0; k < p.depth; k += kTileDepth, rows += kTileDepth, lowerRows += kTileDepth, strip += kStep) {
     // What is asked for beyond the end of a buffer does no harm.
     const auto* nextStrip = reinterpret_cast<const char*>(strip + kAheadSteps * kStep);
-    for (int i = 0; i < kStep * 2 / kLine; ++i) __builtin_prefetch(nextStrip + i * kLine);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      __builtin_prefetch(nextStrip + i * kStripRow);
+      if constexpr (L == 2) __builtin_prefetch(nextStrip + i * kStripRow + kLine);
+    }
+#pragma GCC unroll 8
     for (int i = 0; i < kSumsSize * 4 / kLine / 8; ++i, nextSums += kLine) __builtin_prefetch(nextSums);
-    tiles.template load<4>(p.rows + k, rowBytes);
+    tiles.template load<4>(rows, rowBytes);
     tiles.template load<6>(strip, kStripRow);
     tiles.template multiplyAdd<0, 4, 6>();
     if constexpr (L == 2) {
@@ -52,7 +58,7 @@ void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
       tiles.template multiplyAdd<1, 4, 7>();
     }
     if constexpr (R == 2) {
-      tiles.template load<5>(p.rows + kTileRows * p.rowStride + k, rowBytes);
+      tiles.template load<5>(lowerRows, rowBytes);
       tiles.template multiplyAdd<2, 5, 6>();
     }
     if constexpr (R == 2 && L == 2) tiles.template multiplyAdd<3, 5, 7>();

@@ -7,8 +7,8 @@
 // rounds to nearest even, subnormal inputs and results count as zeros, and MXCSR is neither asked nor changed.
 //
 // Kernels are templates over the tiles: the processor's, or emulated ones of the same arithmetic in plain C++, with
-// which they are tested where there is no AMX. (One difference is known: a sum that lies below 2^-126 by less than half a
-// unit and is rounded up to it is kept by the emulation; a processor may count it as zero, since it looks at the
+// which they are tested where there is no AMX. (One difference is known: a sum that lies below 2^-126 by less than half
+// a unit and is rounded up to it is kept by the emulation; a processor may count it as zero, since it looks at the
 // exponent with unlimited range.)
 #pragma once
 
