@@ -1,7 +1,6 @@
 /** What the engine promises whatever runs on it: a free event loop, no crash, no leak, the same bits. */
 import { execFileSync, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
@@ -270,29 +269,4 @@ t.test('threads that the system does not start', { skip: cannotInject }, async (
   execFileSync(compiler as string, ['-shared', '-fPIC', '-o', library, source, '-ldl']);
   const env = { LD_PRELOAD: library, QLORA_NUM_THREADS: '8' };
   t.equal(outcome(t, await runChild('threads', [], { env })), true, 'those that were started compute');
-});
-
-const builtOf = (part: string) => {
-  const folder = join(packageRoot(), 'build', 'CMakeFiles', `${part}.dir`, 'csrc');
-  return existsSync(folder)
-    ? readdirSync(folder, { recursive: true, encoding: 'utf8' }).map((f) => join(folder, f))
-    : [];
-};
-const [kernels, core] = [builtOf('kernels_amx'), builtOf('core')];
-const cannotTrap = cannotInject || (kernels.length === 0 ? 'there is no build folder with kernels for AMX' : false);
-
-t.test('kernels for AMX, trapped where there is none, and the table of processors', { skip: cannotTrap }, (t) => {
-  const program = join(t.testdir(), 'tiles_test');
-  const objects = [
-    ...kernels.filter((file) => file.endsWith('simd/gemm.cpp.o')),
-    // It says itself whether tiles are emulated.
-    ...core.filter((file) => file.includes('/core/') && file.endsWith('.o') && !file.endsWith('wanted_isa.cpp.o')),
-  ];
-  const source = join(packageRoot(), 'test', 'native', 'tiles_test.cpp');
-  const include = [`-I${join(packageRoot(), 'csrc')}`, '-DQLORA_ISA=amx', '-DQLORA_ISA_amx=1'];
-  execFileSync(compiler as string, ['-std=c++20', '-O1', ...include, source, ...objects, '-lpthread', '-o', program]);
-  const { status, stdout, stderr } = spawnSync(program, { encoding: 'utf8' });
-  t.equal(status, 0, stderr);
-  t.match(stdout, /^tiles (of the processor|by traps)$/m);
-  t.end();
 });

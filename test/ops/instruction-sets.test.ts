@@ -1,9 +1,11 @@
 // The products of every instruction set against those of portable code, in shapes that fill the blocks of each engine
 // and end in the middle of them; and the same bits from 1, 2 and 3 threads.
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
+import { existsSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import t from 'tap';
+import t, { type Test } from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import type { QuantizeOptions } from '../../lib/index.js';
 import { native } from '../../lib/native.js';
@@ -14,6 +16,7 @@ import { quantizeWeight } from '../../lib/ops/quantize.js';
 import { Weight } from '../../lib/ops/weight.js';
 import { type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
 import { largestError, normalNumbers, roundTo, tensorOf } from '../support/op-harness.js';
+import { packageRoot } from '../support/references.js';
 
 interface Case {
   M: number;
@@ -38,6 +41,31 @@ const cases: Case[] = [
   { M: 66, N: 31, K: 300, base: 'f16' },
 ];
 const r = 5;
+
+/** A native program: code for AMX's tiles, trapped and emulated where there are none, and the table of processors. */
+async function checkTiles(t: Test): Promise<void> {
+  const built = (part: string) => {
+    const folder = join(packageRoot(), 'build', 'CMakeFiles', `${part}.dir`, 'csrc', part === 'core' ? 'core' : 'simd');
+    return existsSync(folder) ? readdirSync(folder).map((file) => join(folder, file)) : [];
+  };
+  const objects = [
+    ...built('kernels_amx').filter((file) => file.endsWith('/gemm.cpp.o')),
+    // Whether tiles are emulated the program says itself.
+    ...built('core').filter((file) => file.endsWith('.o') && !file.endsWith('/wanted_isa.cpp.o')),
+  ];
+  const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
+  if (process.platform !== 'linux' || objects.length < 2 || !compiler) {
+    t.pass('', { skip: 'needs Linux, a C++ compiler and a build folder with kernels for AMX' });
+    return;
+  }
+  const program = join(t.testdir(), 'tiles_test');
+  const source = join(packageRoot(), 'test', 'native', 'tiles_test.cpp');
+  const flags = ['-std=c++20', '-O1', `-I${join(packageRoot(), 'csrc')}`, '-DQLORA_ISA=amx', '-DQLORA_ISA_amx=1'];
+  execFileSync(compiler, [...flags, source, ...objects, '-lpthread', '-o', program]);
+  const { status, stdout, stderr } = spawnSync(program, { encoding: 'utf8' });
+  t.equal(status, 0, stderr);
+  t.match(stdout, /^tiles (of the processor|by traps)$/m);
+}
 
 /** Another order of fp32 sums; the rounding of a result to bf16; that of scores and probabilities, too. */
 const allowedErrors = { f32: 1e-6, bf16: 2 ** -8, attention: 1e-2 };
@@ -112,6 +140,7 @@ if (process.env.QLORA_CPU) {
     JSON.stringify(results.map(({ values }) => Buffer.from(Float32Array.from(values).buffer).toString('base64'))),
   );
 } else {
+  await t.test('code for AMX, and the table of processors', checkTiles);
   const results = await compute();
   const [names, kinds] = [results.map(({ name }) => name), results.map(({ kind }) => kind)];
   const run = (isa: string, threads: number) =>
