@@ -18,7 +18,6 @@
 // terms.
 #pragma once
 
-#include "core/wanted_isa.h"
 #include "simd/gemm_bf16.h"
 #include "simd/tile_product.h"
 
@@ -27,17 +26,7 @@ namespace qlora::QLORA_ISA {
 struct AmxEngine : Bf16Operands<256> {
   static constexpr int kRows = 32, kRowUnit = kTileRows, kDepth = kTileDepth, kDecoded = 512;
 
-  class Session {
-   public:
-    Session() {
-      if (!tilesAreEmulated()) HardwareTiles::configure();
-    }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-    ~Session() {
-      if (!tilesAreEmulated()) HardwareTiles::release();
-    }
-  };
+  using Session = TileSession;
 
   /// As Bf16Operands, and zeros up to a whole kDepth of rows.
   static void lanes(const GemmOperand& o, DType compute, int64_t i, int64_t n, int64_t j, int64_t columns,

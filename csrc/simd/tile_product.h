@@ -2,6 +2,7 @@
 // from.
 #pragma once
 
+#include "core/wanted_isa.h"
 #include "simd/tiles.h"
 
 namespace qlora::QLORA_ISA {
@@ -18,13 +19,26 @@ struct TileProduct {
   float* sums;        // C: 16 R rows of kTileLanes, of which the first 16 L are written
 };
 
-/// Calls f<number>(place) for each tile of C.
+/// While a thread has one of these, its tiles are on.
+class TileSession {
+ public:
+  TileSession() {
+    if (!tilesAreEmulated()) HardwareTiles::configure();
+  }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+  ~TileSession() {
+    if (!tilesAreEmulated()) HardwareTiles::release();
+  }
+};
+
+/// Calls f<number>(place) for each tile of C, whose rows lie `stride` apart.
 template <int R, int L, class F>
-QLORA_INLINE void forEachSum(float* sums, F&& f) {
+QLORA_INLINE void forEachSum(float* sums, int64_t stride, F&& f) {
   f.template operator()<0>(sums);
   if constexpr (L == 2) f.template operator()<1>(sums + kTileRows);
-  if constexpr (R == 2) f.template operator()<2>(sums + kTileRows * kTileLanes);
-  if constexpr (R == 2 && L == 2) f.template operator()<3>(sums + kTileRows * kTileLanes + kTileRows);
+  if constexpr (R == 2) f.template operator()<2>(sums + kTileRows * stride);
+  if constexpr (R == 2 && L == 2) f.template operator()<3>(sums + kTileRows * stride + kTileRows);
 }
 
 /// C = A B where it is the first product of C, else C += A B.
@@ -34,9 +48,9 @@ void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
   constexpr int kStep = kTileDepth * kTileLanes, kAheadSteps = 2, kLine = 64;
   const int64_t rowBytes = p.rowStride * static_cast<int64_t>(sizeof(bf16));
   if (first) {
-    forEachSum<R, L>(p.sums, [&]<int C>(float*) { tiles.template zero<C>(); });
+    forEachSum<R, L>(p.sums, kTileLanes, [&]<int C>(float*) { tiles.template zero<C>(); });
   } else {
-    forEachSum<R, L>(p.sums, [&]<int C>(float* at) { tiles.template load<C>(at, kSumRow); });
+    forEachSum<R, L>(p.sums, kTileLanes, [&]<int C>(float* at) { tiles.template load<C>(at, kSumRow); });
   }
   const bf16 *rows = p.rows, *lowerRows = rows + kTileRows * p.rowStride, *strip = p.strip;
   const auto* nextSums = reinterpret_cast<const char*>(p.sums + kSumsSize);
@@ -63,7 +77,7 @@ void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
     }
     if constexpr (R == 2 && L == 2) tiles.template multiplyAdd<3, 5, 7>();
   }
-  forEachSum<R, L>(p.sums, [&]<int C>(float* at) { tiles.template store<C>(at, kSumRow); });
+  forEachSum<R, L>(p.sums, kTileLanes, [&]<int C>(float* at) { tiles.template store<C>(at, kSumRow); });
 }
 
 /// The same for 1 to 32 rows and lanes: in as few tiles as hold them.
