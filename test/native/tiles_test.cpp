@@ -6,6 +6,7 @@
 
 #include "core/processor.h"
 #include "core/wanted_isa.h"
+#include "ops/attention.h"
 #include "ops/cpu_choice.h"
 #include "simd/gemm.h"
 #include "simd/tile_product.h"
@@ -13,6 +14,11 @@
 #include "tile_trap.h"
 
 namespace qlora {
+
+namespace amx {
+void attentionForward(Context&, const AttentionForward&);
+void attentionBackward(Context&, const AttentionBackward&);
+}  // namespace amx
 
 static bool emulated = false;
 bool tilesAreEmulated() { return emulated; }
@@ -109,41 +115,82 @@ void testProducts() {
   }
 }
 
-/// A whole product, on a pool of so many threads.
-std::vector<float> product(GemmForm form, int64_t M, int64_t N, int64_t K, int threads) {
+/// What kernels run in, with so many threads.
+struct Engine {
+  explicit Engine(int threads) : scratch(*memory), pool(threads) {}
+
+  std::shared_ptr<Memory> memory = std::make_shared<Memory>(Backing::pages);
+  Scratch scratch;
+  ThreadPool pool;
+  Context context{pool, scratch};
+};
+
+std::vector<char> product(GemmForm form, int64_t M, int64_t N, int64_t K, int threads) {
   Numbers numbers;
   std::vector<bf16> a(static_cast<size_t>(M * K)), b(static_cast<size_t>(N * K));
   for (auto* operand : {&a, &b}) {
     for (bf16& x : *operand) x = numbers.any(false);
   }
-  std::vector<float> c(static_cast<size_t>(M * N));
-  Memory memory(Backing::pages);
-  Scratch scratch(memory);
-  ThreadPool pool(threads);
-  Context context{pool, scratch};
-  gemm(context, {.form = form,
-                      .compute = DType::bf16,
-                      .M = M,
-                      .N = N,
-                      .K = K,
-                      .a = {a.data(), DType::bf16, form == GemmForm::tn ? M : K},
-                      .b = {b.data(), DType::bf16, form == GemmForm::nt ? K : N},
-                      .c = c.data(),
-                      .cDtype = DType::f32,
-                      .cStride = N});
+  std::vector<char> c(static_cast<size_t>(M * N) * sizeof(float));
+  Engine engine(threads);
+  gemm(engine.context, {.form = form,
+                        .compute = DType::bf16,
+                        .M = M,
+                        .N = N,
+                        .K = K,
+                        .a = {a.data(), DType::bf16, form == GemmForm::tn ? M : K},
+                        .b = {b.data(), DType::bf16, form == GemmForm::nt ? K : N},
+                        .c = c.data(),
+                        .cDtype = DType::f32,
+                        .cStride = N});
   return c;
 }
 
-void testMatmul() {
-  for (const GemmForm form : {GemmForm::nt, GemmForm::nn, GemmForm::tn}) {
-    emulated = true;
-    const std::vector<float> expected = product(form, 37, 81, 301, 1);
-    for (const int threads : {1, 3}) {
-      emulated = false;
-      const std::vector<float> actual = product(form, 37, 81, 301, threads);
-      CHECK(std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(float)) == 0);
+/// Attention of T queries and 70 keys, forward and, where there are as many of both, backward.
+std::vector<char> attended(int64_t T, int threads) {
+  constexpr int64_t H = 4, Hkv = 2, D = 40, S = 70;
+  Engine engine(threads);
+  Numbers numbers;
+  std::vector<char> results;
+  const auto make = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    const Tensor t = makeTensor(engine.memory, dtype, shape);
+    t.storage->allocate();
+    for (int64_t i = 0; dtype == DType::bf16 && i < t.size(); ++i) {
+      t.data<bf16>()[i] = fromFloat<bf16>(static_cast<float>(numbers.bits() >> 24) / 64 - 2);
     }
+    return t;
+  };
+  const auto keep = [&](const Tensor& t) {
+    const std::vector<char> bytes = bytesOf(t);
+    results.insert(results.end(), bytes.begin(), bytes.end());
+  };
+  const Tensor q = make(DType::bf16, {1, T, H, D}), k = make(DType::bf16, {1, S, Hkv, D});
+  const Tensor v = make(DType::bf16, {1, S, Hkv, D}), out = make(DType::bf16, {1, T, H, D});
+  const Tensor logSumExp = make(DType::f32, {1, H, T});
+  attentionForward(engine.context, {q, k, v, {}, {}, out, logSumExp, 0.2f, 1, 0, 0, S});
+  keep(out);
+  if (T != S) return results;
+  const Tensor dout = make(DType::bf16, {1, T, H, D}), dq = make(DType::bf16, {1, T, H, D});
+  const Tensor dk = make(DType::bf16, {1, S, Hkv, D}), dv = make(DType::bf16, {1, S, Hkv, D});
+  attentionBackward(engine.context, {dout, q, k, v, out, logSumExp, {}, {}, dq, dk, dv, 0.2f, 1, 0, 0});
+  for (const Tensor& gradient : {dq, dk, dv}) keep(gradient);
+  return results;
+}
+
+/// run(threads) gives the same bits on emulated tiles and on the processor's, of which each thread has its own.
+template <class Run>
+void testKernel(Run&& run) {
+  emulated = true;
+  const std::vector<char> expected = run(1);
+  emulated = false;
+  for (const int threads : {1, 3}) CHECK(run(threads) == expected);
+}
+
+void testKernels() {
+  for (const GemmForm form : {GemmForm::nt, GemmForm::nn, GemmForm::tn}) {
+    testKernel([&](int threads) { return product(form, 37, 81, 301, threads); });
   }
+  for (const int64_t queries : {1, 33, 70}) testKernel([&](int threads) { return attended(queries, threads); });
 }
 
 }  // namespace
@@ -154,7 +201,7 @@ int main() {
   qlora::testChoice();
   if (!qlora::hasTiles()) tile_trap::install();
   qlora::testProducts();
-  if (__builtin_cpu_supports("avx512bf16")) qlora::testMatmul();
+  if (__builtin_cpu_supports("avx512bf16")) qlora::testKernels();
   CHECK(tile_trap::trapped > 0 || qlora::hasTiles());
   std::printf("%s\n", qlora::hasTiles() ? "tiles of the processor" : "tiles by traps");
 }

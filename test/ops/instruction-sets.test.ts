@@ -45,13 +45,15 @@ const r = 5;
 /** A native program: code for AMX's tiles, trapped and emulated where there are none, and the table of processors. */
 async function checkTiles(t: Test): Promise<void> {
   const built = (part: string) => {
-    const folder = join(packageRoot(), 'build', 'CMakeFiles', `${part}.dir`, 'csrc', part === 'core' ? 'core' : 'simd');
-    return existsSync(folder) ? readdirSync(folder).map((file) => join(folder, file)) : [];
+    const folder = join(packageRoot(), 'build', 'CMakeFiles', `${part}.dir`, 'csrc');
+    return existsSync(folder)
+      ? readdirSync(folder, { recursive: true, encoding: 'utf8' }).map((f) => join(folder, f))
+      : [];
   };
   const objects = [
-    ...built('kernels_amx').filter((file) => file.endsWith('/gemm.cpp.o')),
+    ...built('kernels_amx').filter((file) => /\/(gemm|attention_\w+)\.cpp\.o$/.test(file)),
     // Whether tiles are emulated the program says itself.
-    ...built('core').filter((file) => file.endsWith('.o') && !file.endsWith('/wanted_isa.cpp.o')),
+    ...built('core').filter((file) => /\/core\/\w+\.cpp\.o$/.test(file) && !file.endsWith('/wanted_isa.cpp.o')),
   ];
   const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
   if (process.platform !== 'linux' || objects.length < 2 || !compiler) {
