@@ -217,8 +217,9 @@ class Engine {
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
 
-  void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips, int64_t stripSize,
-                bool first) const {
+  // Not inline: the tiles' loops within would come twice.
+  __attribute__((noinline)) void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips,
+                                          int64_t stripSize, bool first) const {
     for (int64_t group = 0; group < block.groups(); ++group) {
       const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
       for (int64_t strip = 0; strip < block.strips(); ++strip) {
