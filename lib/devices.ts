@@ -11,14 +11,14 @@ export interface Backends {
 
 /** What this machine can run on, and why not the rest. Never throws, never prints. */
 export function backends(): Backends {
-  const { instructionSets, inUse, threads } = native.cpu();
+  const { instructionSets, inUse, chosen, threads } = native.cpu();
   return {
     available: [
       {
         device: 'cpu',
         name: cpus()[0]?.model.trim() ?? 'CPU',
         memoryBytes: totalmem(),
-        features: [...instructionSets, `path:${inUse}`, `threads:${threads}`],
+        features: [...instructionSets, `path:${inUse}`, `threads:${threads}`, `chosen:${chosen}`],
       },
     ],
     unavailable: [

@@ -44,7 +44,7 @@ interface Addon {
   Tensor: new (stream: NativeStream, dtype: string, shape: readonly number[], memoryClass: string) => NativeTensor;
   ops: Record<string, (stream: NativeStream, ...args: NativeArgument[]) => void>;
   processMemory(): NativeMemory;
-  cpu(): { instructionSets: string[]; inUse: string; threads: number };
+  cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };
 }
 
 function load(): Addon {

@@ -230,7 +230,7 @@ t.test(`no file has more than ${longest} lines`, async (t) => {
  * The kernels are compiled once for each instruction set. Of an inline function that two object files define, the linker
  * keeps one: it must not be one that was compiled for an instruction set that the machine may lack.
  */
-const isas = ['scalar', 'avx2', 'avx512', 'avx512bf16'];
+const isas = ['scalar', 'avx2', 'avx512', 'avx512bf16', 'amx'];
 const host = ['napi', 'core'];
 const objectsOf = (isa: string) => filesBelow(`build/CMakeFiles/kernels_${isa}.dir`, /\.o$/);
 const nm = spawnSync('nm', ['--version']).status === 0;

@@ -1,6 +1,7 @@
 #include <sys/resource.h>
 
 #include "napi/bind.h"
+#include "ops/cpu_choice.h"
 #include "ops/op_table.h"
 
 namespace qlora {
@@ -149,7 +150,9 @@ static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
     const CpuTables here = cpuTables();
     for (int i = 0; i < here.count; ++i) isas.Set(static_cast<uint32_t>(i), here.tables[i]->name);
     result.Set("instructionSets", isas);
-    result.Set("inUse", cpuTable().name);
+    const CpuChoice choice = cpuChoice();
+    result.Set("inUse", choice.table->name);
+    result.Set("chosen", choice.reason);
     result.Set("threads", threadPool().size());
     return result;
   });

@@ -233,6 +233,7 @@ void backward(Context& context, const AttentionBackward& a) {
   };
 
   context.pool.parallelFor(pairs * parts, [&](int64_t task, int thread) {
+    [[maybe_unused]] const typename Math::Session session;
     const BackwardScratch<Math>& my = threads[thread];
     const int64_t part = task % parts, pair = task / parts, b = pair / Hkv, kvHead = pair % Hkv;
     float* dk = sums + (parts == 1 ? thread : task) * 2 * sumSize;

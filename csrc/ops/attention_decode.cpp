@@ -121,6 +121,7 @@ void decodeWith(Context& context, const AttentionForward& a) {
   const float multiplier = a.softCap > 0 ? 1.0f : a.scale * kLog2E;
 
   context.pool.parallelFor(B * Hkv * splits, [&](int64_t task, int thread) {
+    [[maybe_unused]] const typename Math::Session session;
     const DecodeScratch<Math>& my = threads[thread];
     const int64_t split = task % splits, kvHead = task / splits % Hkv, b = task / splits / Hkv;
     const Visibility rule{Tq,

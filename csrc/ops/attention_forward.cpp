@@ -83,6 +83,7 @@ void forward(Context& context, const AttentionForward& a) {
   const float multiplier = a.softCap > 0 ? 1.0f : a.scale * kLog2E;
 
   context.pool.parallelFor(B * H * queryBlocks, [&](int64_t task, int thread) {
+    [[maybe_unused]] const typename Math::Session session;
     const ForwardScratch<Math>& my = threads[thread];
     // The last block of queries, which sees most keys where attention is causal, first.
     const int64_t head = task % H, b = task / H / queryBlocks, block = queryBlocks - 1 - task / H % queryBlocks;

@@ -29,6 +29,8 @@ QLORA_INLINE int64_t roundUp(int64_t n, int64_t to) { return divideUp(n, to) * t
 struct Float32 {
   using Element = float;
   using Lanes = Vec;
+  static constexpr bool kOnTiles = false;
+  struct Session {};  // what a thread holds while it multiplies
   static constexpr int kPack = 1;
 
   template <class T>
@@ -53,6 +55,8 @@ struct Float32 {
 struct BFloat16Pairs {
   using Element = uint32_t;
   using Lanes = __m512bh;
+  static constexpr bool kOnTiles = false;
+  struct Session {};
   static constexpr int kPack = 2;
 
   QLORA_INLINE static Element element(bf16 first, bf16 second) {
@@ -73,15 +77,6 @@ struct BFloat16Pairs {
   }
 };
 #endif
-
-/// Calls f(math, zero) with the arithmetic for a dtype and a value of the C++ type behind it.
-template <class F>
-QLORA_INLINE void dispatchMath(DType dtype, F&& f) {
-#if defined(QLORA_ISA_avx512bf16)
-  if (dtype == DType::bf16) return f(BFloat16Pairs{}, bf16{});
-#endif
-  dispatchFloat(dtype, [&](auto zero) { f(Float32{}, zero); });
-}
 
 enum class Sum { overwrite, add };
 
@@ -147,6 +142,7 @@ QLORA_INLINE void tileOfRows(int64_t rows, A a, const typename Math::Element* b,
 
 /// C[rows, lanes] (+)= A B for up to kPanel lanes; rows are split evenly into tiles of at most kRows.
 template <class Math, class A>
+  requires(!Math::kOnTiles)
 QLORA_INLINE void multiply(int64_t rows, int64_t lanes, A a, const typename Math::Element* b, int64_t K, float* c,
                            int64_t cStride, Sum mode) {
   const int64_t tiles = divideUp(rows, kRows);

@@ -7,8 +7,22 @@
 #include <algorithm>
 
 #include "ops/attention_product.h"
+#if defined(QLORA_ISA_amx)
+#include "ops/attention_tiles.h"
+#endif
 
 namespace qlora::QLORA_ISA::attention {
+
+/// Calls f(math, zero) with the arithmetic for a dtype and a value of the C++ type behind it.
+template <class F>
+QLORA_INLINE void dispatchMath(DType dtype, F&& f) {
+#if defined(QLORA_ISA_amx)
+  if (dtype == DType::bf16) return f(TilePairs{}, bf16{});
+#elif defined(QLORA_ISA_avx512bf16)
+  if (dtype == DType::bf16) return f(BFloat16Pairs{}, bf16{});
+#endif
+  dispatchFloat(dtype, [&](auto zero) { f(Float32{}, zero); });
+}
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;

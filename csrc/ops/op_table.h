@@ -97,13 +97,13 @@ struct OpTable {
 #undef QLORA_OP_POINTER
 };
 
-/// The tables of this build that the processor at hand can run, best first.
+/// The tables of this build that the processor at hand can run, best first; emulated ones last.
 struct CpuTables {
   const OpTable* const* tables;
   int count;
 };
 CpuTables cpuTables();
-/// The one that QLORA_CPU names ("scalar", "avx2", ...), else the best. Throws ERR_QLORA_CPU where it cannot run here.
+/// The one of cpuChoice() (cpu_choice.h).
 const OpTable& cpuTable();
 
 }  // namespace qlora

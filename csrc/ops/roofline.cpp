@@ -5,6 +5,9 @@
 #include <cstring>
 
 #include "simd/vector.h"
+#if QLORA_ISA_amx
+#include "simd/gemm_amx.h"
+#endif
 
 namespace qlora::QLORA_ISA {
 
@@ -31,7 +34,7 @@ QLORA_INLINE void opaque(T& x) {
 
 /// FLOP done by a loop of multiply-adds.
 double multiplyAdds(int32_t compute) {
-#if QLORA_ISA_avx512bf16
+#if QLORA_ISA_avx512bf16 && !QLORA_ISA_amx
   if (compute == 1) {
     __m512 sum[kSums] = {};
     auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
@@ -63,6 +66,42 @@ double multiplyAdds(int32_t compute) {
   return static_cast<double>(kSteps) * kSums * 2 * kVector;
 }
 
+#if QLORA_ISA_amx
+// Half of the second cache, read from there again and again.
+constexpr int64_t kTileOperands = (int64_t{1} << 20) / sizeof(bf16);
+constexpr int kTilePasses = 16;
+
+/// FLOP done by products of tiles as a matmul makes them: two tiles of A and two of B give four products.
+template <class Tiles>
+double multiplyTiles(const bf16* operands) {
+  constexpr int64_t kTileSize = kTileRows * kTileDepth;
+  Tiles tiles;
+  tiles.template zero<0>();
+  tiles.template zero<1>();
+  tiles.template zero<2>();
+  tiles.template zero<3>();
+  for (int pass = 0; pass < kTilePasses; ++pass) {
+    for (int64_t i = 0; i < kTileOperands; i += 4 * kTileSize) {
+      tiles.template load<4>(operands + i, kTileBytes);
+      tiles.template load<6>(operands + i + kTileSize, kTileBytes);
+      tiles.template multiplyAdd<0, 4, 6>();
+      tiles.template load<7>(operands + i + 2 * kTileSize, kTileBytes);
+      tiles.template multiplyAdd<1, 4, 7>();
+      tiles.template load<5>(operands + i + 3 * kTileSize, kTileBytes);
+      tiles.template multiplyAdd<2, 5, 6>();
+      tiles.template multiplyAdd<3, 5, 7>();
+    }
+  }
+  return 2.0 * kTilePasses * static_cast<double>(kTileOperands) * kTileRows;
+}
+
+/// The same for the kind of tiles that are in use. `operands` are the thread's own.
+double multiplyTiles(const bf16* operands) {
+  [[maybe_unused]] const AmxEngine::Session session;
+  return tilesAreEmulated() ? multiplyTiles<EmulatedTiles>(operands) : multiplyTiles<HardwareTiles>(operands);
+}
+#endif
+
 template <class F>
 double leastSeconds(F&& f) {
   double least = 1e9;
@@ -80,9 +119,17 @@ void roofline(Context& context, const Roofline& a) {
   float* rates = a.rates.data<float>();
   const int threads = context.pool.size();
   double flop = 0;
+#if QLORA_ISA_amx
+  auto* operands = context.scratch.take<bf16>(threads * kTileOperands);
+  std::fill_n(operands, threads * kTileOperands, fromFloat<bf16>(1.0f));
+#endif
   const double computing = leastSeconds([&] {
     context.pool.parallelFor(threads, [&](int64_t i, int) {
+#if QLORA_ISA_amx
+      const double done = a.compute == 1 ? multiplyTiles(operands + i * kTileOperands) : multiplyAdds(a.compute);
+#else
       const double done = multiplyAdds(a.compute);
+#endif
       if (i == 0) flop = done;
     });
   });

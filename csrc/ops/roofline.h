@@ -1,7 +1,7 @@
 // What the machine can do, measured: the bounds that a bench divides by. Not part of a model.
 //
 //   rates[0]  GFLOP/s of multiply-adds from registers on all threads, of the kind that a matmul of `compute` uses
-//             (0 f32, 1 bf16, 2 f16)
+//             (0 f32, 1 bf16, 2 f16); of AMX's tiles with operands from the second cache, since no matmul has them nearer
 //   rates[1]  GB/s read from memory on all threads, over 256 MiB
 //
 // Each the best of many short tries. rates [2] f32, overwritten.

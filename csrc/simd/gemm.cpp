@@ -4,11 +4,29 @@
 #if QLORA_ISA_avx512bf16
 #include "simd/gemm_few_bf16.h"
 #endif
+#if QLORA_ISA_amx
+#include "simd/gemm_amx.h"
+#endif
 
 namespace qlora::QLORA_ISA {
 
-#if QLORA_ISA_avx512bf16
+#if QLORA_ISA_amx
 namespace {
+
+using PairEngine = AmxEngine;
+
+void gemmBf16(Context& context, const Gemm& g) {
+  // Dot products read W once, and no faster would tiles.
+  constexpr int64_t kDots = 4;
+  if (g.M <= kDots && FewTokens::takes(g)) return FewTokens::run(context, g);
+  Engine<AmxEngine>::run(context, g);
+}
+
+}  // namespace
+#elif QLORA_ISA_avx512bf16
+namespace {
+
+using PairEngine = Bf16Engine;
 
 /// Rows [begin, begin + count) of A and C.
 Gemm rowsOf(const Gemm& g, int64_t begin, int64_t count) {
@@ -55,7 +73,7 @@ void gemm(Context& context, const Gemm& g) {
 
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {
 #if QLORA_ISA_avx512bf16
-  if (compute == DType::bf16) return Engine<Bf16Engine>::pack(context, form, compute, a, M, K, true);
+  if (compute == DType::bf16) return Engine<PairEngine>::pack(context, form, compute, a, M, K, true);
 #endif
   return Engine<Fp32Engine>::pack(context, form, compute, a, M, K, true);
 }

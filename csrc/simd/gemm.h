@@ -10,8 +10,8 @@
 // and an A that several products share can be packed once (`packA`).
 //
 // Precision: operands are rounded to `compute` (a 4-bit weight through its scaled table, so both directions see the
-// same W), products and sums are fp32. On AVX-512 with bf16, products of bf16 go through vdpbf16ps, and there bf16
-// subnormals (below 1.2e-38) count as zero.
+// same W), products and sums are fp32. On AVX-512 with bf16, products of bf16 go through vdpbf16ps, on AMX through
+// tdpbf16ps, and there bf16 subnormals (below 1.2e-38) count as zero.
 #pragma once
 
 #include "core/stream.h"

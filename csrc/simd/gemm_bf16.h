@@ -124,10 +124,12 @@ QLORA_INLINE void withDense(const GemmOperand& o, F&& f) {
   }
 }
 
-struct Bf16Engine {
+/// Operands as pairs of bf16, in panels of kDeep steps of K.
+template <int kDeep>
+struct Bf16Operands {
   using Element = bf16;
-  static constexpr int kPair = 2, kGroup = 64, kStrip = 2 * kVector;
-  static constexpr int kRows = 12, kChunk = 512, kStride = kChunk + 32;
+  static constexpr int kGroup = 64, kStrip = 2 * kVector;
+  static constexpr int kChunk = kDeep, kStride = kChunk + 32;
   // Rows that a decoder asks memory for ahead of their turn.
   static constexpr int kAheadRows = 4, kAheadLanes = 16;
 
@@ -231,35 +233,6 @@ struct Bf16Engine {
     });
   }
 
-  static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
-    switch (count) {
-      case 1:
-        return tileOf<1>(depth, rows, strip, c, first);
-      case 2:
-        return tileOf<2>(depth, rows, strip, c, first);
-      case 3:
-        return tileOf<3>(depth, rows, strip, c, first);
-      case 4:
-        return tileOf<4>(depth, rows, strip, c, first);
-      case 5:
-        return tileOf<5>(depth, rows, strip, c, first);
-      case 6:
-        return tileOf<6>(depth, rows, strip, c, first);
-      case 7:
-        return tileOf<7>(depth, rows, strip, c, first);
-      case 8:
-        return tileOf<8>(depth, rows, strip, c, first);
-      case 9:
-        return tileOf<9>(depth, rows, strip, c, first);
-      case 10:
-        return tileOf<10>(depth, rows, strip, c, first);
-      case 11:
-        return tileOf<11>(depth, rows, strip, c, first);
-      default:
-        return tileOf<12>(depth, rows, strip, c, first);
-    }
-  }
-
  private:
   /// 16-bit lanes start, start + step, ...
   static __m512i counting(int start, int step) {
@@ -299,7 +272,42 @@ struct Bf16Engine {
       }
     }
   }
+};
 
+struct Bf16Engine : Bf16Operands<512> {
+  static constexpr int kRows = 12, kRowUnit = 1, kDepth = 2, kDecoded = 128;
+  struct Session {};
+
+  static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    switch (count) {
+      case 1:
+        return tileOf<1>(depth, rows, strip, c, first);
+      case 2:
+        return tileOf<2>(depth, rows, strip, c, first);
+      case 3:
+        return tileOf<3>(depth, rows, strip, c, first);
+      case 4:
+        return tileOf<4>(depth, rows, strip, c, first);
+      case 5:
+        return tileOf<5>(depth, rows, strip, c, first);
+      case 6:
+        return tileOf<6>(depth, rows, strip, c, first);
+      case 7:
+        return tileOf<7>(depth, rows, strip, c, first);
+      case 8:
+        return tileOf<8>(depth, rows, strip, c, first);
+      case 9:
+        return tileOf<9>(depth, rows, strip, c, first);
+      case 10:
+        return tileOf<10>(depth, rows, strip, c, first);
+      case 11:
+        return tileOf<11>(depth, rows, strip, c, first);
+      default:
+        return tileOf<12>(depth, rows, strip, c, first);
+    }
+  }
+
+ private:
   template <int R>
   static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
     // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.

@@ -9,6 +9,9 @@
 //   nn, tn   rows (columns) of A are packed once and broadcast; rows of B are decoded by each task into lanes. No
 //            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
 //
+// An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below;
+// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session).
+//
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
 
@@ -28,9 +31,11 @@ template <class E>
 class Engine {
  public:
   using Element = typename E::Element;
-  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kPair = E::kPair, kGroup = E::kGroup;
+  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   static constexpr int64_t kTile = int64_t{kRows} * kStrip;
+  // Tiles take whole units of rows: so many more than there are may be read, and are multiplied for nothing.
+  static constexpr int64_t kRowsBeyond = E::kRowUnit - 1;
 
   static PackedA pack(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K,
                       bool split) {
@@ -41,6 +46,7 @@ class Engine {
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
         const int64_t strip = task / chunks, begin = task % chunks * kChunk, end = std::min<int64_t>(begin + kChunk, K);
         const int64_t lanes = std::min<int64_t>(kStrip, M - strip * kStrip);
+        Element* out = panels + stripOffset(strips, strip, begin, depth);
         // Rows of a piece stay in the first cache until they are transposed.
         constexpr int64_t kPiece = 128, kApart = kPiece + 32;
         alignas(64) Element rows[kStrip * kApart];
@@ -53,14 +59,14 @@ class Engine {
             E::rowsNatural(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
             zeroTails(rows, lanes, kApart, n, roundUp(n, kGroup));
           }
-          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), panels + (strip * depth + k) * kStrip);
+          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), out + (k - begin) * kStrip);
         }
       });
       packed.panels = panels;
       return packed;
     }
     const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
-    auto* panels = context.scratch.take<Element>(chunks * M * kStride + 1);
+    auto* panels = context.scratch.take<Element>((chunks * M + kRowsBeyond) * kStride + 1);
     context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
       const int64_t chunk = task % chunks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
       const int64_t row = task / chunks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
@@ -74,7 +80,7 @@ class Engine {
           for (int64_t r = 0; r < rows; ++r) out[r * kStride + c] = line[r];
         }
       }
-      zeroTails(out, rows, kStride, n, roundUp(n, kPair));
+      zeroTails(out, rows, kStride, n, roundUp(n, kDepth));
     });
     packed.panels = panels;
     return packed;
@@ -95,10 +101,17 @@ class Engine {
     for (int64_t r = 0; r < count; ++r) std::fill(rows + r * stride + from, rows + r * stride + to, Element{});
   }
 
+  /// Packed lanes lie chunk by chunk, so that those of one chunk are neighbours: at steps of a whole K, often a power
+  /// of two, they would fall into the same sets of the caches.
+  static int64_t chunkDepth(int64_t k, int64_t depth) { return std::min<int64_t>(kChunk, depth - k); }
+  static int64_t stripOffset(int64_t strips, int64_t strip, int64_t k, int64_t depth) {
+    return (k * strips + strip * chunkDepth(k, depth)) * kStrip;
+  }
+
   enum class Store { direct, transposed };
   static constexpr int64_t kRowsPacked = 64;
   // Blocks of the operand that each task decodes, and of the one that is packed once: what fits the second cache.
-  static constexpr int64_t kDecoded = 128, kShared = 512;
+  static constexpr int64_t kDecoded = E::kDecoded, kShared = 512;
 
   struct Term {
     GemmOperand b;
@@ -106,6 +119,7 @@ class Engine {
     const Element* a;
     DropoutMask dropout;
     bool split;
+    int64_t strips;  // of which the panels are, perhaps more than are multiplied
   };
 
   Engine(Context& context, const Gemm& g, Store store) : g_(g), store_(store), lanesShared_(g.form == GemmForm::nt) {
@@ -136,7 +150,7 @@ class Engine {
   }
 
   void addTerm(const GemmOperand& b, int64_t K, const PackedA& a, const DropoutMask& dropout) {
-    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split};
+    terms_[termCount_++] = {b, K, static_cast<const Element*>(a.panels), dropout, a.split, ceilDivide(a.M, kStrip)};
   }
 
   /// The size of the even blocks that n falls into when none may pass `limit`.
@@ -156,6 +170,7 @@ class Engine {
 
   /// Rows [m, m + shared_) by columns [n, n + decoded_) of C.
   void runTask(int64_t m, int64_t n, int thread) const {
+    [[maybe_unused]] const typename E::Session session;
     Element* panel = panelBuffer_ + thread * panelSize_;
     const int64_t ms = std::min(shared_, g_.M - m), ns = std::min(decoded_, g_.N - n);
     Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, tilesBuffer_ + thread * tilesSize_};
@@ -165,7 +180,7 @@ class Engine {
       for (int64_t k = 0; k < term.K; k += kChunk) {
         const int64_t size = std::min<int64_t>(kChunk, term.K - k);
         if (lanesShared_) {
-          const int64_t padded = roundUp(size, term.split ? kGroup : kPair);
+          const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
           if (term.split) {
             E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
           } else {
@@ -173,10 +188,11 @@ class Engine {
             zeroTails(panel, ns, kStride, size, padded);
           }
           const int64_t depth = roundUp(term.K, kGroup);
-          multiply(block, padded, panel, term.a + (m / kStrip * depth + k) * kStrip, depth * kStrip, first);
+          multiply(block, padded, panel, term.a + stripOffset(term.strips, m / kStrip, k, depth),
+                   chunkDepth(k, depth) * kStrip, first);
         } else {
           E::lanes(term.b, g_.compute, k, size, n, ns, panel);
-          multiply(block, roundUp(size, kPair), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
+          multiply(block, roundUp(size, kDepth), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
                    first);
         }
         first = false;
@@ -197,18 +213,21 @@ class Engine {
 
     int64_t groups() const { return ceilDivide(rows, kRows); }
     int64_t strips() const { return ceilDivide(lanes, kStrip); }
-    /// Rows fall into groups of nearly one size.
-    int64_t groupStart(int64_t group) const { return group * rows / groups(); }
+    /// Rows fall into groups of nearly one size, in whole units.
+    int64_t groupStart(int64_t group) const { return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit)); }
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
 
-  static void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips, int64_t stripSize,
-                       bool first) {
+  // Not inline: the tiles' loops within would come twice.
+  __attribute__((noinline)) void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips,
+                                          int64_t stripSize, bool first) const {
     for (int64_t group = 0; group < block.groups(); ++group) {
       const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
       for (int64_t strip = 0; strip < block.strips(); ++strip) {
-        E::tile(static_cast<int>(count), depth, rows + start * kStride, strips + strip * stripSize,
-                block.tile(group, strip), first);
+        // Decoded lanes are dealt over the whole strip, however few there are.
+        const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
+        E::tile(static_cast<int>(count), static_cast<int>(lanes), depth, rows + start * kStride,
+                strips + strip * stripSize, block.tile(group, strip), first);
       }
     }
   }

@@ -8,12 +8,13 @@ namespace qlora::QLORA_ISA {
 
 struct Fp32Engine {
   using Element = float;
-  static constexpr int kPair = 1, kGroup = 2 * kVector, kStrip = 2 * kVector;
+  static constexpr int kDepth = 1, kGroup = 2 * kVector, kStrip = 2 * kVector;
   // As many sums as registers hold beside two lanes and a broadcast.
   static constexpr int kRows = kVector == 16 ? 12 : (kVector == 8 ? 6 : 4);
-  static constexpr int kChunk = 256, kStride = kChunk + 16;
+  static constexpr int kRowUnit = 1, kChunk = 256, kStride = kChunk + 16, kDecoded = 128;
   // Rows that a decoder asks memory for ahead of their turn.
   static constexpr int kAheadRows = 4, kAheadLanes = 16;
+  struct Session {};
 
   /// Rows [i, i + rows), columns [j, j + n), in split order, `stride` apart.
   static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, float* out,
@@ -97,7 +98,8 @@ struct Fp32Engine {
     }
   }
 
-  static void tile(int count, int64_t depth, const float* rows, const float* strip, float* c, bool first) {
+  static void tile(int count, int /*lanes*/, int64_t depth, const float* rows, const float* strip, float* c,
+                   bool first) {
     switch (count) {
 #define QLORA_TILE(n) \
   case n:             \

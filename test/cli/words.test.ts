@@ -126,18 +126,19 @@ t.test('doctor', async (t) => {
     /^cores +\d/m,
     /^addon +\/.*\.node$/m,
     /^cpu +\S/m,
-    /^ +.*path:\w+ threads:\d/m,
+    /^ +.*path:[\w-]+ threads:\d+ chosen:(for \w+ family \d+ model \d+: .+|as the best that runs here|by QLORA_CPU)$/m,
     /^cuda +not available: /m,
   ])
     t.match(plain.stdout, line);
-  const [facts] = (await cli(['doctor', '--json'], { env: { QLORA_NUM_THREADS: '1' } })).objects;
+  const forced = { QLORA_NUM_THREADS: '1', QLORA_CPU: 'scalar' };
+  const [facts] = (await cli(['doctor', '--json'], { env: forced })).objects;
   t.match(facts, {
     type: 'doctor',
     QLORA_NUM_THREADS: '1',
     available: [{ device: 'cpu' }],
     unavailable: [{ kind: 'cuda', hint: /\S/ }],
   });
-  t.match(JSON.stringify(facts), 'threads:1');
+  t.match(JSON.stringify(facts), '"path:scalar","threads:1","chosen:by QLORA_CPU"');
 });
 
 t.test('docs/cli.md has the tables that the code has', async (t) => {
