@@ -1,5 +1,5 @@
 /** Folders, and files that belong together, are seen old or new, never mixed. */
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
@@ -7,11 +7,9 @@ import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { writeFileAtomic } from '../../lib/io/atomic-file.js';
 import { removeLeftovers, replaceFiles, writeFolder } from '../../lib/io/atomic-folder.js';
-import { packageRoot } from '../support/references.js';
+import { cannotInject, injecting } from '../support/injector.js';
 import { look, prepare, type Replaced } from '../support/replace-child.js';
 
-const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
-const cannotInject = process.platform !== 'linux' ? 'needs LD_PRELOAD' : compiler ? false : 'needs a C++ compiler';
 const child = fileURLToPath(new URL('../support/replace-child.js', import.meta.url));
 t.setTimeout(600_000); // a busy machine starts processes slowly
 
@@ -48,15 +46,13 @@ t.test('files of an earlier save that are not made again go, where they are name
 
 t.test('replacing fails, or is killed, at any system call', { skip: cannotInject }, async (t) => {
   const above = t.testdir({});
-  const library = join(above, 'fail_under.so');
-  const source = join(packageRoot(), 'test', 'support', 'fail_under.cpp');
-  execFileSync(compiler as string, ['-shared', '-fPIC', '-O1', '-o', library, source, '-ldl']);
+  const injector = injecting('fail_io', above);
   const folder = join(above, 'model');
   const { NODE_OPTIONS: _, ...clean } = process.env;
   const run = (args: string[], env: NodeJS.ProcessEnv) =>
     spawnSync(process.execPath, [child, folder, ...args], {
       encoding: 'utf8',
-      env: { ...clean, LD_PRELOAD: library, FAIL_UNDER: folder, ...env },
+      env: { ...clean, ...injector, FAIL_UNDER: folder, ...env },
     });
   const old = { 'config.json': 'old', 'record.json': 'old', 'weights.safetensors': 'old' };
   const fresh = { 'config.json': 'new', 'record.json': 'new', 'weights.safetensors': 'new' };
