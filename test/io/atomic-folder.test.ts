@@ -1,12 +1,13 @@
 /** Folders, and files that belong together, are seen old or new, never mixed. */
 import { spawnSync } from 'node:child_process';
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { writeFileAtomic } from '../../lib/io/atomic-file.js';
 import { removeLeftovers, replaceFiles, writeFolder } from '../../lib/io/atomic-folder.js';
+import { makeFolder } from '../../lib/io/folder.js';
 import { cannotInject, injecting } from '../support/injector.js';
 import { look, prepare, type Replaced } from '../support/replace-child.js';
 
@@ -34,6 +35,19 @@ t.test('a folder appears whole, replaces an earlier one, and not at all where it
   writeFileSync(join(above, '.hidden.tmp'), '');
   await removeLeftovers(above);
   t.same(readdirSync(above).sort(), ['.hidden.tmp', 'a']);
+});
+
+t.test('folders are made where they are missing', async (t) => {
+  const folder = t.testdir({ file: '' });
+  const deep = join(folder, 'a', 'b', 'c');
+  await Promise.all(Array.from({ length: 8 }, () => makeFolder(deep)));
+  await makeFolder(deep);
+  t.same(readdirSync(join(folder, 'a', 'b')), ['c']);
+  const wrong = { code: 'ERR_QLORA_WRITE_FAILED', message: /cannot make this folder/, hint: String };
+  await t.rejects(makeFolder(join(folder, 'file')), wrong);
+  await t.rejects(makeFolder(join(folder, 'file', 'b')), wrong);
+  // Of a system that lets nobody make files there.
+  if (existsSync('/proc/self')) await t.rejects(makeFolder('/proc/nope/deeper'), wrong);
 });
 
 t.test('files of an earlier save that are not made again go, where they are named', async (t) => {
