@@ -78,7 +78,13 @@ for (const [what, atLeast] of Object.entries({ adapter: 40, weights: 30, model: 
     await failEverywhere<SaveOutcome>(t, rows, (t, { error, state, temporary, next, same }, what) => {
       states[state]++;
       if (!error) t.equal(state, 'new', what);
-      if (state === 'nothing') t.match(error?.message, /cannot (rename|sync|remove)/, `only between renames: ${what}`);
+      if (state === 'nothing') {
+        t.match(error?.message, /cannot (rename|sync|remove)/, `only between renames: ${what}`);
+        t.ok(
+          temporary.some((name) => name.startsWith('.saving.')),
+          `${what}: the rest of the new one is there`,
+        );
+      }
       t.not(state, 'mixed', what);
       if (state === 'old') t.same(temporary, [], `${what}: no leftover`);
       t.ok(next, `${what}: the next save makes it whole`);
