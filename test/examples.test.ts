@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { packageRoot } from './support/references.js';
 
-t.setTimeout(600_000); // a busy machine trains slowly
+t.setTimeout(3_600_000); // a busy machine trains slowly, and a sanitizer's build ten times so; the runner sets the limit
 const output = mkdtempSync(join(tmpdir(), 'qlora-examples-'));
 t.teardown(() => rmSync(output, { recursive: true }));
 

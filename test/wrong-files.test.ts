@@ -1,5 +1,5 @@
 /** Files that are missing, damaged or of another model: a QLoRAError that says what is wrong, and nothing is lost. */
-import { cpSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t from 'tap';
 import { QuantizedModel } from '../lib/index.js';
@@ -56,6 +56,11 @@ t.test('model folders', async (t) => {
       'no weights',
       (d) => rmSync(join(d, 'model.safetensors')),
       { code: 'ERR_QLORA_MODEL_NOT_FOUND', message: /neither model\.safetensors nor/ },
+    ],
+    [
+      'a record of its training that is a folder',
+      (d) => mkdirSync(join(d, 'qlora_node.json')),
+      { code: 'ERR_QLORA_READ_FAILED', message: /qlora_node\.json: it is no regular file/ },
     ],
     [
       'cut off',

@@ -1,12 +1,12 @@
 /** Encoded rows on disk, under a key of what they were made from. */
 import { createHash, type Hash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
-import { type FileHandle, mkdir, open, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises';
+import { type FileHandle, open, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises';
 import { homedir, tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { removeTemporaryFiles } from '../io/atomic-file.js';
-import { syncFolder } from '../io/folder.js';
+import { makeFolder, syncFolder } from '../io/folder.js';
 import { log } from '../logger.js';
 import { unreadable } from './data-errors.js';
 import { columns, wordsOf } from './encoded-chunk.js';
@@ -44,7 +44,7 @@ export async function spillFolder(): Promise<string> {
   const folder = cacheFolder();
   if (folder === undefined) return tmpdir();
   try {
-    await mkdir(folder, { recursive: true });
+    await makeFolder(folder);
     return folder;
   } catch {
     return tmpdir();
@@ -174,7 +174,7 @@ export async function writeCached(folder: string, key: string, sink: RowSink, to
   let file = sink.file;
   const path = join(folder, `${key}.rows`);
   try {
-    await mkdir(folder, { recursive: true });
+    await makeFolder(folder);
     await removeTemporaryFiles(folder);
     await removeForgotten(folder);
     const hash = createHash('sha256');

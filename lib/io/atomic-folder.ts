@@ -109,7 +109,8 @@ export async function replaceFiles(
       await syncFolder(directory);
     }
     for (const name of names) if (name !== marker) await place(name);
-    for (const name of optional) if (!names.includes(name)) await rm(join(directory, name), { force: true });
+    for (const path of optional.filter((name) => !names.includes(name)).map((name) => join(directory, name)))
+      await onDisk(path, 'remove it', () => rm(path, { force: true }));
     if (!weightsOnly) await syncFolder(directory);
     await place(marker);
   } catch (error) {
@@ -126,8 +127,8 @@ export async function replaceFiles(
   });
 }
 
-/** Whether both have the same bytes, or neither is there. */
+/** Whether both have the same bytes, or neither is there; not so where one cannot be read. */
 async function sameBytes(a: string, b: string): Promise<boolean> {
-  const [x, y] = await Promise.all([a, b].map((path) => readFile(path).catch(() => undefined)));
-  return x && y ? x.equals(y) : x === y;
+  const [x, y] = await Promise.all([a, b].map((path) => readFile(path).catch(({ code }) => code as string)));
+  return x instanceof Buffer && y instanceof Buffer ? x.equals(y) : x === 'ENOENT' && y === 'ENOENT';
 }

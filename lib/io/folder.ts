@@ -1,4 +1,5 @@
-import { mkdir, open } from 'node:fs/promises';
+import { mkdir, open, stat } from 'node:fs/promises';
+import { dirname } from 'node:path';
 import { QLoRAError } from '../errors.js';
 
 /** What a failed call on the disk becomes. `what` completes 'cannot ...'. */
@@ -26,7 +27,22 @@ export async function onDisk<T>(path: string, what: string, call: () => Promise<
 
 /** Makes the folder, and those above it, where they are not there yet. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */
 export async function makeFolder(path: string): Promise<void> {
-  await onDisk(path, 'make this folder', () => mkdir(path, { recursive: true }));
+  await onDisk(path, 'make this folder', () => makeMissing(path));
+}
+
+/** mkdir's `recursive` never ends where a folder that is there answers a new name with ENOENT, as /proc does. */
+async function makeMissing(path: string): Promise<void> {
+  const isFolder = () =>
+    stat(path).then(
+      (status) => status.isDirectory(),
+      () => false,
+    );
+  if (await isFolder()) return;
+  const above = dirname(path);
+  if (above !== path) await makeMissing(above);
+  await mkdir(path).catch(async (error) => {
+    if (!(await isFolder())) throw error; // else another process made it meanwhile
+  });
 }
 
 /** Makes the names in a folder outlive a power cut. @throws ERR_QLORA_DISK_FULL, ERR_QLORA_WRITE_FAILED */

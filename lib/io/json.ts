@@ -23,7 +23,8 @@ export async function readText(path: string, maxBytes = defaultMaxJsonBytes): Pr
     // Without O_NONBLOCK, opening a named pipe would wait for its writer.
     file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
     const status = await file.stat();
-    if (!status.isFile()) throw new QLoRAError('ERR_QLORA_READ_FAILED', `${path}: it is no regular file`);
+    if (!status.isFile())
+      throw new QLoRAError('ERR_QLORA_READ_FAILED', `${path}: it is no regular file`, { hint: 'Check the path.' });
     if (status.size > maxBytes) {
       throw new QLoRAError(
         'ERR_QLORA_FILE_TOO_LARGE',
@@ -53,7 +54,10 @@ export async function readText(path: string, maxBytes = defaultMaxJsonBytes): Pr
     if (code === 'ERR_ENCODING_INVALID_ENCODED_DATA') {
       throw new QLoRAError('ERR_QLORA_JSON', `${path}: it is not valid UTF-8`, { hint: 'Store it as UTF-8.', cause });
     }
-    throw new QLoRAError('ERR_QLORA_READ_FAILED', `${path}: cannot read it: ${message}`, { cause });
+    throw new QLoRAError('ERR_QLORA_READ_FAILED', `${path}: cannot read it: ${message}`, {
+      hint: 'Check the disk and the permissions.',
+      cause,
+    });
   } finally {
     await file?.close();
   }

@@ -1,7 +1,8 @@
 /** What an adapter remembers of its training, beside PEFT's files: qlora_node.json. */
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { QLoRAError } from '../errors.js';
 import { writeFileAtomic } from './atomic-file.js';
+import { readText } from './json.js';
 
 export interface TrainingRecord {
   /** The template that instructions were trained with. */
@@ -16,13 +17,13 @@ export async function writeTrainingRecord(directory: string, record: TrainingRec
   await writeFileAtomic(join(directory, trainingRecordName), `${JSON.stringify(record, undefined, 2)}\n`);
 }
 
-/** undefined for an adapter that was made elsewhere. */
+/** undefined for an adapter that was made elsewhere. @throws ERR_QLORA_READ_FAILED, ERR_QLORA_FILE_TOO_LARGE, ERR_QLORA_JSON (no UTF-8) */
 export async function readTrainingRecord(directory: string): Promise<TrainingRecord | undefined> {
   let text: string;
   try {
-    text = await readFile(join(directory, trainingRecordName), 'utf8');
+    text = await readText(join(directory, trainingRecordName));
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    if ((error as QLoRAError).code === 'ERR_QLORA_FILE_NOT_FOUND') return undefined;
     throw error;
   }
   try {

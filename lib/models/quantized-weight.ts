@@ -36,15 +36,7 @@ export async function readQuantizedWeight(
   const { blockSize, type, dtype: original } = state;
   const tensors = { data, absmax, code, blockSize, type, original, ...nested };
   // The file's own codes are not those that other weights share.
-  const weight = new Weight(N, K, tensors, [data, absmax, code, nested.nestedAbsmax, nested.nestedCode]);
-  try {
-    await Promise.all(reads);
-    return weight;
-  } catch (error) {
-    await Promise.allSettled(reads);
-    weight.dispose();
-    throw error;
-  }
+  return filled(new Weight(N, K, tensors, [data, absmax, code, nested.nestedAbsmax, nested.nestedCode]), reads);
 }
 
 async function readInt8Weight(stream: Stream, folder: ModelFolder, path: string): Promise<Weight | undefined> {
@@ -55,8 +47,12 @@ async function readInt8Weight(stream: Stream, folder: ModelFolder, path: string)
   const absmax = new Tensor(stream, 'f32', [shape[0]], 'weights');
   const { torch_dtype, dtype = torch_dtype } = folder.config;
   const original = dtype === 'bfloat16' ? 'bf16' : dtype === 'float32' ? 'f32' : 'f16';
-  const weight = new Weight(...shape, { data, absmax, original });
   const reads = [folder.entry(names.data).file.read(names.data, data), folder.read(names.absmax, absmax)];
+  return filled(new Weight(...shape, { data, absmax, original }), reads);
+}
+
+/** The weight, once what it consists of was read. */
+async function filled(weight: Weight, reads: readonly Promise<void>[]): Promise<Weight> {
   try {
     await Promise.all(reads);
     return weight;

@@ -1,5 +1,5 @@
 /** Nothing is lost, whatever fails while a file is written. */
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { readdirSync, readFileSync, symlinkSync, utimesSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
@@ -8,10 +8,10 @@ import t from 'tap';
 import { removeTemporaryFiles, writeFileAtomic } from '../../lib/io/atomic-file.js';
 import { writeSafetensors } from '../../lib/io/safetensors.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
+import { cannotInject, injecting } from '../support/injector.js';
 import type { SaveOutcome } from '../support/save-child.js';
 
 const child = fileURLToPath(new URL('../support/save-child.js', import.meta.url));
-const injectorSource = fileURLToPath(new URL('../../../test/support/fail_io.cpp', import.meta.url));
 
 t.test('a text replaces the one before', async (t) => {
   const folder = t.testdir({ 'a.json': 'old' });
@@ -89,20 +89,17 @@ t.test('a file size limit', async (t) => {
   t.same(readdirSync(folder), ['a']);
 });
 
-const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
-const cannotInject = process.platform !== 'linux' ? 'needs LD_PRELOAD' : compiler ? false : 'needs a C++ compiler';
-
 t.test('every system call of a save fails once', { skip: cannotInject }, async (t) => {
-  const library = join(t.testdir({ work: {} }), 'fail_io.so');
-  execFileSync(compiler as string, ['-shared', '-fPIC', '-O1', '-o', library, injectorSource, '-ldl']);
+  const above = t.testdir({ work: {} });
+  const folder = join(above, 'work');
+  const injected = { ...process.env, ...injecting('fail_io', above), FAIL_UNDER: folder };
   // create, write x 3 (header, a, b), fsync, close, rename, open folder, fsync folder, close folder
   const calls = 10;
   const lastBeforeRename = 6;
   const run = (onto: string, failWith: string, count = calls): SaveOutcome[] => {
-    const folder = join(t.testdirName, 'work');
     const result = spawnSync(process.execPath, [child, join(folder, 'a.safetensors'), onto, String(count)], {
       encoding: 'utf8',
-      env: { ...process.env, LD_PRELOAD: library, FAIL_WITH: failWith },
+      env: { ...injected, FAIL_WITH: failWith },
     });
     if (result.status !== 0) throw new Error(result.stderr);
     return JSON.parse(result.stdout) as SaveOutcome[];

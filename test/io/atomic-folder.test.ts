@@ -1,17 +1,16 @@
 /** Folders, and files that belong together, are seen old or new, never mixed. */
-import { execFileSync, spawnSync } from 'node:child_process';
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { writeFileAtomic } from '../../lib/io/atomic-file.js';
 import { removeLeftovers, replaceFiles, writeFolder } from '../../lib/io/atomic-folder.js';
-import { packageRoot } from '../support/references.js';
+import { makeFolder } from '../../lib/io/folder.js';
+import { cannotInject, injecting } from '../support/injector.js';
 import { look, prepare, type Replaced } from '../support/replace-child.js';
 
-const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
-const cannotInject = process.platform !== 'linux' ? 'needs LD_PRELOAD' : compiler ? false : 'needs a C++ compiler';
 const child = fileURLToPath(new URL('../support/replace-child.js', import.meta.url));
 t.setTimeout(600_000); // a busy machine starts processes slowly
 
@@ -38,6 +37,19 @@ t.test('a folder appears whole, replaces an earlier one, and not at all where it
   t.same(readdirSync(above).sort(), ['.hidden.tmp', 'a']);
 });
 
+t.test('folders are made where they are missing', async (t) => {
+  const folder = t.testdir({ file: '' });
+  const deep = join(folder, 'a', 'b', 'c');
+  await Promise.all(Array.from({ length: 8 }, () => makeFolder(deep)));
+  await makeFolder(deep);
+  t.same(readdirSync(join(folder, 'a', 'b')), ['c']);
+  const wrong = { code: 'ERR_QLORA_WRITE_FAILED', message: /cannot make this folder/, hint: String };
+  await t.rejects(makeFolder(join(folder, 'file')), wrong);
+  await t.rejects(makeFolder(join(folder, 'file', 'b')), wrong);
+  // Of a system that lets nobody make files there.
+  if (existsSync('/proc/self')) await t.rejects(makeFolder('/proc/nope/deeper'), wrong);
+});
+
 t.test('files of an earlier save that are not made again go, where they are named', async (t) => {
   const folder = t.testdir({ 'config.json': 'old', 'record.json': 'old', 'mine.txt': 'mine' });
   await replaceFiles(folder, 'config.json', ['record.json'], (temporary) =>
@@ -48,15 +60,13 @@ t.test('files of an earlier save that are not made again go, where they are name
 
 t.test('replacing fails, or is killed, at any system call', { skip: cannotInject }, async (t) => {
   const above = t.testdir({});
-  const library = join(above, 'fail_under.so');
-  const source = join(packageRoot(), 'test', 'support', 'fail_under.cpp');
-  execFileSync(compiler as string, ['-shared', '-fPIC', '-O1', '-o', library, source, '-ldl']);
+  const injector = injecting('fail_io', above);
   const folder = join(above, 'model');
   const { NODE_OPTIONS: _, ...clean } = process.env;
   const run = (args: string[], env: NodeJS.ProcessEnv) =>
     spawnSync(process.execPath, [child, folder, ...args], {
       encoding: 'utf8',
-      env: { ...clean, LD_PRELOAD: library, FAIL_UNDER: folder, ...env },
+      env: { ...clean, ...injector, FAIL_UNDER: folder, ...env },
     });
   const old = { 'config.json': 'old', 'record.json': 'old', 'weights.safetensors': 'old' };
   const fresh = { 'config.json': 'new', 'record.json': 'new', 'weights.safetensors': 'new' };

@@ -1,11 +1,12 @@
-/** Saves checkpoints of a run, each time failing at a later system call (fail_under.cpp), and goes on from what is left. */
-import { readdirSync, readFileSync, truncateSync } from 'node:fs';
+/** Saves checkpoints of a run, each time failing at a later system call (fail_io.cpp), and goes on from what is left. */
+import { readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { type QLoRAError, QLoRATrainer } from '../../lib/index.js';
 import { faultOf } from '../../lib/io/manifest.js';
+import { callsSince, disturbed } from './call-log.js';
 import { tinyRun } from './tiny-run.js';
 
-export interface SaveOutcome {
+export interface CheckpointOutcome {
   call: number;
   /** Its name and its file. */
   name: string;
@@ -21,7 +22,7 @@ export interface SaveOutcome {
   left: string[];
 }
 
-const [outputDir, log, stride] = process.argv.slice(2) as [string, string, string];
+const [outputDir, log] = process.argv.slice(2) as [string, string];
 const options = tinyRun(outputDir, {
   maxSteps: 1000,
   saveSteps: 1,
@@ -33,12 +34,6 @@ const options = tinyRun(outputDir, {
 const steps = () => readdirSync(outputDir).flatMap((name) => /^checkpoint-(\d+)$/.exec(name)?.[1] ?? []);
 const newest = () => Math.max(0, ...steps().map(Number));
 const temporary = () => readdirSync(outputDir).filter((name) => name.endsWith('tmp'));
-/** What was called since it was last asked for. */
-const calls = () => {
-  const lines = readFileSync(log, 'utf8').trim().split('\n');
-  truncateSync(log);
-  return lines;
-};
 
 const trainer = await QLoRATrainer.create(options);
 /** A step, and its checkpoint; or only the latter, where it failed before. */
@@ -46,12 +41,12 @@ const saveOnce = async () => {
   for await (const { type } of trainer.train()) if (type === 'checkpoint') break;
 };
 await saveOnce();
-calls();
+callsSince(log);
 await saveOnce();
-const { length } = calls();
+const { length } = callsSince(log);
 const again = await QLoRATrainer.create(options);
-const outcomes: SaveOutcome[] = [];
-for (let call = 0; call < length; call += Number(stride)) {
+const outcomes: CheckpointOutcome[] = [];
+for (let call = 0; call < length; call++) {
   const before = newest();
   process.env.FAIL_AT = String(call);
   const error = await saveOnce().then(
@@ -59,7 +54,7 @@ for (let call = 0; call < length; call += Number(stride)) {
     ({ name, code, message, hint }: QLoRAError) => ({ name, code, message, hint }),
   );
   delete process.env.FAIL_AT;
-  const name = calls().find((line) => line.startsWith('disturbed ')) ?? '';
+  const name = disturbed(log);
   const faults: (string | never[])[] = [];
   for (const step of steps()) faults.push((await faultOf(join(outputDir, `checkpoint-${step}`))) ?? []);
   const outcome = { call, name, error, faults: faults.flat(), newest: newest(), before, temporary: temporary() };

@@ -1,4 +1,4 @@
-/** Replaces files that belong together, a system call failing, or the process being killed there (fail_under.cpp). */
+/** Replaces files that belong together, a system call failing, or the process being killed there (fail_io.cpp). */
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { QLoRAError } from '../../lib/errors.js';

@@ -1,5 +1,5 @@
 /** The Optimizer: every kind by its name, paging, saving, groups of parameters, the scale of f16's loss. */
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
@@ -9,9 +9,9 @@ import { Stream, Tensor } from '../../lib/tensor.js';
 import { Optimizer, type OptimizerSetting } from '../../lib/train/optimizer.js';
 import { stateBytes } from '../../lib/train/optimizer-kinds.js';
 import { optimizerNames, type TrainerOptions } from '../../lib/train/options.js';
+import { cannotInject, injecting } from '../support/injector.js';
 import { bitsOf, gradientsOf, optionsOf, parametersOf, shapes, takeSteps } from '../support/optimizer-runs.js';
 import { exact, gradientOf, index, lastStep, reference, type Trace, worst } from '../support/optimizer-traces.js';
-import { packageRoot } from '../support/references.js';
 import { readSafetensors } from '../support/safetensors.js';
 
 const plain: OptimizerSetting = { totalSteps: 100, computeDtype: 'f32' };
@@ -218,24 +218,14 @@ t.test('LoRA+: B learns at its own rate, the norm is of all', async (t) => {
   t.notSame(moved[0]?.[1]?.slice(0, 4), moved[1]?.[1]?.slice(0, 4), 'B moved otherwise');
 });
 
-const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
-const cannotInject = process.platform !== 'linux' ? 'needs LD_PRELOAD' : compiler ? false : 'needs a C++ compiler';
-
 t.test('a disk that fails under paged state', { skip: cannotInject }, async (t: Test) => {
   const folder = t.testdir({ pages: {} });
-  const library = join(folder, 'fail_io.so');
-  const source = join(packageRoot(), 'test', 'support', 'fail_io.cpp');
-  execFileSync(compiler as string, ['-shared', '-fPIC', '-O1', '-o', library, source, '-ldl']);
+  const pages = join(folder, 'pages');
+  const injected = { ...process.env, ...injecting('fail_io', folder), FAIL_UNDER: pages };
   const child = fileURLToPath(new URL('../support/paging-child.js', import.meta.url));
   const run = (call: string, at: number, how: string | number) => {
-    const env = {
-      ...process.env,
-      LD_PRELOAD: library,
-      FAIL_PAGING: call,
-      FAIL_PAGING_AT: String(at),
-      FAIL_WITH: String(how),
-    };
-    const result = spawnSync(process.execPath, [child, join(folder, 'pages')], { encoding: 'utf8', env });
+    const env = { ...injected, FAIL_CALL: call, FAIL_AT: String(at), FAIL_WITH: String(how) };
+    const result = spawnSync(process.execPath, [child, pages], { encoding: 'utf8', env });
     t.equal(result.status, 0, `${call} ${at} ${how}: ${result.stderr}`);
     t.equal(result.signal, null, 'no signal');
     return JSON.parse(result.stdout) as {
@@ -247,30 +237,30 @@ t.test('a disk that fails under paged state', { skip: cannotInject }, async (t: 
   const { ENOSPC, EIO, EINTR } = constants.errno;
   const { bits } = run('none', 0, EIO);
   t.match(bits, /^[0-9a-f]{64}$/);
-  t.match(run('posix_fallocate', 0, ENOSPC), {
+  t.match(run('reserve', 0, ENOSPC), {
     error: { name: 'QLoRAError', code: 'ERR_QLORA_DISK_FULL', hint: /space/ },
   });
-  t.match(run('posix_fallocate', 0, EIO), { error: { code: 'ERR_QLORA_WRITE_FAILED', hint: String } });
-  t.equal(run('posix_fallocate', 0, EINTR).bits, bits);
+  t.match(run('reserve', 0, EIO), { error: { code: 'ERR_QLORA_WRITE_FAILED', hint: String } });
+  t.equal(run('reserve', 0, EINTR).bits, bits);
   for (const [call, at] of [
-    ['pread', 1],
-    ['pread', 30],
-    ['pwrite', 0],
-    ['pwrite', 25],
+    ['read', 1],
+    ['read', 30],
+    ['write', 0],
+    ['write', 25],
   ] as const) {
     t.equal(run(call, at, 'short').bits, bits, `a short ${call} is continued`);
     t.equal(run(call, at, EINTR).bits, bits, `an interrupted ${call} is repeated`);
   }
   for (const [call, at, how, code] of [
-    ['pread', 30, EIO, 'ERR_QLORA_READ_FAILED'],
-    ['pread', 30, 'end', 'ERR_QLORA_READ_FAILED'],
-    ['pwrite', 0, ENOSPC, 'ERR_QLORA_DISK_FULL'],
-    ['pwrite', 25, EIO, 'ERR_QLORA_WRITE_FAILED'],
+    ['read', 30, EIO, 'ERR_QLORA_READ_FAILED'],
+    ['read', 30, 'end', 'ERR_QLORA_READ_FAILED'],
+    ['write', 0, ENOSPC, 'ERR_QLORA_DISK_FULL'],
+    ['write', 25, EIO, 'ERR_QLORA_WRITE_FAILED'],
   ] as const) {
     const { error, later } = run(call, at, how);
     t.match(error, { name: 'QLoRAError', code, hint: /resume from the last checkpoint/ }, `${call} ${at} ${how}`);
     t.same(new Set(later), new Set([code]), 'half a step is neither gone on from nor saved');
   }
-  t.same(run('pread', 0, EIO).later, ['fine', 'fine', 'fine'], 'before anything changed, nothing is lost');
-  t.same(readdirSync(join(folder, 'pages')), [], 'nothing is left');
+  t.same(run('read', 0, EIO).later, ['fine', 'fine', 'fine'], 'before anything changed, nothing is lost');
+  t.same(readdirSync(pages), [], 'nothing is left');
 });

@@ -1,8 +1,7 @@
 /** A run that is killed, that meets a full disk, or is stopped, goes on as if nothing had been. */
-import { execFileSync, spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
-import { constants } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
@@ -10,21 +9,11 @@ import t from 'tap';
 import { randomBits } from '../../lib/data/order.js';
 import { backends, type TrainEvent, type TrainResult } from '../../lib/index.js';
 import { faultOf } from '../../lib/io/manifest.js';
-import type { SaveOutcome } from '../support/checkpoint-child.js';
-import { packageRoot } from '../support/references.js';
+import { cannotInject, injecting } from '../support/injector.js';
 
 t.setTimeout(600_000); // a busy machine starts processes slowly
 
 const childOf = (name: string) => fileURLToPath(new URL(`../support/${name}.js`, import.meta.url));
-const compiler = ['c++', 'g++', 'clang++'].find((name) => spawnSync(name, ['--version']).status === 0);
-const cannotInject = process.platform !== 'linux' ? 'needs LD_PRELOAD' : compiler ? false : 'needs a C++ compiler';
-
-function buildInjector(folder: string): string {
-  const library = join(folder, 'fail_under.so');
-  const source = join(packageRoot(), 'test', 'support', 'fail_under.cpp');
-  execFileSync(compiler as string, ['-shared', '-fPIC', '-O1', '-o', library, source, '-ldl']);
-  return library;
-}
 
 type Line = TrainEvent | ({ type: 'result' } & TrainResult) | { type: 'error'; code?: string; message: string };
 
@@ -86,7 +75,7 @@ t.test('killed again and again, at any moment', async (t) => {
   const [calm, killed] = [join(folder, 'calm'), join(folder, 'killed')];
   const undisturbed = await life(calm);
   t.match(undisturbed.at(-1), { type: 'result', steps: 40, stopped: false });
-  const library = cannotInject ? undefined : buildInjector(folder);
+  const injector = cannotInject ? undefined : injecting('fail_io', folder);
   const out = join(killed, 'out');
   const saveSteps = 2;
   let kills = 0;
@@ -96,13 +85,13 @@ t.test('killed again and again, at any moment', async (t) => {
   for (; kills < 22; kills++) {
     const random = (below: number, what: number) => randomBits(7, kills, what) % below;
     // In turn: some milliseconds after some event; at some system call of a save, of the removal after it, or at its end.
-    const atCall = library && kills % 3 !== 0;
+    const atCall = injector && kills % 3 !== 0;
     const events = 2 + random(6, 1);
     lines = await life(killed, {
       ...(atCall
         ? {
             env: {
-              LD_PRELOAD: library,
+              ...injector,
               FAIL_UNDER: join(out, kills % 3 === 1 ? '.checkpoint-' : ''),
               FAIL_AT: String(random(260, 2)),
               FAIL_WITH: 'kill',
@@ -122,7 +111,7 @@ t.test('killed again and again, at any moment', async (t) => {
   lines = await life(killed);
   t.match(lines.at(-1), { type: 'result', steps: 40, stopped: false });
   t.ok(kills >= 20, `${kills} kills`);
-  if (library) t.ok(duringSaves >= 5, `${duringSaves} of them in the middle of a save`);
+  if (injector) t.ok(duringSaves >= 5, `${duringSaves} of them in the middle of a save`);
   t.comment(`killed ${kills} times, ${duringSaves} of them during a save`);
   t.same(temporaryIn(out), [], 'nothing half-written is left');
   t.same(logOf(killed), logOf(calm), 'every loss, and every evaluation, is the same');
@@ -138,47 +127,11 @@ t.test('killed again and again, at any moment', async (t) => {
   t.same(hashesOf(out, files), hashesOf(join(calm, 'out'), files), 'adapter, optimizer and all else: bit for bit');
 });
 
-/** The report, which is no reason to end a run; making a folder that is there, closing what was synced, and looking at checkpoints that may then stay. */
-const harmless =
-  /^disturbed (mkdir \S+\/out-\d+|close \S+\.tmp|(open|read) \S+\/checkpoint-\d+\/trainer-state\.json|.*(report\.html|metrics\.jsonl)\S*|(open|fsync|close) \S+\/out-\d+)$/;
-
-t.test('every system call of a save fails once', { skip: cannotInject }, async (t) => {
-  const folder = t.testdir({});
-  const library = buildInjector(folder);
-  for (const [failWith, stride, codes] of [
-    [String(constants.errno.ENOSPC), '1', /^ERR_QLORA_(DISK_FULL|READ_FAILED|CHECKPOINT_INVALID)$/],
-    [String(constants.errno.EIO), '3', /^ERR_QLORA_(WRITE_FAILED|READ_FAILED|CHECKPOINT_INVALID)$/],
-    ['short', '3', undefined],
-  ] as const) {
-    const out = join(folder, `out-${failWith}`);
-    const log = join(folder, `calls-${failWith}`);
-    const { NODE_OPTIONS: _, ...clean } = process.env;
-    const result = spawnSync(process.execPath, [childOf('checkpoint-child'), out, log, stride], {
-      encoding: 'utf8',
-      env: { ...clean, LD_PRELOAD: library, FAIL_UNDER: out, FAIL_LOG: log, FAIL_WITH: failWith },
-    });
-    t.equal(result.status, 0, result.stderr);
-    const outcomes = JSON.parse(result.stdout) as SaveOutcome[];
-    t.ok(outcomes.length > 90 / Number(stride), `${failWith}: ${outcomes.length} calls`);
-    for (const { call, name, error, faults, newest, before, resumed, temporary, left } of outcomes) {
-      const what = `${failWith} at call ${call}, ${name}: ${error?.message}`;
-      if (codes && (error || !harmless.test(name)))
-        t.match(error, { name: 'QLoRAError', code: codes, hint: String }, what);
-      else t.equal(error, undefined, what);
-      t.same(faults, [], `${what}: every checkpoint is whole`);
-      t.ok(newest >= before, `${what}: the earlier checkpoint is there`);
-      t.equal(resumed, newest, `${what}: and can be gone on from`);
-      if (!/remove/.test(error?.message ?? '')) t.same(temporary, [], `${what}: no leftover`);
-      t.same(left, [], `${what}: no leftover after a restart`);
-    }
-  }
-});
-
 t.test('what a power cut may undo is synced in order', { skip: cannotInject }, async (t) => {
   const folder = t.testdir({});
   const log = join(folder, 'calls');
   const out = join(folder, 'out');
-  const env = { LD_PRELOAD: buildInjector(folder), FAIL_UNDER: out, FAIL_LOG: log };
+  const env = { ...injecting('fail_io', folder), FAIL_UNDER: out, FAIL_LOG: log };
   await life(folder, { env, kill: ({ type }) => (type === 'checkpoint' ? 0 : undefined) });
   const calls = readFileSync(log, 'utf8').trim().split('\n');
   const moved = calls.findIndex((call) => /^rename \S+\.tmp \S+checkpoint-2$/.test(call));
