@@ -117,7 +117,12 @@ void testProducts() {
 
 /// What kernels run in, with so many threads.
 struct Engine {
-  explicit Engine(int threads) : scratch(*memory), pool(threads) {}
+  explicit Engine(int threads) : scratch(*memory), pool(threads) {
+    // Scratch begins as numbers that are none: what a kernel forgets to fill shows.
+    constexpr int64_t kBytes = 32 << 20;
+    Scratch used = scratch.nested();
+    std::memset(used.bytes(kBytes), 0xff, kBytes);
+  }
 
   std::shared_ptr<Memory> memory = std::make_shared<Memory>(Backing::pages);
   Scratch scratch;
@@ -143,6 +148,7 @@ std::vector<char> product(GemmForm form, int64_t M, int64_t N, int64_t K, int th
                         .c = c.data(),
                         .cDtype = DType::f32,
                         .cStride = N});
+  for (int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(reinterpret_cast<const float*>(c.data())[i]));
   return c;
 }
 
@@ -161,6 +167,7 @@ std::vector<char> attended(int64_t T, int threads) {
     return t;
   };
   const auto keep = [&](const Tensor& t) {
+    for (int64_t i = 0; i < t.size(); ++i) CHECK(std::isfinite(toFloat(t.data<bf16>()[i])));
     const std::vector<char> bytes = bytesOf(t);
     results.insert(results.end(), bytes.begin(), bytes.end());
   };
