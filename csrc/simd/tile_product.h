@@ -46,6 +46,7 @@ template <int R, int L, class Tiles>
 void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
   constexpr int64_t kSumRow = kTileLanes * sizeof(float), kStripRow = kTileLanes * 2 * sizeof(bf16);
   constexpr int kStep = kTileDepth * kTileLanes, kAheadSteps = 2, kLine = 64;
+  constexpr int kSumsAhead = kSumsSize * 4 / kLine / 8;  // lines a step: all of the next sums in a chunk of 8 steps
   const int64_t rowBytes = p.rowStride * static_cast<int64_t>(sizeof(bf16));
   if (first) {
     forEachSum<R, L>(p.sums, kTileLanes, [&]<int C>(float*) { tiles.template zero<C>(); });
@@ -63,7 +64,7 @@ void multiplyTiles(Tiles& tiles, const TileProduct& p, bool first) {
       if constexpr (L == 2) __builtin_prefetch(nextStrip + i * kStripRow + kLine);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kSumsSize * 4 / kLine / 8; ++i, nextSums += kLine) __builtin_prefetch(nextSums);
+    for (int i = 0; i < kSumsAhead; ++i, nextSums += kLine) __builtin_prefetch(nextSums);
     tiles.template load<4>(rows, rowBytes);
     tiles.template load<6>(strip, kStripRow);
     tiles.template multiplyAdd<0, 4, 6>();

@@ -66,12 +66,14 @@ class Numbers {
     state_ = state_ * 6364136223846793005u + 1442695040888963407u;
     return static_cast<uint32_t>(state_ >> 32);
   }
-  /// Of many magnitudes: sums of them round, cancel, fall below 2^-126 and, where `isWild`, overflow.
-  bf16 any(bool isWild) {
+  /// With an exponent as bf16 has it in its bits, from `low` to `high`.
+  bf16 between(uint32_t low, uint32_t high) {
     const uint32_t r = bits();
-    const uint32_t exponent = isWild ? r >> 8 & 255 : (r & 15) == 0 ? r >> 8 & 63 : 120 + (r >> 8 & 7);
-    return {static_cast<uint16_t>((r >> 16 & 0x8000) | exponent << 7 | (r >> 24 & 127))};
+    return {
+        static_cast<uint16_t>((r >> 16 & 0x8000) | (low + (r >> 8 & 0xff) % (high - low + 1)) << 7 | (r >> 24 & 127))};
   }
+  /// Sums of them round and cancel.
+  bf16 ordinary() { return between(120, 127); }
 
  private:
   uint64_t state_ = 1;
@@ -80,20 +82,30 @@ class Numbers {
 /// Same bits, or both not a number.
 bool isSame(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b)); }
 
+/// Exponents of A and of B.
+struct Range {
+  uint32_t a[2], b[2];
+};
+constexpr Range kRanges[] = {
+    {{120, 127}, {120, 127}},
+    {{55, 70}, {55, 70}},  // products and sums about 2^-126
+    {{0, 1}, {125, 140}},  // subnormals
+    {{0, 255}, {0, 255}},  // infinities, and what is no number
+};
+
 /// Both kinds of tiles against each other, in whatever numbers, and what they may write.
 void testProducts() {
   Numbers numbers;
-  for (const bool isWild : {false, true}) {
+  for (const Range& range : kRanges) {
     for (const int rows : {1, 16, 17, 32}) {
       for (const int lanes : {3, 16, 20, 32}) {
         for (const int64_t depth : {32, 256}) {
           const int64_t stride = depth + 32;
           std::vector<bf16> a(static_cast<size_t>(32 * stride)), b(static_cast<size_t>(depth * kTileLanes));
-          for (auto* operand : {&a, &b}) {
-            for (bf16& x : *operand) x = numbers.any(isWild);
-          }
+          for (bf16& x : a) x = numbers.between(range.a[0], range.a[1]);
+          for (bf16& x : b) x = numbers.between(range.b[0], range.b[1]);
           std::vector<float> expected(kSumsSize), actual;
-          for (float& sum : expected) sum = toFloat(numbers.any(false));
+          for (float& sum : expected) sum = toFloat(numbers.ordinary());
           actual = expected;
           for (const bool first : {true, false, false}) {
             const auto before = expected;
@@ -105,7 +117,8 @@ void testProducts() {
             HardwareTiles::release();
             for (int i = 0; i < kSumsSize; ++i) {
               CHECK(isSame(actual[i], expected[i]));
-              const bool isOutside = i / kTileLanes >= (rows > 16 ? 32 : 16) || i % kTileLanes >= (lanes > 16 ? 32 : 16);
+              const bool isOutside =
+                  i / kTileLanes >= (rows > 16 ? 32 : 16) || i % kTileLanes >= (lanes > 16 ? 32 : 16);
               CHECK(!isOutside || isSame(actual[i], before[i]));
             }
           }
@@ -117,7 +130,12 @@ void testProducts() {
 
 /// What kernels run in, with so many threads.
 struct Engine {
-  explicit Engine(int threads) : scratch(*memory), pool(threads) {}
+  explicit Engine(int threads) : scratch(*memory), pool(threads) {
+    // Scratch begins as numbers that are none: what a kernel forgets to fill shows.
+    constexpr int64_t kBytes = 32 << 20;
+    Scratch used = scratch.nested();
+    std::memset(used.bytes(kBytes), 0xff, kBytes);
+  }
 
   std::shared_ptr<Memory> memory = std::make_shared<Memory>(Backing::pages);
   Scratch scratch;
@@ -129,7 +147,7 @@ std::vector<char> product(GemmForm form, int64_t M, int64_t N, int64_t K, int th
   Numbers numbers;
   std::vector<bf16> a(static_cast<size_t>(M * K)), b(static_cast<size_t>(N * K));
   for (auto* operand : {&a, &b}) {
-    for (bf16& x : *operand) x = numbers.any(false);
+    for (bf16& x : *operand) x = numbers.ordinary();
   }
   std::vector<char> c(static_cast<size_t>(M * N) * sizeof(float));
   Engine engine(threads);
@@ -143,6 +161,7 @@ std::vector<char> product(GemmForm form, int64_t M, int64_t N, int64_t K, int th
                         .c = c.data(),
                         .cDtype = DType::f32,
                         .cStride = N});
+  for (int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(reinterpret_cast<const float*>(c.data())[i]));
   return c;
 }
 
@@ -161,6 +180,7 @@ std::vector<char> attended(int64_t T, int threads) {
     return t;
   };
   const auto keep = [&](const Tensor& t) {
+    for (int64_t i = 0; i < t.size(); ++i) CHECK(std::isfinite(toFloat(t.data<bf16>()[i])));
     const std::vector<char> bytes = bytesOf(t);
     results.insert(results.end(), bytes.begin(), bytes.end());
   };
@@ -188,7 +208,7 @@ void testKernel(Run&& run) {
 
 void testKernels() {
   for (const GemmForm form : {GemmForm::nt, GemmForm::nn, GemmForm::tn}) {
-    testKernel([&](int threads) { return product(form, 37, 81, 301, threads); });
+    for (const int64_t K : {45, 301}) testKernel([&](int threads) { return product(form, 37, 81, K, threads); });
   }
   for (const int64_t queries : {1, 33, 70}) testKernel([&](int threads) { return attended(queries, threads); });
 }
