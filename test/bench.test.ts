@@ -101,6 +101,9 @@ t.test('train, generate, load', async (t) => {
     Record<'decodeTokensPerSecond' | 'bytesPerToken' | 'readGigabytesPerSecond', number>,
   ];
   t.match(line, { adapter: true, prefillTokensPerSecond: Number, prefillShare: Number });
+  // Quantized layers and the head in bf16.
+  const bytes = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192) * (1 / 2 + 1 / 64) + 2 * 64 * 512;
+  t.ok(Math.abs(line.bytesPerToken / bytes - 1) < 0.01, `${line.bytesPerToken} bytes a token, expected ${bytes}`);
   const { decodeTokensPerSecond, bytesPerToken, readGigabytesPerSecond } = line;
   same(
     t,
