@@ -3,7 +3,7 @@
  * and visible pair forward, 2.5 times as many backward, where the scores are made again.
  */
 import { Stream, Tensor } from '../lib/tensor.js';
-import { column, count, counts, defineBench, percent, rounded } from './bench.js';
+import { amount, column, count, counts, defineBench, percent, rounded } from './bench.js';
 import { filled } from './matmul.js';
 import { measureRoofline } from './roofline.js';
 import { leastMs } from './timing.js';
@@ -29,7 +29,7 @@ export default defineBench({
   ],
   async run(values, emit) {
     const [heads, kvHeads] = [count('heads', values.heads), count('kv-heads', values['kv-heads'])];
-    const seconds = Number(values.seconds);
+    const seconds = amount('seconds', values.seconds);
     const roofline = await measureRoofline();
     const stream = new Stream();
     for (const sequence of counts('sequence', values.sequence)) {

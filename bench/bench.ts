@@ -95,6 +95,13 @@ export function count(name: string, value: string): number {
   return n;
 }
 
+/** @throws where an option's value is not a number from 0 on */
+export function amount(name: string, value: string): number {
+  const x = Number(value);
+  if (!Number.isFinite(x) || x < 0) throw new Error(`--${name} must be a number from 0 on, got '${value}'`);
+  return x;
+}
+
 /** Several, with commas. */
 export const counts = (name: string, value: string) => value.split(',').map((part) => count(name, part));
 

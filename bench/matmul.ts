@@ -8,7 +8,7 @@
 import { quantizeWeight } from '../lib/ops/quantize.js';
 import type { Weight } from '../lib/ops/weight.js';
 import { Stream, Tensor } from '../lib/tensor.js';
-import { choice, column, counts, defineBench, percent, rounded } from './bench.js';
+import { amount, choice, column, counts, defineBench, percent, rounded } from './bench.js';
 import { cacheBytes } from './machine.js';
 import { measureRoofline } from './roofline.js';
 import { leastMs } from './timing.js';
@@ -45,8 +45,8 @@ export default defineBench({
     percent('share', 'share'),
   ],
   async run(values, emit) {
-    const rank = Number(values.lora);
-    const seconds = Number(values.seconds);
+    const rank = amount('lora', values.lora);
+    const seconds = amount('seconds', values.seconds);
     const ms = counts('m', values.m);
     const bytes = choice('layers', values.layers, ['many', 'one']) === 'many' ? 3 * cacheBytes() : 1;
     const roofline = await measureRoofline();

@@ -72,7 +72,7 @@ export async function checkLlamaCpp(python: string): Promise<void> {
   const commands: string[] = [];
   const folder = join(peersFolder, 'llama_cpp');
   if (!existsSync(join(folder, 'node_modules', 'node-llama-cpp')))
-    commands.push(`npm install --prefix ${relative('', folder)}`);
+    commands.push(`npm install --ignore-scripts --no-package-lock --prefix ${relative('', folder)}`);
   if (!(await pythonPackages(python, ['gguf'])).has('gguf')) commands.push(`${python} -m pip install gguf`);
   if (commands.length) throw new Error(`llama.cpp needs more packages. Install them:\n  ${commands.join('\n  ')}`);
 }
