@@ -119,7 +119,7 @@ class Engine {
     }
     // Fewer than this many tasks leave threads idle at the end.
     constexpr int64_t kTasks = 16;
-    const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
+    const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = lanesShared_ ? kStrip : E::kLanesUnit;
     shared_ = even(g.M, kShared, sharedUnit);
     decoded_ = even(g.N, kDecoded, decodedUnit);
     while (tasks() < kTasks && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
