@@ -2,6 +2,7 @@
 
 #include "simd/gemm_few_fp32.h"
 #if QLORA_ISA_avx512bf16
+#include "simd/gemm_few_back_bf16.h"
 #include "simd/gemm_few_bf16.h"
 #endif
 #if QLORA_ISA_amx
@@ -19,6 +20,7 @@ void gemmBf16(Context& context, const Gemm& g) {
   // Dot products read W once, and no faster would tiles.
   constexpr int64_t kDots = 4;
   if (g.M <= kDots && FewTokens::takes(g)) return FewTokens::run(context, g);
+  if (FewTokensBack::takes(g)) return FewTokensBack::run(context, g);
   Engine<AmxEngine>::run(context, g);
 }
 
@@ -47,6 +49,7 @@ Gemm rowsOf(const Gemm& g, int64_t begin, int64_t count) {
 
 void gemmBf16(Context& context, const Gemm& g) {
   if (FewTokens::takes(g)) return FewTokens::run(context, g);
+  if (FewTokensBack::takes(g)) return FewTokensBack::run(context, g);
   // The last tokens would pay for a whole strip.
   const int64_t tail = g.form == GemmForm::nt ? g.M % Bf16Engine::kStrip : 0;
   if (g.M > tail && tail > 0 && tail <= FewTokens::kMost) {

@@ -1,86 +1,15 @@
 // The engine on AVX-512 with bf16: pairs of k through vdpbf16ps, which is fma(even, fma(odd, sum)) in each fp32 lane.
-//
-// The sixteen values of a block of 4-bit weights are scaled and rounded once, to a table of 32 (16 twice, since the
-// permute reads five bits of an index and only four are the weight's); one permute then decodes 32 weights.
 #pragma once
 
 #include "simd/gemm_engine.h"
-#include "simd/nibbles.h"
+#include "simd/groups_bf16.h"
 
 namespace qlora::QLORA_ISA {
 
-QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-/// The scaled table of the block, twice over.
-QLORA_INLINE __m512i scaledTable(__m512 code, float absmax) {
-  const __m512 scaled = _mm512_mul_ps(code, _mm512_set1_ps(absmax));
-  return bf16Pair(scaled, scaled);
-}
-
-/// A group of 64 weights from 32 bytes: evens and odds.
-struct Group {
-  __m512i even, odd;
-};
-QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i table) {
-  const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table), _mm512_permutexvar_epi16(w, table)};
-}
-/// The same where the second half of the group has another table (blocks of 32).
-QLORA_INLINE Group decodeGroup(const uint8_t* bytes, __m512i first, __m512i second) {
-  const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-  // Bit 5 of an index chooses the table.
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(32), 1),
-                four = _mm512_set1_epi16(15);
-  const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), four, half, 0xea);  // (a & b) | c
-  const __m512i odd = _mm512_ternarylogic_epi32(w, four, half, 0xea);
-  return {_mm512_permutex2var_epi16(first, even, second), _mm512_permutex2var_epi16(first, odd, second)};
-}
-
-/// Decodes rows of a 4-bit weight whose rows are whole groups of 64.
-template <AbsmaxKind kAbsmax, bool kHalves>
-class GroupReader {
- public:
-  explicit GroupReader(const Nibbles& n) : n_(n), code_(_mm512_loadu_ps(n.code)) {}
-
-  int64_t columns() const { return n_.K; }
-
-  /// `flat` is the first of 64 elements, a multiple of 64.
-  QLORA_INLINE Group read(int64_t flat) const {
-    const uint8_t* bytes = n_.data + (flat >> 1);
-    if constexpr (kHalves) {
-      const int64_t block = flat >> 5;
-      return decodeGroup(bytes, scaledTable(code_, n_.scale<kAbsmax>(block)),
-                         scaledTable(code_, n_.scale<kAbsmax>(block + 1)));
-    } else {
-      return decodeGroup(bytes, scaledTable(code_, n_.scale<kAbsmax>(flat >> n_.shift)));
-    }
-  }
-  QLORA_INLINE void prefetch(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1), _MM_HINT_T0); }
-
- private:
-  const Nibbles n_;
-  const __m512 code_;
-};
-
-QLORA_INLINE bool hasGroups(const Weight& w) { return w.data.dtype == DType::u8 && w.K % 64 == 0; }
-
-/// Calls f with the reader for a weight that has groups, so that the loops in f need not ask what kind it is.
-template <class F>
-QLORA_INLINE void withGroups(const Weight& w, F&& f) {
-  const Nibbles n(w);
-  if (n.absmax) {
-    n.shift > 5 ? f(GroupReader<AbsmaxKind::plain, false>(n)) : f(GroupReader<AbsmaxKind::plain, true>(n));
-  } else {
-    n.shift > 5 ? f(GroupReader<AbsmaxKind::nested, false>(n)) : f(GroupReader<AbsmaxKind::nested, true>(n));
-  }
-}
-
-/// 32 elements of a dense row from p as bf16; only the first n where n < 32.
+/// 32 elements of a dense row from p as bf16; only the first n where n < 32, and none where that is negative.
 template <class T>
 QLORA_INLINE __m512i loadRow(const T* p, int64_t n, float scale) {
-  const __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  const __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << std::max<int64_t>(n, 0)) - 1;
   const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
   if constexpr (std::is_same_v<T, bf16>) {
     const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
@@ -128,10 +57,10 @@ QLORA_INLINE void withDense(const GemmOperand& o, F&& f) {
 template <int kDeep>
 struct Bf16Operands {
   using Element = bf16;
-  static constexpr int kGroup = 64, kStrip = 2 * kVector;
+  static constexpr int kGroup = 128, kPiles = 4, kLanesUnit = 64, kStrip = 2 * kVector;
   static constexpr int kChunk = kDeep, kStride = kChunk + 32;
   // Rows that a decoder asks memory for ahead of their turn.
-  static constexpr int kAheadRows = 4, kAheadLanes = 16;
+  static constexpr int kAheadRows = 12, kAheadLanes = 16;
 
   static bool isNibbles(const GemmOperand& o) { return o.weight && o.weight->data.dtype == DType::u8; }
   static bool isIntegerRows(const GemmOperand& o) { return o.weight && o.weight->data.dtype == DType::i8; }
@@ -140,33 +69,32 @@ struct Bf16Operands {
   static void rowsSplit(const GemmOperand& o, DType compute, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
                         int64_t stride) {
     if (isNibbles(o) && hasGroups(*o.weight)) {
-      return withGroups(*o.weight, [=](const auto& reader) {
-        const int64_t K = reader.columns();
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t flat = (i + r) * K + j;
-          for (int64_t g = 0; g < n; g += 64) {
-            if (g % 128 == 0) reader.prefetch(flat + g + kAheadRows * K);
-            const Group group = reader.read(flat + g);
-            _mm512_storeu_si512(out + r * stride + g, group.even);
-            _mm512_storeu_si512(out + r * stride + g + 32, group.odd);
-          }
-        }
-      });
+      return withGroups(*o.weight, [=](const auto& reader) { rowsOfNibbles(reader, i, rows, j, n, out, stride); });
     }
     if (isNibbles(o) || isIntegerRows(o)) {
-      for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kChunk>(o, compute, i + r, j, n, out + r * stride);
+      for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kPiles, kChunk>(o, compute, i + r, j, n, out + r * stride);
       return;
     }
     withDense(o, [&](const auto* data, int64_t from, auto scale) {
-      const __m512i evens = counting(0, 2), odds = counting(1, 2);
+      // Of two registers that follow each other, those with the columns 4 i + pile: for the lower half, then the upper.
+      __m512i index[kPiles];
+      alignas(64) uint16_t columns[32];
+      for (int pile = 0; pile < kPiles; ++pile) {
+        for (int l = 0; l < 32; ++l)
+          columns[l] = static_cast<uint16_t>(splitColumn<kGroup, kPiles>(pile * 32 + l) % 64);
+        index[pile] = _mm512_load_si512(columns);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         const auto* line = data + (i + r) * from + j;
         const float s = scale(r);
-        for (int64_t g = 0; g < n; g += 64) {
-          const __m512i low = loadRow(line + g, n - g, s);
-          const __m512i high = n - g > 32 ? loadRow(line + g + 32, n - g - 32, s) : _mm512_setzero_si512();
-          _mm512_storeu_si512(out + r * stride + g, _mm512_permutex2var_epi16(low, evens, high));
-          _mm512_storeu_si512(out + r * stride + g + 32, _mm512_permutex2var_epi16(low, odds, high));
+        for (int64_t g = 0; g < n; g += kGroup) {
+          __m512i part[4];
+          for (int p = 0; p < 4; ++p) part[p] = loadRow(line + g + 32 * p, n - g - 32 * p, s);
+          for (int pile = 0; pile < kPiles; ++pile) {
+            const __m512i lower = _mm512_permutex2var_epi16(part[0], index[pile], part[1]);
+            const __m512i upper = _mm512_permutex2var_epi16(part[2], index[pile], part[3]);
+            _mm512_storeu_si512(out + r * stride + g + 32 * pile, _mm512_mask_blend_epi64(0xf0, lower, upper));
+          }
         }
       }
     });
@@ -234,13 +162,6 @@ struct Bf16Operands {
   }
 
  private:
-  /// 16-bit lanes start, start + step, ...
-  static __m512i counting(int start, int step) {
-    alignas(64) uint16_t index[32];
-    for (int l = 0; l < 32; ++l) index[l] = static_cast<uint16_t>(start + l * step);
-    return _mm512_load_si512(index);
-  }
-
   /// Two rows of 32 columns as pairs: the even columns, then the odd ones.
   QLORA_INLINE static void storePair(__m512i first, __m512i second, bf16* out) {
     constexpr __mmask32 kUpper = 0xaaaaaaaa;
@@ -249,26 +170,52 @@ struct Bf16Operands {
   }
 
   template <class Reader>
+  static void rowsOfNibbles(const Reader& reader, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
+                            int64_t stride) {
+    const int64_t K = reader.columns();
+    float scales[kChunk / 64 * Reader::kScales];
+    const auto put = [](bf16* to, const Group& group) {
+      for (int p = 0; p < kPiles; ++p) _mm512_storeu_si512(to + 32 * p, group.pile[p]);
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t flat = (i + r) * K + j;
+      bf16* line = out + r * stride;
+      reader.scales(flat, n, scales);
+      const float* scale = scales;
+      int64_t g = 0;
+      for (; g + kGroup <= n; g += kGroup, scale += 2 * Reader::kScales) {
+        reader.prefetch(flat + g + kAheadRows * K);
+        put(line + g, reader.read(flat + g, scale));
+      }
+      if (g < n) put(line + g, reader.readHalf(flat + g, scale));
+    }
+  }
+
+  template <class Reader>
   static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
     const int64_t K = reader.columns();
-    alignas(64) uint16_t index[32];
-    for (int l = 0; l < 32; ++l) index[l] = static_cast<uint16_t>(l / 2 + l % 2 * 32);
-    const __m512i low = _mm512_load_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const typename Reader::Rows rows(reader);
+    float scales[2][kChunk / 64 * Reader::kScales];
     for (int64_t r = 0; r < n; r += 2) {
-      const int64_t flat = (i + r) * K + j;
+      const int64_t flat = (i + r) * K + j, below = r + 1 < n ? K : 0;
+      reader.scales(flat, columns, scales[0]);
+      if (below) {
+        reader.scales(flat + K, columns, scales[1]);
+      } else {
+        std::fill(std::begin(scales[1]), std::end(scales[1]), 0.0f);  // the last row's other half counts as zeros
+      }
       for (int64_t c = 0; c < columns; c += 64) {
         if (c % 128 == 0) {
           reader.prefetch(flat + c + kAheadLanes * K);
           reader.prefetch(flat + c + (kAheadLanes + 1) * K);
         }
-        const Group first = reader.read(flat + c);
-        const Group second = r + 1 < n ? reader.read(flat + K + c) : Group{};
-        bf16* out = strips + c * kChunk + r * kStrip;
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first.even, low, second.even));
-        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(first.odd, low, second.odd));
-        out += kChunk * kStrip;
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first.even, high, second.even));
-        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(first.odd, high, second.odd));
+        const int64_t scale = c / 64 * Reader::kScales;
+        const RowPairs pairs = rows.read(flat + c, below, scales[0] + scale, scales[1] + scale);
+        bf16* to = strips + c * kChunk + r * kStrip;
+        for (int half = 0; half < 2; ++half, to += kChunk * kStrip) {
+          _mm512_storeu_si512(to, pairs.even[half]);
+          _mm512_storeu_si512(to + 32, pairs.odd[half]);
+        }
       }
     }
   }

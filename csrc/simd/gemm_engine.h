@@ -132,9 +132,10 @@ class Engine {
       addTerm(g.b, g.K, packed, {});
     }
     // A thread has rows of its own where they are many: it wrote them in the operation before, and reading or writing
-    // what another core wrote last costs more than decoding once more. Then enough tasks that no thread idles at the end.
+    // what another core wrote last costs more than decoding once more. Then enough tasks that no thread idles at the
+    // end.
     constexpr int64_t kTasks = 4, kOwnRows = 128;
-    const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = std::max(kStrip, kGroup);
+    const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = lanesShared_ ? kStrip : E::kLanesUnit;
     const int threads = context.pool.size();
     const int64_t own = std::clamp<int64_t>(g.M / kOwnRows, 1, threads);
     shared_ = even(g.M, std::min(kShared, ceilDivide(g.M, own)), sharedUnit);

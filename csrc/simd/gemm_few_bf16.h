@@ -37,8 +37,9 @@ class FewTokens {
 
  private:
   static constexpr int kChunk = Bf16Engine::kChunk, kStride = Bf16Engine::kStride;
-  // Bytes of W that dot products ask memory for ahead of their turn.
-  static constexpr int64_t kAheadBytes = 4096;
+  // Dot products: rows of W a task takes at most, rows at a time, columns whose scales are decoded at a time.
+  static constexpr int64_t kDotsMost = 64, kScaled = 512;
+  static constexpr int kDotRows = 4;
 
   struct Term {
     GemmOperand b;
@@ -60,8 +61,8 @@ class FewTokens {
   }
 
   void addTerm(Context& context, const GemmOperand& a, const GemmOperand& b, int64_t K) {
-    const int64_t stride = roundUp(K, 64);
-    bf16* x = context.scratch.take<bf16>(g_.M * stride + 64);
+    const int64_t stride = roundUp(K, Bf16Engine::kGroup);
+    bf16* x = context.scratch.take<bf16>(g_.M * stride);
     std::memset(x, 0, static_cast<size_t>(g_.M * stride) * sizeof(bf16));
     // Dot products with a dense W read it in memory's order.
     if (g_.M <= 4 && !Bf16Engine::isNibbles(b)) {
@@ -78,91 +79,127 @@ class FewTokens {
 
   // --- dot products
 
+  /// Columns at a time: x stays in the first cache.
+  template <int M>
+  static constexpr int64_t kDotChunk = 4096 / M;
+
   template <int M>
   void dots(Context& context) const {
-    const int64_t perTask = rowsPerTask(64, 2);
+    const int64_t perTask = rowsPerTask(kDotsMost, kDotRows);
     context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int) {
-      const int64_t begin = task * perTask, end = std::min(g_.N, begin + perTask);
-      float lines[M][kStoreMost];
-      int64_t n = begin;
-      for (; n + 2 <= end; n += 2) dotRows<M, 2>(n, lines, n - begin);
-      if (n < end) dotRows<M, 1>(n, lines, n - begin);
-      for (int m = 0; m < M; ++m) storeRow(g_, m, begin, end - begin, lines[m]);
-    });
-  }
-
-  template <int M, int R>
-  QLORA_INLINE void dotRows(int64_t n, float (*lines)[kStoreMost], int64_t at) const {
-    __m512 sum[R][M][2];
-    for (int r = 0; r < R; ++r) {
-      for (int m = 0; m < M; ++m) sum[r][m][0] = sum[r][m][1] = _mm512_setzero_ps();
-    }
-    for (int i = 0; i < termCount_; ++i) {
-      const Term& term = terms_[i];
-      if (Bf16Engine::isNibbles(term.b)) {
-        dotNibbles<M, R>(term, n, sum);
-      } else {
-        dotDense<M, R>(term, n, sum);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int m = 0; m < M; ++m) lines[m][at + r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[r][m][0], sum[r][m][1]));
-    }
-  }
-
-  template <int M, int R>
-  QLORA_INLINE static void dotNibbles(const Term& term, int64_t n, __m512 (*sum)[M][2]) {
-    withGroups(*term.b.weight, [&](const auto& reader) {
-      const auto group = [&](int64_t k) {
-        Group w[R];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) w[r] = reader.read((n + r) * term.K + k);
-        multiply<M, R>(term, k, w, sum);
-      };
-      int64_t k = 0;
-      for (; k + 128 <= term.K; k += 128) {  // a line of 64 bytes of each row
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) reader.prefetch((n + r) * term.K + k + 2 * kAheadBytes);
-        group(k);
-        group(k + 64);
-      }
-      if (k < term.K) group(k);
-    });
-  }
-
-  template <int M, int R>
-  QLORA_INLINE static void dotDense(const Term& term, int64_t n, __m512 (*sum)[M][2]) {
-    withDense(term.b, [&](const auto* data, int64_t stride, auto scale) {
-      const float s = scale(n);
-      for (int64_t k = 0; k < term.K; k += 64) {
-        Group w[R];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
-          const auto* line = data + (n + r) * stride + k;
-          const int64_t left = term.K - k;
-          w[r].even = loadRow(line, left, s);
-          w[r].odd = left > 32 ? loadRow(line + 32, left - 32, s) : _mm512_setzero_si512();
+      const int64_t begin = task * perTask, rows = std::min(perTask, g_.N - begin);
+      // 16 partial sums of each row and token.
+      alignas(64) float sums[kDotsMost][M][kVector];
+      std::memset(sums, 0, static_cast<size_t>(rows) * sizeof(sums[0]));
+      for (int i = 0; i < termCount_; ++i) {
+        if (Bf16Engine::isNibbles(terms_[i].b)) {
+          withGroups(*terms_[i].b.weight, [&](const auto& reader) {
+            dotTerm<M>(terms_[i], begin, rows, sums, [&](auto count, int64_t n, int64_t k, int64_t end, auto* out) {
+              dotNibbles<M, count>(reader, terms_[i], n, k, end, out);
+            });
+          });
+        } else {
+          withDense(terms_[i].b, [&](const auto* data, int64_t stride, auto scale) {
+            dotTerm<M>(terms_[i], begin, rows, sums, [&](auto count, int64_t n, int64_t k, int64_t end, auto* out) {
+              dotDense<M, count>(data + n * stride, stride, scale(n), terms_[i], k, end, out);
+            });
+          });
         }
-        multiply<M, R>(term, k, w, sum);
+      }
+      float line[kDotsMost];
+      for (int m = 0; m < M; ++m) {
+        for (int64_t r = 0; r < rows; ++r) {
+          line[r] = _mm512_reduce_add_ps(_mm512_load_ps(sums[r][m]));
+        }
+        storeRow(g_, m, begin, rows, line);
       }
     });
   }
 
-  /// 64 weights of R rows times M tokens; the two halves of a group have sums of their own.
-  template <int M, int R>
-  QLORA_INLINE static void multiply(const Term& term, int64_t k, const Group* w, __m512 (*sum)[M][2]) {
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const bf16* x = term.x + m * term.xStride + k;
-      const auto even = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
-      const auto odd = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + 32));
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], even, reinterpret_cast<__m512bh>(w[r].even));
-        sum[r][m][1] = _mm512_dpbf16_ps(sum[r][m][1], odd, reinterpret_cast<__m512bh>(w[r].odd));
-      }
+  /// Calls f(how many rows, the first of them, columns from, to, sums) for pieces of the rows [begin, begin + rows).
+  template <int M, class F>
+  static void dotTerm(const Term& term, int64_t begin, int64_t rows, float (*sums)[M][kVector], F&& f) {
+    constexpr int R = kDotRows;
+    for (int64_t k = 0; k < term.K; k += kDotChunk<M>) {
+      const int64_t end = std::min(term.K, k + kDotChunk<M>);
+      int64_t r = 0;
+      for (; r + R <= rows; r += R) f(std::integral_constant<int, R>{}, begin + r, k, end, sums + r);
+      for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, begin + r, k, end, sums + r);
     }
   }
+
+  template <int M, int R, class Reader>
+  static void dotNibbles(const Reader& from, const Term& term, int64_t n, int64_t begin, int64_t end,
+                         float (*sums)[M][kVector]) {
+    constexpr int kScales = Reader::kScales;
+    const Reader reader = from;
+    const int64_t K = term.K;
+    Dots<M, R> sum;
+    for (int64_t piece = begin; piece < end; piece += kScaled) {
+      const int64_t columns = std::min(kScaled, end - piece), flat = n * K + piece;
+      const bf16* x = term.x + piece;
+      float scales[R][kScaled / 64 * kScales];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) reader.scales(flat + r * K, columns, scales[r]);
+      int64_t k = 0;
+      for (; k + 128 <= columns; k += 128) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          reader.prefetch(flat + (R + r) * K + k);
+          sum.add(r, reader.read(flat + r * K + k, scales[r] + k / 64 * kScales), x + k, term.xStride);
+        }
+      }
+      if (k == columns) continue;
+      for (int r = 0; r < R; ++r) {
+        sum.add(r, reader.readHalf(flat + r * K + k, scales[r] + k / 64 * kScales), x + k, term.xStride);
+      }
+    }
+    sum.addTo(sums);
+  }
+
+  /// `data` is the first of R rows of any K, `stride` apart.
+  template <int M, int R, class T>
+  static void dotDense(const T* data, int64_t stride, float scale, const Term& term, int64_t begin, int64_t end,
+                       float (*sums)[M][kVector]) {
+    Dots<M, R> sum;
+    for (int64_t k = begin; k < end; k += 128) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Group w;
+        for (int p = 0; p < 4; ++p) w.pile[p] = loadRow(data + r * stride + k + 32 * p, end - k - 32 * p, scale);
+        sum.add(r, w, term.x + k, term.xStride);
+      }
+    }
+    sum.addTo(sums);
+  }
+
+  /// Dot products of R rows and M tokens, in registers.
+  template <int M, int R>
+  struct Dots {
+    __m512 sum[R][M]{};
+
+    /// A group of row r; the tokens' elements for it are xStride apart.
+    QLORA_INLINE void add(int r, const Group& w, const bf16* x, int64_t xStride) {
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          const auto tokens = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * xStride + 32 * p));
+          sum[r][m] = _mm512_dpbf16_ps(sum[r][m], tokens, reinterpret_cast<__m512bh>(w.pile[p]));
+        }
+      }
+    }
+
+    QLORA_INLINE void addTo(float (*sums)[M][kVector]) const {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          _mm512_store_ps(sums[r][m], _mm512_add_ps(_mm512_load_ps(sums[r][m]), sum[r][m]));
+        }
+      }
+    }
+  };
 
   // --- lanes of 4 tokens x 4 pairs
 
@@ -189,7 +226,7 @@ class FewTokens {
     for (int i = 0; i < termCount_; ++i) x[i] = interleave<G>(context, terms_[i]);
     const int64_t perTask = rowsPerTask(48, R);
     const int threads = context.pool.size();
-    const int64_t panelSize = perTask * kStride, sumsSize = perTask * G * 16;
+    const int64_t panelSize = R * kStride, sumsSize = perTask * G * 16;
     bf16* panels = context.scratch.take<bf16>(threads * panelSize);
     float* sumsBuffer = context.scratch.take<float>(threads * sumsSize);
     context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int thread) {
@@ -200,11 +237,13 @@ class FewTokens {
       for (int i = 0; i < termCount_; ++i) {
         const Term& term = terms_[i];
         for (int64_t k = 0; k < term.K; k += kChunk) {
-          const int64_t size = std::min<int64_t>(kChunk, term.K - k), depth = roundUp(size, 64);
-          Bf16Engine::rowsSplit(term.b, g_.compute, begin, rows, k, size, panel, kStride);
-          // Rows beyond the last one are multiplied too, as whatever the panel holds, and not stored.
+          const int64_t size = std::min<int64_t>(kChunk, term.K - k), depth = roundUp(size, Bf16Engine::kGroup);
+          // As many rows as the first cache has room for beside x. Of rows beyond the last one, whatever the panel
+          // holds is multiplied, and not stored.
           for (int64_t r = 0; r < rows; r += R) {
-            quadTile<G, R>(depth, panel + r * kStride, x[i] + k * 4 * G, sums + r * G * 16);
+            Bf16Engine::rowsSplit(term.b, g_.compute, begin + r, std::min<int64_t>(R, rows - r), k, size, panel,
+                                  kStride);
+            quadTile<G, R>(depth, panel, x[i] + k * 4 * G, sums + r * G * 16);
           }
         }
       }

@@ -1,9 +1,10 @@
 // Reading rows of an operand into the elements that a matmul multiplies: converted or decoded, rounded to the compute
 // type.
 //
-// Two orders. `natural` is the order in memory. `split` deals each group of kGroup columns into its evens, then its
-// odds: that is how a byte of two 4-bit weights comes apart, and an order of K is free if both operands have it.
-// Products of dense operands alone need no groups of K, and so no padding to whole ones.
+// Two orders. `natural` is the order in memory. `split` deals each group of kGroup columns into kPiles, one after the
+// other: into evens and odds, as a byte of two 4-bit weights comes apart, or into four, as a word does. An order of K
+// is free if both operands have it. Products of dense operands alone need no groups of K, and so no padding to whole
+// ones.
 #pragma once
 
 #include <algorithm>
@@ -83,18 +84,21 @@ void readNatural(const GemmOperand& o, DType compute, int64_t i, int64_t j, int6
   });
 }
 
+/// The column of a group that comes l-th in split order.
+template <int kGroup, int kPiles>
+constexpr int splitColumn(int l) {
+  return l % (kGroup / kPiles) * kPiles + l / (kGroup / kPiles);
+}
+
 /// Columns [j, j + n) of row i in split order, zeros up to the end of the last group. n is at most kMaximum.
-template <int kGroup, int kMaximum, class E>
+template <int kGroup, int kPiles, int kMaximum, class E>
 void readSplit(const GemmOperand& o, DType compute, int64_t i, int64_t j, int64_t n, E* out) {
   alignas(64) E natural[kMaximum];
   readNatural(o, compute, i, j, n, natural);
   const int64_t padded = (n + kGroup - 1) / kGroup * kGroup;
   std::fill(natural + n, natural + padded, E{});
   for (int64_t g = 0; g < padded; g += kGroup) {
-    for (int l = 0; l < kGroup / 2; ++l) {
-      out[g + l] = natural[g + 2 * l];
-      out[g + kGroup / 2 + l] = natural[g + 2 * l + 1];
-    }
+    for (int l = 0; l < kGroup; ++l) out[g + l] = natural[g + splitColumn<kGroup, kPiles>(l)];
   }
 }
 
