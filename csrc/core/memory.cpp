@@ -115,15 +115,19 @@ void SegmentAllocator::trim() {
   }
 }
 
-// What lives from step to step is allocated on its own: in the segments it would only split them. So is everything
-// where AddressSanitizer looks on, which does not see where in a segment one tensor ends.
-bool Memory::inSegments([[maybe_unused]] MemoryClass c) const {
-  if (backing_ == Backing::addresses) return true;
+// AddressSanitizer does not see where in a segment one tensor ends.
+bool Memory::inSegments() const {
 #ifdef QLORA_NO_SEGMENTS
-  return false;
+  return backing_ == Backing::addresses;
 #else
-  return c == MemoryClass::activations || c == MemoryClass::scratch;
+  return true;
 #endif
+}
+
+// What lives from step to step would split the segments of what does not. Large pages count there, too: a token reads
+// all weights, and in pages of 4 KiB finding them takes as long as reading them.
+SegmentAllocator& Memory::segmentsOf(MemoryClass c) {
+  return c == MemoryClass::activations || c == MemoryClass::scratch ? transient_ : lasting_;
 }
 
 void Memory::count(MemoryClass c, int64_t bytes) {
@@ -136,10 +140,10 @@ void* Memory::allocate(size_t bytes, MemoryClass c) {
   const int64_t live = counter_.live();
   void* pointer = nullptr;
   if (limit == 0 || live + static_cast<int64_t>(bytes) <= limit) {
-    if (inSegments(c)) {
+    if (inSegments()) {
       std::lock_guard lock(mutex_);
       try {
-        pointer = transient_.allocate(bytes);
+        pointer = segmentsOf(c).allocate(bytes);
       } catch (const std::bad_alloc&) {
       }
     } else {
@@ -159,9 +163,9 @@ void* Memory::allocate(size_t bytes, MemoryClass c) {
 }
 
 void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
-  if (inSegments(c)) {
+  if (inSegments()) {
     std::lock_guard lock(mutex_);
-    transient_.release(pointer);
+    segmentsOf(c).release(pointer);
   } else {
     std::free(pointer);
   }
@@ -171,6 +175,7 @@ void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
 void Memory::trim() {
   std::lock_guard lock(mutex_);
   transient_.trim();
+  lasting_.trim();
 }
 
 }  // namespace qlora

@@ -1,4 +1,4 @@
-// Memory of one stream: every byte counted by class, transient ones served from segments that are kept and reused.
+// Memory of one stream: every byte counted by class, and served from segments of large pages that are kept and reused.
 #pragma once
 
 #include <array>
@@ -73,7 +73,7 @@ class SegmentAllocator {
 /// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe.
 class Memory {
  public:
-  explicit Memory(Backing backing) : backing_(backing), transient_(backing) {}
+  explicit Memory(Backing backing) : backing_(backing), transient_(backing), lasting_(backing) {}
 
   void* allocate(size_t bytes, MemoryClass c);
   void release(void* pointer, size_t bytes, MemoryClass c);
@@ -86,13 +86,14 @@ class Memory {
 
  private:
   void count(MemoryClass c, int64_t bytes);
-  bool inSegments(MemoryClass c) const;
+  bool inSegments() const;
+  SegmentAllocator& segmentsOf(MemoryClass c);
 
   const Backing backing_;
   MemoryCounter counter_;
   std::atomic<int64_t> limit_{0};
   std::mutex mutex_;
-  SegmentAllocator transient_;
+  SegmentAllocator transient_, lasting_;
 };
 
 }  // namespace qlora

@@ -223,7 +223,7 @@ if (process.env.QLORA_TEST_DIGEST) {
 
     await t.test('logits are never whole', async (t) => {
       const stream = new Stream();
-      const [M, V] = [1400, 20011];
+      const [M, V] = [2400, 20011];
       const h = zeros(stream, [M, 2], 'f32');
       const labels = zeros(stream, [M], 'i32');
       const loss = linearCrossEntropy(undefined, h, Weight.dense(zeros(stream, [V, 2], 'f32')), labels, {
