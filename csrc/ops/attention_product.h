@@ -13,6 +13,9 @@
 #include <cstring>
 
 #include "ops/attention_vector.h"
+#if QLORA_ISA_neonbf16
+#include "ops/attention_pairs_neon.h"
+#endif
 
 namespace qlora::QLORA_ISA::attention {
 
@@ -77,7 +80,7 @@ struct BFloat16Pairs {
 /// Calls f(math, zero) with the arithmetic for a dtype and a value of the C++ type behind it.
 template <class F>
 QLORA_INLINE void dispatchMath(DType dtype, F&& f) {
-#if defined(QLORA_ISA_avx512bf16)
+#if defined(QLORA_ISA_avx512bf16) || QLORA_ISA_neonbf16
   if (dtype == DType::bf16) return f(BFloat16Pairs{}, bf16{});
 #endif
   dispatchFloat(dtype, [&](auto zero) { f(Float32{}, zero); });

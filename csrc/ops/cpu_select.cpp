@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qlora {
@@ -21,6 +25,22 @@ QLORA_CPU_ISAS(QLORA_DECLARE_ISA)
 
 namespace {
 
+#if defined(__aarch64__)
+/// Whether bfmmla and bfdot are there.
+bool hasBf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) && has;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool runsHere(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,6 +52,9 @@ bool runsHere(const char* isa) {
   if (!std::strcmp(isa, "avx2")) return avx2;
   if (!std::strcmp(isa, "avx512")) return avx512;
   if (!std::strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (!std::strcmp(isa, "neon")) return true;
+  if (!std::strcmp(isa, "neonbf16")) return hasBf16();
 #endif
   return !std::strcmp(isa, "scalar");
 }
