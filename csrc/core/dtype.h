@@ -33,12 +33,16 @@ QLORA_INLINE float toFloat(bf16 x) { return std::bit_cast<float>(static_cast<uin
 
 /// Exact, subnormals and NaN included. Branch-free, so that loops over it vectorize.
 QLORA_INLINE float toFloat(f16 x) {
+#if defined(__aarch64__)
+  return static_cast<float>(std::bit_cast<__fp16>(x));
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   // Exponent and mantissa moved into place and rescaled by 2^112, which also normalizes subnormals.
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude << 13) : std::bit_cast<uint32_t>(scaled);
   return std::bit_cast<float>(sign | special);
+#endif
 }
 
 template <class T>
@@ -61,6 +65,9 @@ QLORA_INLINE bf16 fromFloat<bf16>(float x) {
 /// Round to nearest even; overflow becomes infinity, subnormal results are kept.
 template <>
 QLORA_INLINE f16 fromFloat<f16>(float x) {
+#if defined(__aarch64__)
+  return std::bit_cast<f16>(static_cast<__fp16>(x));
+#else
   const uint32_t u = std::bit_cast<uint32_t>(x);
   const uint32_t sign = (u >> 16) & 0x8000;
   const uint32_t a = u & 0x7fffffff;
@@ -72,6 +79,7 @@ QLORA_INLINE f16 fromFloat<f16>(float x) {
   h = a >= 0x477ff000 ? 0x7c00 : h;  // 65520 and above round to infinity
   h = a > 0x7f800000 ? 0x7e00 : h;
   return {static_cast<uint16_t>(sign | h)};
+#endif
 }
 
 /// Calls f with a value of the C++ type behind a floating-point dtype: dispatch(t, [&](auto zero) { using T = ... });

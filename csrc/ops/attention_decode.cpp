@@ -99,7 +99,8 @@ float softmax(int64_t keys, float multiplier, const float* scores, typename Math
         store(weights + k / kChunk * chunkStride + k % kChunk, p[v]);
       }
     } else {
-      Math::storeAlongLanes(weights + j / kPanel * chunkStride, p[0], p[1]);
+      const int64_t k = j / Math::kPack;
+      Math::storeAlongLanes(weights + k / kChunk * chunkStride + k % kChunk, p[0], p[1]);
     }
   }
   float sum = 0;

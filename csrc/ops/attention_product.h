@@ -13,6 +13,9 @@
 #include <cstring>
 
 #include "ops/attention_vector.h"
+#if QLORA_ISA_neonbf16
+#include "ops/attention_pairs_neon.h"
+#endif
 
 namespace qlora::QLORA_ISA::attention {
 

@@ -18,7 +18,7 @@ template <class F>
 QLORA_INLINE void dispatchMath(DType dtype, F&& f) {
 #if defined(QLORA_ISA_amx)
   if (dtype == DType::bf16) return f(TilePairs{}, bf16{});
-#elif defined(QLORA_ISA_avx512bf16)
+#elif defined(QLORA_ISA_avx512bf16) || QLORA_ISA_neonbf16
   if (dtype == DType::bf16) return f(BFloat16Pairs{}, bf16{});
 #endif
   dispatchFloat(dtype, [&](auto zero) { f(Float32{}, zero); });

@@ -13,6 +13,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif QLORA_NEON
+#include <arm_neon.h>
 #endif
 
 namespace qlora::QLORA_ISA::attention {
@@ -23,6 +25,9 @@ constexpr int kRows = 12;  // of a tile of two vectors: 24 of 32 registers
 #elif defined(QLORA_ISA_avx2)
 constexpr int kWidth = 8;
 constexpr int kRows = 6;  // 12 of 16 registers
+#elif QLORA_NEON
+constexpr int kWidth = 4;
+constexpr int kRows = 10;  // 20 of 32 registers: with 24, gcc 12 keeps some sums in memory
 #else
 constexpr int kWidth = 4;
 constexpr int kRows = 4;
@@ -44,6 +49,8 @@ QLORA_INLINE Vec multiplyAdd(Vec a, Vec b, Vec c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(QLORA_ISA_avx2)
   return _mm256_fmadd_ps(a, b, c);
+#elif QLORA_NEON
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif

@@ -9,6 +9,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qlora {
@@ -21,6 +25,22 @@ QLORA_CPU_ISAS(QLORA_DECLARE_ISA)
 #undef QLORA_DECLARE_ISA
 
 namespace {
+
+#if defined(__aarch64__)
+/// Whether bfmmla and bfdot are there.
+bool hasBf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) && has;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool runsHere(std::string_view isa) {
 #if defined(__x86_64__)
@@ -35,6 +55,9 @@ bool runsHere(std::string_view isa) {
   if (isa == "avx512") return avx512;
   if (isa == "avx512bf16" || isa == kEmulatedIsa) return avx512bf16;
   if (isa == "amx") return avx512bf16 && !tilesAreEmulated();
+#elif defined(__aarch64__)
+  if (isa == "neon") return true;
+  if (isa == "neonbf16") return hasBf16();
 #endif
   return isa == "scalar";
 }

@@ -20,7 +20,7 @@ constexpr int64_t kBytes = int64_t{256} << 20;
 constexpr int64_t kPieces = 64;
 
 // Enough sums to hide the latency, few enough to stay in registers.
-constexpr int kSums = kVector == 16 ? 24 : (kVector == 8 ? 12 : 8);
+constexpr int kSums = kRegisters == 32 ? 24 : (kVector == 8 ? 12 : 8);
 
 // Keeps a value in a register, and the compiler from knowing it.
 template <class T>

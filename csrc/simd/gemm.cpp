@@ -4,6 +4,8 @@
 #if QLORA_ISA_avx512bf16
 #include "simd/gemm_few_back_bf16.h"
 #include "simd/gemm_few_bf16.h"
+#elif QLORA_ISA_neonbf16
+#include "simd/gemm_bf16_neon.h"
 #endif
 #if QLORA_ISA_amx
 #include "simd/gemm_amx.h"
@@ -63,19 +65,23 @@ void gemmBf16(Context& context, const Gemm& g) {
 }
 
 }  // namespace
+#elif QLORA_ISA_neonbf16
+using PairEngine = Bf16Engine;
 #endif
 
 void gemm(Context& context, const Gemm& g) {
   if (g.M == 0 || g.N == 0) return;
 #if QLORA_ISA_avx512bf16
   if (g.compute == DType::bf16) return gemmBf16(context, g);
+#elif QLORA_ISA_neonbf16
+  if (g.compute == DType::bf16 && !FewTokensFp32::takes(g)) return Engine<Bf16Engine>::run(context, g);
 #endif
   if (FewTokensFp32::takes(g)) return FewTokensFp32::run(context, g);
   Engine<Fp32Engine>::run(context, g);
 }
 
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {
-#if QLORA_ISA_avx512bf16
+#if QLORA_ISA_avx512bf16 || QLORA_ISA_neonbf16
   if (compute == DType::bf16) return Engine<PairEngine>::pack(context, form, compute, a, M, K, true);
 #endif
   return Engine<Fp32Engine>::pack(context, form, compute, a, M, K, true);

@@ -2,7 +2,12 @@
 #pragma once
 
 #include "simd/gemm_engine.h"
+#if QLORA_NEON
+#include "simd/nibble_table_neon.h"
+#include "simd/tile_neon.h"
+#else
 #include "simd/nibble_table.h"
+#endif
 
 namespace qlora::QLORA_ISA {
 
@@ -10,7 +15,7 @@ struct Fp32Engine {
   using Element = float;
   static constexpr int kDepth = 1, kGroup = 2 * kVector, kLanesUnit = kGroup, kStrip = 2 * kVector;
   // As many sums as registers hold beside two lanes and a broadcast.
-  static constexpr int kRows = kVector == 16 ? 12 : (kVector == 8 ? 6 : 4);
+  static constexpr int kRows = kRegisters == 32 ? 12 : (kVector == 8 ? 6 : 4);
   static constexpr int kRowUnit = 1, kChunk = 256, kStride = kChunk + 16, kDecoded = 128;
   // Rows that a decoder asks memory for ahead of their turn.
   static constexpr int kAheadRows = 4, kAheadLanes = 16;
@@ -80,6 +85,9 @@ struct Fp32Engine {
   static void tileOf(int64_t depth, const float* rows, const float* strip, float* c, bool first) {
     // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
     Vector sum[R][2]{};
+#if QLORA_NEON
+    multiplyTile<R, kStride>(depth, rows, strip, sum);
+#else
     for (int64_t k = 0; k < depth; ++k) {
       const Vector low = load(strip + k * kStrip), high = load(strip + k * kStrip + kVector);
 #pragma GCC unroll 12
@@ -89,6 +97,7 @@ struct Fp32Engine {
         sum[r][1] = multiplyAdd(x, high, sum[r][1]);
       }
     }
+#endif
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < 2; ++v) {

@@ -50,9 +50,6 @@ class NibbleTable {
   Vector part_[kParts];
 };
 
-/// Whether groups of 2 * kVector lie in one block each and begin at a byte.
-QLORA_INLINE bool hasVectorGroups(const Weight& w) { return w.data.dtype == DType::u8 && w.K % (2 * kVector) == 0; }
-
 /// Calls f(c, even, odd) for each group of columns [j + c, j + c + 2 * kVector) of row i; j and n are whole groups.
 template <class T, class F>
 QLORA_INLINE void forEachVectorGroup(const Nibbles& w, int64_t i, int64_t j, int64_t n, F&& f) {

@@ -41,4 +41,7 @@ struct Nibbles {
   }
 };
 
+/// Whether groups of 2 * kVector lie in one block each and begin at a byte.
+QLORA_INLINE bool hasVectorGroups(const Weight& w) { return w.data.dtype == DType::u8 && w.K % (2 * kVector) == 0; }
+
 }  // namespace qlora::QLORA_ISA

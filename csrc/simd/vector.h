@@ -12,16 +12,20 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif QLORA_NEON
+#include <arm_neon.h>
 #endif
 
 namespace qlora::QLORA_ISA {
 
 #if QLORA_ISA_avx512 || QLORA_ISA_avx512bf16
-constexpr int kVector = 16;
+constexpr int kVector = 16, kRegisters = 32;
 #elif QLORA_ISA_avx2
-constexpr int kVector = 8;
+constexpr int kVector = 8, kRegisters = 16;
+#elif QLORA_NEON
+constexpr int kVector = 4, kRegisters = 32;
 #else
-constexpr int kVector = 4;
+constexpr int kVector = 4, kRegisters = 16;
 #endif
 
 typedef float Vector __attribute__((vector_size(kVector * 4)));
@@ -45,6 +49,8 @@ QLORA_INLINE Vector multiplyAdd(Vector a, Vector b, Vector c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif QLORA_ISA_avx2
   return _mm256_fmadd_ps(a, b, c);
+#elif QLORA_NEON
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -94,6 +100,17 @@ QLORA_INLINE void transpose(const float* in, int64_t from, float* out, int64_t t
     _mm256_storeu_ps(out + c * to, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
     _mm256_storeu_ps(out + (c + 4) * to, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
   }
+#elif QLORA_NEON
+  const float32x4_t r0 = vld1q_f32(in), r1 = vld1q_f32(in + from);
+  const float32x4_t r2 = vld1q_f32(in + 2 * from), r3 = vld1q_f32(in + 3 * from);
+  const float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)),
+                    odd01 = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
+  const float64x2_t even23 = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3)),
+                    odd23 = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
+  vst1q_f32(out, vreinterpretq_f32_f64(vtrn1q_f64(even01, even23)));
+  vst1q_f32(out + to, vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23)));
+  vst1q_f32(out + 2 * to, vreinterpretq_f32_f64(vtrn2q_f64(even01, even23)));
+  vst1q_f32(out + 3 * to, vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23)));
 #else
   for (int i = 0; i < kVector; ++i) {
     for (int j = 0; j < kVector; ++j) out[j * to + i] = in[i * from + j];

@@ -35,7 +35,8 @@ export interface OpCase {
 
 /** Of forward values; gradients are allowed four times as much. */
 const defaultTolerance: Record<FloatDType, number> = { f32: 2e-6, bf16: 8e-3, f16: 1.5e-3 };
-const sampledGradients = 16;
+// Under emulation (scripts/test-arm64.mjs) the reference takes most of the time.
+const sampledGradients = Number(process.env.QLORA_TEST_GRADIENTS ?? 16);
 
 /** Runs body once for each instruction set of this machine, each in a process of its own. */
 export function forEachIsa(t: Test, url: string, body: () => void | Promise<void>): void | Promise<void> {
