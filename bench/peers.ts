@@ -42,8 +42,12 @@ const numberOf = (line: Line | undefined, field: string): number => {
   if (typeof value !== 'number') throw new Error(`a bench printed no ${field}`);
   return value;
 };
-const least = (lines: readonly Line[], field: string) => Math.min(...lines.map((line) => numberOf(line, field)));
-const most = (lines: readonly Line[], field: string) => Math.max(...lines.map((line) => numberOf(line, field)));
+const numbersOf = (lines: readonly Line[], field: string): number[] => {
+  if (lines.length === 0) throw new Error(`no bench printed ${field} of what is compared`);
+  return lines.map((line) => numberOf(line, field));
+};
+const least = (lines: readonly Line[], field: string) => Math.min(...numbersOf(lines, field));
+const most = (lines: readonly Line[], field: string) => Math.max(...numbersOf(lines, field));
 
 const theirs = (setup: Setup, script: string, ...args: string[]) =>
   jsonLines(setup.python, [join(peersFolder, script), ...args, '--threads', setup.threads]);

@@ -15,7 +15,6 @@ export interface NativeStream {
   close(): void;
   memory(): NativeMemory;
   setMemoryLimit(bytes: number): void;
-  trim(): void;
   usage(): Promise<StreamUsage>;
 }
 

@@ -62,11 +62,6 @@ export class Stream {
     this.#native.setMemoryLimit(bytes);
   }
 
-  /** Hands unused memory back to the system, in the order of the queue. */
-  trim(): void {
-    guard(() => this.#native.trim());
-  }
-
   get closed(): boolean {
     return this.#closing !== undefined;
   }

@@ -99,6 +99,10 @@ void SegmentAllocator::release(void* pointer) {
     }
   }
   insertFree(block);
+  if (freed_ == FreedPages::kept) return;
+  const auto start = reinterpret_cast<uintptr_t>(block->first);
+  const size_t begin = roundUp(start, kHugePage), end = (start + block->second.bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 void SegmentAllocator::trim() {

@@ -14,7 +14,8 @@ namespace qlora {
 
 enum class MemoryClass : uint8_t { weights, adapters, optimizer, activations, scratch };
 constexpr int kMemoryClasses = 5;
-constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters", "optimizer", "activations", "scratch"};
+constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters", "optimizer", "activations",
+                                                           "scratch"};
 
 /// What stands behind the bytes: pages, or addresses alone. The latter are for a rehearsal, which counts what a run
 /// would take without taking it: reading there gives zeros, and what is written costs a page.
@@ -39,11 +40,14 @@ class MemoryCounter {
 /// All CPU memory of the process, rehearsals left out.
 MemoryCounter& processMemory();
 
-/// Best fit with coalescing over large segments. Freed blocks stay mapped for the next step, so a training step that
-/// repeats its shapes maps no page; `trim` hands wholly free segments back.
+/// What becomes of the pages of a freed block: kept for the next step, so that one that repeats its shapes maps none,
+/// or handed back to the system.
+enum class FreedPages : uint8_t { kept, returned };
+
+/// Best fit with coalescing over large segments; `trim` hands wholly free segments back.
 class SegmentAllocator {
  public:
-  explicit SegmentAllocator(Backing backing) : backing_(backing) {}
+  SegmentAllocator(Backing backing, FreedPages freed) : backing_(backing), freed_(freed) {}
   SegmentAllocator(const SegmentAllocator&) = delete;
   SegmentAllocator& operator=(const SegmentAllocator&) = delete;
   ~SegmentAllocator();
@@ -65,15 +69,17 @@ class SegmentAllocator {
   void eraseFree(Blocks::iterator block);
 
   const Backing backing_;
-  Blocks blocks_;                              // by address
-  std::set<std::pair<size_t, char*>> free_;    // by size, then address
+  const FreedPages freed_;
+  Blocks blocks_;                            // by address
+  std::set<std::pair<size_t, char*>> free_;  // by size, then address
   std::map<char*, size_t> segments_;
 };
 
 /// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe.
 class Memory {
  public:
-  explicit Memory(Backing backing) : backing_(backing), transient_(backing), lasting_(backing) {}
+  explicit Memory(Backing backing)
+      : backing_(backing), transient_(backing, FreedPages::kept), lasting_(backing, FreedPages::returned) {}
 
   void* allocate(size_t bytes, MemoryClass c);
   void release(void* pointer, size_t bytes, MemoryClass c);

@@ -28,6 +28,8 @@ constexpr uint64_t kNextLoop = 0x10000;
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");  // some tens of cycles, where `yield` takes none
 #endif
 }
 
@@ -93,6 +95,8 @@ void ThreadPool::drain(int thread) {
     const size_t threads = shares_.size();
     for (size_t turn = 0; turn < threads; ++turn) {
       Share& share = shares_[(thread + turn) % threads];
+      // One that is used up is only read: many threads writing to it would wait for each other.
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
       for (int64_t i; !failed_ && (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
         invoke_(body_, i, thread);
     }

@@ -106,7 +106,6 @@ class StreamHandle : public Napi::ObjectWrap<StreamHandle> {
   Napi::Value close(const Napi::CallbackInfo& info);
   Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value setMemoryLimit(const Napi::CallbackInfo& info);
-  Napi::Value trim(const Napi::CallbackInfo& info);
   Napi::Value usage(const Napi::CallbackInfo& info);
 };
 

@@ -54,7 +54,7 @@ Napi::Function StreamHandle::define(Napi::Env env) {
       env, "Stream",
       {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
        InstanceMethod<&StreamHandle::memory>("memory"), InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
-       InstanceMethod<&StreamHandle::trim>("trim"), InstanceMethod<&StreamHandle::usage>("usage")});
+       InstanceMethod<&StreamHandle::usage>("usage")});
 }
 
 /// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
@@ -101,13 +101,6 @@ Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) {
 Napi::Value StreamHandle::setMemoryLimit(const Napi::CallbackInfo& info) {
   stream->memory().setLimit(info[0].ToNumber().Int64Value());
   return info.Env().Undefined();
-}
-
-Napi::Value StreamHandle::trim(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&]() -> Napi::Value {
-    stream->post([memory = stream->sharedMemory()](Context&) { memory->trim(); });
-    return info.Env().Undefined();
-  });
 }
 
 /// Resolves to {operations: {name: {calls, seconds}}, minorFaults} of what has run since the last such call.

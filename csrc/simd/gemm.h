@@ -11,7 +11,8 @@
 //
 // Precision: operands are rounded to `compute` (a 4-bit weight through its scaled table, so both directions see the
 // same W), products and sums are fp32. On AVX-512 with bf16, products of bf16 go through vdpbf16ps, on AMX through
-// tdpbf16ps, and there bf16 subnormals (below 1.2e-38) count as zero.
+// tdpbf16ps, on ARM with bf16 through bfmmla; there bf16 subnormals (below 1.2e-38) count as zero, and bfmmla may round
+// the sums between its products to odd.
 #pragma once
 
 #include "core/stream.h"

@@ -10,8 +10,9 @@
 //
 // Sizes, for 48 KiB of first and 2 MiB of second cache: a chunk is 256 deep, so the 32 rows of A (18 KiB), one strip of
 // B (16 KiB) and its C (4 KiB) fit the first; A is used again for each strip, B streams from the second, and is asked
-// for two steps ahead, as the C of the next strip is. A block of 512 x 512 has 288 KiB of A, 256 of B, 1 MiB of C; it
-// decodes a weight once for 512 tokens and reads a packed X once for 512 rows of W. Rows of A are 576 bytes apart, nine
+// for two steps ahead, as the C of the next strip is. A block of at most 512 x 512 (fewer where threads have
+// rows of their own, gemm_engine.h) has 288 KiB of A, 256 of B, 1 MiB of C; it decodes a weight once for its tokens and
+// reads a packed X once for its rows of W. Rows of A are 576 bytes apart, nine
 // lines, so the 16 rows of a tile fall into different sets.
 //
 // Sums: tiles add 32 products at a time to C (tiles.h), so C goes on from chunk to chunk: a running sum over K / 32

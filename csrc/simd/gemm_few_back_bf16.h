@@ -15,7 +15,7 @@ class FewTokensBack {
   static constexpr int64_t kMost = 4;
 
   static bool takes(const Gemm& g) {
-    return g.form == GemmForm::nn && g.M <= kMost && g.extra.K == 0 && Bf16Engine::isNibbles(g.b) &&
+    return g.form == GemmForm::nn && g.M <= kMost && g.K > 0 && g.extra.K == 0 && Bf16Engine::isNibbles(g.b) &&
            hasGroups(*g.b.weight);
   }
 

@@ -79,9 +79,9 @@ class FewTokens {
 
   // --- dot products
 
-  /// Columns at a time: x stays in the first cache.
+  /// Columns at a time, whole groups: x stays in the first cache.
   template <int M>
-  static constexpr int64_t kDotChunk = 4096 / M;
+  static constexpr int64_t kDotChunk = 4096 / M / 128 * 128;
 
   template <int M>
   void dots(Context& context) const {

@@ -145,7 +145,9 @@ export class FrozenAdapter implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    for (const { A, B, norm } of this.layers.values()) for (const t of [A, B, norm]) t?.dispose();
+    for (const { A, B, magnitude, norm } of this.layers.values()) {
+      for (const t of [A, B, magnitude, norm]) t?.dispose();
+    }
   }
 }
 

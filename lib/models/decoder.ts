@@ -1,7 +1,7 @@
 /**
  * A decoder-only transformer as its DecoderConfig describes it. Shapes: B rows, T tokens a row, C hidden size, H query
- * heads, G key-value heads, D head size, V vocabulary, S places of the cache, R
- * positions whose hidden states are wanted.
+ * heads, G key-value heads, D head size, V vocabulary, S places of the cache, R positions whose hidden states are
+ * wanted.
  */
 import { checkpoint, type Tape } from '../autograd.js';
 import type { Linear, Pass } from '../nn/linear.js';

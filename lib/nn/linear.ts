@@ -41,9 +41,8 @@ export class Linear {
   #forward(tape: Tape | undefined, x: Tensor, pass: Pass): Tensor {
     const lora = pass.adapter === undefined ? undefined : this.adapters.get(pass.adapter);
     if (!lora) return matmul(tape, x, this.weight, this.bias);
-    const { magnitude } = lora;
     const frozen = pass.frozen?.get(this);
-    const { A, B, scale } = frozen ? { ...frozen, scale: 1 } : lora;
+    const { A, B, scale, magnitude } = frozen ? { ...frozen, scale: 1 } : lora;
     const weight = lora.residual ?? this.weight;
     const dropout = pass.dropout ? lora.dropout : 0;
     const key = { seed: pass.dropout?.seed ?? 0, stream: (pass.dropout?.microStep ?? 0) * 2 ** 20 + this.index };

@@ -22,7 +22,8 @@ export interface FrozenLora {
   /** A and scale * B, rounded to the compute dtype. */
   A: Tensor;
   B: Tensor;
-  /** With DoRA: the lengths of the rows of W + scale * B A. */
+  /** With DoRA: the trained lengths of the rows, and those of W + scale * B A. */
+  magnitude: Tensor | undefined;
   norm: Tensor | undefined;
 }
 
@@ -99,6 +100,7 @@ export class LoraLinear {
     return {
       A: cast(undefined, A, dtype, 'adapters'),
       B: cast(undefined, scaled, dtype, 'adapters'),
+      magnitude: magnitude && cast(undefined, magnitude, 'f32', 'adapters'),
       norm: magnitude && loraRowNorm(residual ?? linear.weight, A, B, factor, dtype),
     };
   }

@@ -222,7 +222,7 @@ void testLayers() {
       }
       for (std::thread& user : users) user.join();
     }
-    std::printf("%s\n", ops.name, "name");
+    std::printf("%s\n", ops.name);
   }
 }
 

@@ -39,6 +39,10 @@ const cases: Case[] = [
   { M: 37, N: 67, K: 133, base: 'int8' },
   { M: 18, N: 100, K: 65, base: 'bf16', dropout: 0.1 },
   { M: 66, N: 31, K: 300, base: 'f16' },
+  // Few tokens: more columns than their kernels take at a time, and more rows.
+  ...[1, 2, 3, 4].map((M): Case => ({ M, N: 140, K: 4224, base: 'nf4', doubleQuant: true })),
+  { M: 3, N: 70, K: 2113, base: 'bf16' },
+  { M: 35, N: 40, K: 1472, base: 'nf4' },
 ];
 const r = 5;
 
@@ -109,10 +113,13 @@ async function compute(): Promise<Result[]> {
       parameter.requiresGrad = true;
       parameter.gradient = Tensor.from(stream, new Float32Array(parameter.size), parameter.shape);
     }
+    const plain = new Tape();
+    const dy = tensor('bf16', [M, N]);
+    await keep('dx of W', 'bf16', plain.backward(matmul(plain, x, weight), dy, x) as Tensor);
     const tape = new Tape();
     const y = loraLinear(tape, x, weight, undefined, adapter);
     await keep('with adapter', 'bf16', y);
-    await keep('dx', 'bf16', tape.backward(y, tensor('bf16', [M, N]), x) as Tensor);
+    await keep('dx', 'bf16', tape.backward(y, dy, x) as Tensor);
     await keep('dA', 'bf16', adapter.A.gradient as Tensor);
     await keep('dB', 'bf16', adapter.B.gradient as Tensor);
   }
