@@ -49,11 +49,11 @@ void runWeight(const Weight& weight, const std::shared_ptr<Memory>& memory, Stre
   if (weight.N > 4096 || weight.K > 4096) return;
   const OpTable& ops = stream.ops();
   const Tensor y = makeTensor(memory, DType::bf16, {weight.N, weight.K});
-  enqueue(stream, Dequantize{weight, y}, ops.dequantize);
+  enqueue(stream, Dequantize{weight, y}, ops.dequantize, "dequantize");
   const Tensor x = makeTensor(memory, DType::bf16, {3, weight.K}),
                product = makeTensor(memory, DType::bf16, {3, weight.N});
-  enqueue(stream, Fill{x, 1}, ops.fill);
-  enqueue(stream, MatmulForward{x, weight, {}, product}, ops.matmulForward);
+  enqueue(stream, Fill{x, 1}, ops.fill, "fill");
+  enqueue(stream, MatmulForward{x, weight, {}, product}, ops.matmulForward, "matmulForward");
 }
 
 }  // namespace
