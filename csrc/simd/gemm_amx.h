@@ -26,6 +26,7 @@ namespace qlora::QLORA_ISA {
 
 struct AmxEngine : Bf16Operands<256> {
   static constexpr int kRows = 32, kRowUnit = kTileRows, kDepth = kTileDepth, kDecoded = 512;
+  static_assert(kDecoded <= kMostLanes);
 
   using Session = TileSession;
 

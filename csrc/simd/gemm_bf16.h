@@ -59,6 +59,7 @@ struct Bf16Operands {
   using Element = bf16;
   static constexpr int kGroup = 128, kPiles = 4, kLanesUnit = 64, kStrip = 2 * kVector;
   static constexpr int kChunk = kDeep, kStride = kChunk + 32;
+  static constexpr int kMostLanes = 512;  // columns that lanes() takes at most
   // Rows that a decoder asks memory for ahead of their turn.
   static constexpr int kAheadRows = 12, kAheadLanes = 16;
 
@@ -195,7 +196,7 @@ struct Bf16Operands {
   static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
     const int64_t K = reader.columns();
     const typename Reader::Rows rows(reader);
-    float scales[2][kChunk / 64 * Reader::kScales];
+    float scales[2][kMostLanes / 64 * Reader::kScales];
     for (int64_t r = 0; r < n; r += 2) {
       const int64_t flat = (i + r) * K + j, below = r + 1 < n ? K : 0;
       reader.scales(flat, columns, scales[0]);
@@ -223,6 +224,7 @@ struct Bf16Operands {
 
 struct Bf16Engine : Bf16Operands<512> {
   static constexpr int kRows = 12, kRowUnit = 1, kDepth = 2, kDecoded = 128;
+  static_assert(kDecoded <= kMostLanes);
   struct Session {};
 
   static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
