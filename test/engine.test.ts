@@ -99,7 +99,10 @@ t.test('an idle process ends, and a dropped read keeps none alive', async (t) =>
   t.same(outcome(t, await runChild('closed')), Array(3).fill('ERR_QLORA_DISPOSED'));
 });
 
-t.test('a training step maps no page', async (t) => {
+// AddressSanitizer sees the end of a tensor only where each is allocated by itself.
+const noSegments =
+  process.env.ASAN_OPTIONS !== undefined && 'under AddressSanitizer memory is not kept for the next step';
+t.test('a training step maps no page', { skip: noSegments }, async (t) => {
   // One thread, so that the stream's own is all that computes.
   const { first, later } = outcome(t, await runChild('stepFaults', [], { env: { QLORA_NUM_THREADS: '1' } })) as {
     first: number;
