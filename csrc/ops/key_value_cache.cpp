@@ -17,10 +17,14 @@ int64_t bytesOfToken(const Tensor& cache) {
 }  // namespace
 
 void appendKeyValue(Context& context, const AppendKeyValue& a) {
-  const int64_t token = bytesOfToken(a.rows);
+  const int64_t token = bytesOfToken(a.rows), at = *a.at.data<int32_t>();
+  if (at < 0 || at + a.rows.dim(1) > a.cache.dim(1)) {
+    fail("ERR_QLORA_SHAPE", "appendKeyValue: %lld rows at %lld do not fit into a cache of %lld",
+         static_cast<long long>(a.rows.dim(1)), static_cast<long long>(at), static_cast<long long>(a.cache.dim(1)));
+  }
   const int64_t bytes = a.rows.dim(1) * token, cacheBytes = a.cache.dim(1) * token;
   const char* rows = a.rows.data<char>();
-  char* cache = a.cache.data<char>() + a.at * token;
+  char* cache = a.cache.data<char>() + at * token;
   context.pool.parallelFor(a.rows.dim(0),
                            [&](int64_t b, int) { std::memcpy(cache + b * cacheBytes, rows + b * bytes, bytes); });
 }

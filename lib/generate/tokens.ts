@@ -3,7 +3,9 @@ import { QLoRAError } from '../errors.js';
 import { checkIds, FrozenAdapter, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
 import type { DecoderPass } from '../models/decoder.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
+import { TokenPass } from '../models/token-pass.js';
 import { argmax, sample } from '../ops/logits-choose.js';
+import type { Tensor } from '../tensor.js';
 import { beamSearch } from './beams.js';
 import { processScores, type ScoreOptions } from './scores.js';
 
@@ -52,29 +54,54 @@ export async function* generateIds(
   using cache = new KeyValueCache(core.stream, core.config, 1, capacity, core.computeDtype);
   const ids = new Int32Array(capacity);
   ids.set(prompt);
+  using passes = new Passes(core, cache, pass);
   for (let length = prompt.length; length < capacity; length++) {
     options.signal?.throwIfAborted();
+    using logits = passes.logits(ids.subarray(cache.length, length));
     const step = length - prompt.length;
-    const id = await nextId(core, ids.subarray(0, length), cache, step, pass, { ...options, minNewTokens });
+    const id = await nextId(logits, ids.subarray(0, length), step, { ...options, minNewTokens });
     if (options.endTokens.has(id)) return;
     yield id;
     ids[length] = id;
   }
 }
 
-/** @param ids all so far; those that the cache does not hold yet go through the model */
+/** The passes of a generation: whatever comes first, a prompt, then a token a row and pass. To be disposed of. */
+export class Passes implements Disposable {
+  #token: TokenPass | undefined;
+
+  constructor(
+    private readonly core: ModelCore,
+    private readonly cache: KeyValueCache,
+    private readonly pass: GenerationPass,
+  ) {}
+
+  /** @param tokens [B, length], new to the cache; returns the logits after the last of each row, f32 [B, V]. */
+  logits(tokens: Int32Array): Tensor {
+    const { core, cache, pass } = this;
+    const { batch } = cache;
+    if (tokens.length === batch) {
+      this.#token ??= new TokenPass(core, cache, pass);
+      return this.#token.run(tokens);
+    }
+    const length = tokens.length / batch;
+    const wanted = Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1);
+    using hidden = hiddenStates(core, undefined, { tokens, batch, length, wanted }, pass, cache);
+    return logitsOf(core, pass.adapter, hidden);
+  }
+
+  [Symbol.dispose](): void {
+    this.#token?.[Symbol.dispose]();
+  }
+}
+
+/** @param ids all so far */
 async function nextId(
-  core: ModelCore,
+  logits: Tensor,
   ids: Int32Array,
-  cache: KeyValueCache,
   step: number,
-  pass: GenerationPass,
   options: SamplingOptions & ScoreOptions,
 ): Promise<number> {
-  const tokens = ids.subarray(cache.length);
-  const rows = { tokens, batch: 1, length: tokens.length, wanted: Int32Array.of(tokens.length - 1) };
-  using hidden = hiddenStates(core, undefined, rows, pass, cache);
-  using logits = logitsOf(core, pass.adapter, hidden);
   using scores = processScores(logits, ids, step, 1, options);
   using id = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
   return (await id.readBits())[0] as number;

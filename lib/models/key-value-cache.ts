@@ -6,6 +6,8 @@ import type { DecoderConfig } from './config.js';
 /** Keys and values of the tokens so far, for each layer [B, S, G, D] with room for S. */
 export class KeyValueCache implements Disposable {
   #length = 0;
+  /** i32 [1]: its length, for the operations that go on from there. */
+  readonly end: Tensor;
   readonly #layers: { keys: Tensor; values: Tensor }[];
 
   constructor(
@@ -15,6 +17,7 @@ export class KeyValueCache implements Disposable {
     readonly capacity: number,
     dtype: FloatDType,
   ) {
+    this.end = Tensor.from(stream, Int32Array.of(0), [1]);
     const shape = [batch, capacity, config.numKvHeads, config.headDim];
     this.#layers = Array.from({ length: config.numLayers }, () => ({
       keys: zeros(stream, shape, dtype),
@@ -33,7 +36,12 @@ export class KeyValueCache implements Disposable {
 
   /** After all layers have appended theirs. */
   advance(tokens: number): void {
-    this.#length += tokens;
+    this.#setLength(this.#length + tokens);
+  }
+
+  #setLength(length: number): void {
+    this.#length = length;
+    this.end.write(Int32Array.of(length)).catch(() => {}); // who reads it fails with it
   }
 
   /**
@@ -41,7 +49,7 @@ export class KeyValueCache implements Disposable {
    * `source` may be this cache.
    */
   gather(source: KeyValueCache, from: Int32Array, begin: number): void {
-    this.#length = source.length;
+    if (source !== this) this.#setLength(source.length);
     if (source === this && from.every((row, b) => row === b)) return;
     using rows = Tensor.from(this.stream, from, [this.batch]);
     this.#layers.forEach(({ keys, values }, i) => {
@@ -52,6 +60,7 @@ export class KeyValueCache implements Disposable {
   }
 
   dispose(): void {
+    this.end.dispose();
     for (const { keys, values } of this.#layers) {
       keys.dispose();
       values.dispose();

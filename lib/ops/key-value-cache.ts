@@ -4,9 +4,10 @@ import type { Tensor } from '../tensor.js';
  * Writes rows into a cache of keys or values, in place: cache[b, at + t] = rows[b, t]. Not differentiable.
  *
  * @param rows [B, T, Hkv, D]
- * @param cache [B, S, Hkv, D] of the same dtype, at + T <= S
+ * @param cache [B, S, Hkv, D] of the same dtype
+ * @param at i32 [1]; at + T > S fails with ERR_QLORA_SHAPE
  */
-export function appendKeyValue(rows: Tensor, cache: Tensor, at: number): void {
+export function appendKeyValue(rows: Tensor, cache: Tensor, at: Tensor): void {
   rows.stream.run('appendKeyValue', rows, cache, at);
 }
 

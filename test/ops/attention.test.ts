@@ -81,12 +81,12 @@ function reference(s: Shape) {
   };
 }
 
-function optionsOf(s: Shape, { querySegments, keySegments }: Record<string, Tensor>) {
+function optionsOf(s: Shape, { querySegments, keySegments, pastLength }: Record<string, Tensor>) {
   return {
     causal: s.causal ?? true,
     window: s.window,
     softCap: s.softCap,
-    keyLength: s.keyLength,
+    pastLength,
     querySegments,
     keySegments,
   };
@@ -103,6 +103,9 @@ function attentionCase(shape: Shape): OpCase {
         keySegments: { shape: [B, S], dtype: 'i32', value: (n) => s.segment?.(n % S, Math.floor(n / S)) as number },
       }
     : {};
+  const { keyLength } = s;
+  const past: Record<string, OpInput> =
+    keyLength === undefined ? {} : { pastLength: { shape: [1], dtype: 'i32', value: () => keyLength - Tq } };
   const { segment, ...numbers } = shape;
   return {
     name: `attention ${JSON.stringify(numbers)}${segment ? ' with segments' : ''}`,
@@ -111,6 +114,7 @@ function attentionCase(shape: Shape): OpCase {
       k: { shape: [B, S, Hkv, D], ...gradient },
       v: { shape: [B, S, Hkv, D], ...gradient },
       ...segments,
+      ...past,
     },
     run: (tape, x) => attention(tape, x.q as Tensor, x.k as Tensor, x.v as Tensor, optionsOf(s, x)),
     reference: reference(s),
@@ -228,7 +232,9 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const positions = [0, 1, 2, 1000, 131071];
       const frequencies = Float32Array.from([1, 0.5, 1e-4 / 3, 2e-7]);
-      const { cos, sin } = ropeTable(Tensor.from(stream, Int32Array.from(positions), [5]), frequencies, 1.25);
+      const [cos, sin] = [new Tensor(stream, 'f32', [5, 4]), new Tensor(stream, 'f32', [5, 4])];
+      const at = Tensor.from(stream, Int32Array.from(positions), [5]);
+      ropeTable(at, Tensor.from(stream, frequencies, [4]), 1.25, { cos, sin });
       const [cosines, sines] = [await cos.read(), await sin.read()];
       positions.forEach((position, m) => {
         frequencies.forEach((frequency, r) => {
@@ -245,7 +251,7 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const cache = Tensor.from(stream, new Float32Array(2 * 5 * 2 * 3).fill(-1), [2, 5, 2, 3]);
       const rows = Float32Array.from({ length: 2 * 2 * 2 * 3 }, (_, i) => i);
-      appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, 2);
+      appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, Tensor.from(stream, Int32Array.of(2), [1]));
       const expected = Array.from({ length: 60 }, (_, n) => {
         const position = Math.floor(n / 6) % 5;
         return position === 2 || position === 3 ? (Math.floor(n / 30) * 2 + position - 2) * 6 + (n % 6) : -1;
@@ -276,9 +282,10 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const [q, k] = [new Tensor(stream, 'f32', [1, 1, 2, 4]), new Tensor(stream, 'f32', [1, 9, 2, 4])];
       q.requiresGrad = true;
-      t.throws(() => attention(new Tape(), q, k, k, { causal: true, keyLength: 5 }), {
+      const pastLength = new Tensor(stream, 'i32', [1]);
+      t.throws(() => attention(new Tape(), q, k, k, { causal: true, pastLength }), {
         code: 'ERR_QLORA_ARGUMENT',
-        message: /number of keys, 9, got 5/,
+        message: /no gradients where pastLength is given/,
       });
       await stream.close();
     });
@@ -297,11 +304,12 @@ if (process.env.ATTENTION_DIGEST) {
       {
         name: 'a longer cache than there is',
         run: (s) => {
-          const x = zeros(s, [1, 2, 2, 4]);
-          attention(undefined, x, x, x, { causal: true, keyLength: 3 });
+          const x = Tensor.from(s, new Float32Array(16), [1, 2, 2, 4]);
+          const pastLength = Tensor.from(s, Int32Array.of(1), [1]);
+          return attention(undefined, x, x, x, { causal: true, pastLength }).read();
         },
         code: 'ERR_QLORA_SHAPE',
-        message: /keyLength must be from 0 to 2, got 3/,
+        message: /pastLength must be from 0 to 0, got 1/,
       },
       {
         name: 'segment ids of queries alone',
@@ -335,7 +343,12 @@ if (process.env.ATTENTION_DIGEST) {
       },
       {
         name: 'a full cache',
-        run: (s) => appendKeyValue(zeros(s, [1, 2, 1, 4]), zeros(s, [1, 4, 1, 4]), 3),
+        run: (s) => {
+          const x = Tensor.from(s, new Float32Array(16), [1, 4, 1, 4]);
+          const rows = Tensor.from(s, new Float32Array(8), [1, 2, 1, 4]);
+          appendKeyValue(rows, x, Tensor.from(s, Int32Array.of(3), [1]));
+          return x.read();
+        },
         code: 'ERR_QLORA_SHAPE',
         message: /2 rows at 3 do not fit into a cache of 4/,
       },
