@@ -18,8 +18,8 @@
 //
 // q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, S, Hkv, D], all of one floating-point type; segment ids i32 [B, Tq]
 // and [B, S], both or neither; logSumExp f32 [B, H, Tq]. keyLength is S, or where k and v are a cache with spare room,
-// pastLength + Tq: pastLength i32 [1] is a tensor, so that a recording can go ever further on; too long a one fails with
-// ERR_QLORA_SHAPE. Backward takes all S keys. out, logSumExp, dq, dk, dv are overwritten. All sums are in fp32, in an order that depends on shapes alone.
+// pastLength[b] + Tq: pastLength i32 [B] is a tensor, so that a recording can go ever further on; too long a one fails
+// with ERR_QLORA_SHAPE. Backward takes all S keys. out, logSumExp, dq, dk, dv are overwritten. All sums are in fp32, in an order that depends on shapes alone.
 // Products are of fp32 values, but on processors with bf16 dot products bf16 tensors keep p and ds in bf16 too.
 #pragma once
 
@@ -96,7 +96,7 @@ struct AttentionForward {
     detail::checkAttentionOptions("attention", scale, causal, window, softCap);
     if (!pastLength.defined()) return;
     checkDType("attention", "pastLength", pastLength, {DType::i32});
-    checkShape("attention", "pastLength", pastLength, {1});
+    checkShape("attention", "pastLength", pastLength, {q.dim(0)});
   }
 };
 

@@ -9,6 +9,6 @@ namespace qlora::QLORA_ISA::attention {
 /// Up to so many queries a head come here.
 constexpr int64_t kDecodeQueries = 4;
 
-void decode(Context& context, const AttentionForward& a, int64_t keyLength);
+void decode(Context& context, const AttentionForward& a);
 
 }  // namespace qlora::QLORA_ISA::attention

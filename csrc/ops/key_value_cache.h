@@ -1,11 +1,11 @@
 // The cache of keys or values that generation keeps a layer, with room for tokens to come.
 //
-//   append   cache[b, at + t, h, d] = rows[b, t, h, d]
-//   gather   cache[b, t, h, d] = source[from[b], t, h, d]       for begin <= t < end
+//   append   cache[b, at[b] + t, h, d] = rows[b, t, h, d]
+//   gather   cache[b, t, h, d] = source[from[b], t, h, d]       for begin <= t < end; from[b] -1 leaves row b as it is
 //
-// rows [B, T, Hkv, D] and cache [B, S, Hkv, D] of one floating-point type; at i32 [1], which fails with ERR_QLORA_SHAPE
-// where at + T > S: it is a tensor, so that a recording can append ever further on. source [B', S', Hkv, D] may be
-// the cache itself: all its rows are read as they were before. from i32 [B]; one outside [0, B') fails with
+// rows [B, T, Hkv, D] and cache [B, S, Hkv, D] of one floating-point type; at i32 [B], which fails with ERR_QLORA_SHAPE
+// where at[b] + T > S: it is a tensor, so that a recording can append ever further on. source [B', S', Hkv, D] may be
+// the cache itself: all its rows are read as they were before. from i32 [B]; one outside [-1, B') fails with
 // ERR_QLORA_ARGUMENT. The rest of the cache stays as it is. Where the operation fails the cache fails with it: what
 // reads it would compute with tokens that are not there.
 #pragma once
@@ -31,7 +31,7 @@ struct AppendKeyValue {
     checkDType("appendKeyValue", "cache", cache, {rows.dtype});
     checkShape("appendKeyValue", "cache", cache, {rows.dim(0), -1, rows.dim(2), rows.dim(3)});
     checkDType("appendKeyValue", "at", at, {DType::i32});
-    checkShape("appendKeyValue", "at", at, {1});
+    checkShape("appendKeyValue", "at", at, {rows.dim(0)});
   }
 };
 

@@ -43,7 +43,7 @@ export interface TokenRows {
   tokens: Int32Array;
   batch: number;
   length: number;
-  /** Default: 0, 1, ... in each row, after what the cache holds. */
+  /** Default: 0, 1, ... in each row, after what the cache holds of it. */
   positions?: Int32Array;
   /** Below 0 in padding. Default: each row is one sequence. */
   segmentIds?: Int32Array;
@@ -90,8 +90,8 @@ export function hiddenStates(
   using magnitude =
     neftune && Tensor.from(core.stream, noiseMagnitudes(neftune.alpha, core.config.hiddenSize, rows), [batch, length]);
   const noise = neftune && magnitude && { magnitude, seed: neftune.seed, stream: noiseStream(neftune.microStep) };
-  const start = cache?.length ?? 0;
-  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
+  const follow = (_: unknown, i: number) => (cache?.lengths[Math.floor(i / length)] ?? 0) + (i % length);
+  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, follow);
   using rope = new RopeInput(core.stream, core.config.rope, positions.length);
   rope.write(positions, length);
   const input = { tokens, rope, segments, cache, wanted, noise };

@@ -162,9 +162,9 @@ function attend(
   const options = { scale, causal: true, window: windows?.[layer] };
   if (cache) {
     const { keys, values } = cache.layer(layer);
-    appendKeyValue(k, keys, cache.end);
-    appendKeyValue(v, values, cache.end);
-    using out = attention(tape, q, keys, values, { ...options, pastLength: cache.end });
+    appendKeyValue(k, keys, cache.ends);
+    appendKeyValue(v, values, cache.ends);
+    using out = attention(tape, q, keys, values, { ...options, pastLength: cache.ends });
     return reshape(tape, out, [B * T, H * D]);
   }
   using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });

@@ -38,7 +38,7 @@ export class TokenPass implements Disposable {
     const { core, cache } = this;
     checkAdapter(core, this.pass.adapter);
     this.#tokens.write(tokens).catch(() => {}); // who reads them fails with it
-    this.#rope.write(new Int32Array(cache.batch).fill(cache.length), 1);
+    this.#rope.write(cache.lengths, 1);
     this.#recording.run();
     cache.advance(1);
     return this.#logits.view(this.#logits.shape);

@@ -14,13 +14,13 @@ export interface AttentionOptions {
   /** i32 [B, Tq] and [B, S]: a query sees keys of its own id only; negative ids are padding. Both or neither. */
   querySegments?: Tensor;
   keySegments?: Tensor;
-  /** i32 [1], where k and v are a cache with spare room: how many keys there are before those of the queries themselves. */
+  /** i32 [B], where k and v are a cache with spare room: how many keys there are before those of the queries themselves. */
   pastLength?: Tensor;
 }
 
 /**
  * Softmax attention in blocks; csrc/ops/attention.h has the formulas. Query i of Tq stands at key position S - Tq + i, or
- * pastLength + i. A query that sees no key gets zeros.
+ * pastLength[b] + i. A query that sees no key gets zeros.
  *
  * @param q [B, Tq, H, D] of any float dtype
  * @param k [B, S, Hkv, D], H a multiple of Hkv: consecutive query heads share a key head
