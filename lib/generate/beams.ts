@@ -5,8 +5,8 @@ import { KeyValueCache } from '../models/key-value-cache.js';
 import { beamCandidates } from '../ops/logits-choose.js';
 import { logSoftmax } from '../ops/logits-process.js';
 import { Tensor } from '../tensor.js';
-import { processScores, type ScoreOptions } from './scores.js';
-import { type GenerationPass, Passes, type SamplingOptions } from './tokens.js';
+import { type GenerationPass, Passes } from './passes.js';
+import { processScores, type SamplingOptions, type ScoreOptions } from './scores.js';
 
 export interface Hypothesis {
   /** New ids, without the one that ended it. */

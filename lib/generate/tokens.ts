@@ -1,35 +1,12 @@
 /** From ids to ids: prompts at once, then a token a row and pass over a cache of keys and values. */
 import { QLoRAError } from '../errors.js';
-import { checkIds, FrozenAdapter, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
-import type { DecoderPass } from '../models/decoder.js';
+import { checkIds, FrozenAdapter, hiddenStates, type ModelCore } from '../models/core.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
-import { TokenPass } from '../models/token-pass.js';
 import { argmax, sample } from '../ops/logits-choose.js';
 import type { Tensor } from '../tensor.js';
 import { beamSearch } from './beams.js';
-import { processScores, type ScoreOptions } from './scores.js';
-
-export interface SamplingOptions extends Omit<ScoreOptions, 'minNewTokens'> {
-  maxNewTokens: number;
-  /** Left out: what minLength asks for. */
-  minNewTokens: number | undefined;
-  /** As minNewTokens, with the prompt counted. */
-  minLength: number;
-  /** 1 keeps one text; more search for the likeliest. */
-  numBeams: number;
-  /** A finished beam's score is divided by its length to this power. */
-  lengthPenalty: number;
-  /** When beams stop: see BeamSearch. */
-  earlyStopping: boolean | 'never';
-  seed: number;
-  /** Whether these new ids are a whole text although none of endTokens ended it; beams ask it. */
-  isWhole?: (ids: readonly number[]) => boolean;
-  adapter: string | undefined;
-  signal?: AbortSignal;
-}
-
-/** How every pass of a generation is made. */
-export type GenerationPass = Omit<DecoderPass, 'computeDtype'>;
+import { type GenerationPass, Passes, passOf } from './passes.js';
+import { processScores, type SamplingOptions, type ScoreOptions } from './scores.js';
 
 /** New ids, one by one; those of beams when the search is over. */
 export async function* generateIds(
@@ -44,7 +21,7 @@ export async function* generateIds(
   checkPrompt(core, prompt);
   using frozen = new FrozenAdapter(core, options.adapter);
   const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - prompt.length);
-  yield* (await beamSearch(core, prompt, passOf(options, frozen), { ...options, minNewTokens })).ids;
+  yield* (await beamSearch(core, prompt, passOf(options.adapter, frozen), { ...options, minNewTokens })).ids;
 }
 
 export interface RowOptions extends Omit<SamplingOptions, 'numBeams' | 'lengthPenalty' | 'earlyStopping' | 'isWhole'> {
@@ -65,7 +42,7 @@ export async function* generateRows(
   const longest = Math.max(...prompts.map((prompt) => prompt.length));
   const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - longest);
   using frozen = new FrozenAdapter(core, options.adapter);
-  const pass = passOf(options, frozen);
+  const pass = passOf(options.adapter, frozen);
   const batch = prompts.length;
   const capacity = longest + options.maxNewTokens;
   using cache = new KeyValueCache(core.stream, core.config, batch, capacity, core.computeDtype);
@@ -92,10 +69,6 @@ function checkPrompt(core: ModelCore, prompt: ArrayLike<number>): void {
   throw new QLoRAError('ERR_QLORA_ARGUMENT', 'a prompt must have at least one token, got none', {
     hint: 'A tokenizer without BOS makes nothing of an empty text.',
   });
-}
-
-function passOf({ adapter }: { adapter: string | undefined }, { layers }: FrozenAdapter): GenerationPass {
-  return { adapter, frozen: layers, checkpointing: 'none' };
 }
 
 /**
@@ -155,35 +128,6 @@ class SeenIds {
     ids.forEach((id, row) => {
       this.#ids[row * this.#capacity + this.longest + step] = id;
     });
-  }
-}
-
-/** The passes of a generation: whatever comes first, a prompt, then a token a row and pass. To be disposed of. */
-export class Passes implements Disposable {
-  #token: TokenPass | undefined;
-
-  constructor(
-    private readonly core: ModelCore,
-    private readonly cache: KeyValueCache,
-    private readonly pass: GenerationPass,
-  ) {}
-
-  /** @param tokens [B, length], new to the cache; returns the logits after the last of each row, f32 [B, V]. */
-  logits(tokens: Int32Array): Tensor {
-    const { core, cache, pass } = this;
-    const { batch } = cache;
-    if (tokens.length === batch) {
-      this.#token ??= new TokenPass(core, cache, pass);
-      return this.#token.run(tokens);
-    }
-    const length = tokens.length / batch;
-    const wanted = Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1);
-    using hidden = hiddenStates(core, undefined, { tokens, batch, length, wanted }, pass, cache);
-    return logitsOf(core, pass.adapter, hidden);
-  }
-
-  [Symbol.dispose](): void {
-    this.#token?.[Symbol.dispose]();
   }
 }
 
