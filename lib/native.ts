@@ -10,6 +10,14 @@ export interface NativeMemory {
   peakByClass: Record<string, number>;
 }
 
+/** With the memory that this process uses there. */
+export interface NativeCudaDevice extends NativeMemory {
+  name: string;
+  memoryBytes: number;
+  freeBytes: number;
+  capability: string;
+}
+
 export interface NativeStream {
   sync(): Promise<void>;
   close(): void;
@@ -45,11 +53,17 @@ export interface NativeTensor {
 export type NativeArgument = NativeTensor | readonly NativeTensor[] | number | null | undefined;
 
 interface Addon {
-  Stream: new (purpose?: 'rehearsal') => NativeStream;
+  /** cuda: the device's number; undefined on the CPU. */
+  Stream: new (
+    cuda?: number,
+    purpose?: 'rehearsal',
+  ) => NativeStream;
   Tensor: new (stream: NativeStream, dtype: string, shape: readonly number[], memoryClass: string) => NativeTensor;
   ops: Record<string, (stream: NativeStream, ...args: NativeArgument[]) => void>;
   processMemory(): NativeMemory;
   cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };
+  /** Throws where CUDA cannot be used. */
+  cuda(): NativeCudaDevice[];
 }
 
 function load(): Addon {

@@ -3,6 +3,7 @@
 import { QLoRAError } from './errors.js';
 import type {
   NativeArgument,
+  NativeCudaDevice,
   NativeMemory,
   NativeRecording,
   NativeStream,
@@ -20,14 +21,20 @@ export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 
 
 /** A queue of operations with a thread of its own and memory that it counts. One a model. */
 export class Stream {
-  readonly device: Device = 'cpu';
   readonly #native: NativeStream;
   readonly #shared = new Map<string, Tensor>();
   #closing: Promise<void> | undefined;
 
-  /** @param purpose 'rehearsal' computes nothing, and counts the memory that computing would take */
-  constructor(purpose?: 'rehearsal') {
-    this.#native = guard(() => new native.Stream(purpose));
+  /**
+   * @param purpose 'rehearsal' computes nothing, and counts the memory that computing would take
+   * @throws QLoRAError `ERR_QLORA_DEVICE` where the device cannot be used
+   */
+  constructor(
+    readonly device: Device = 'cpu',
+    purpose?: 'rehearsal',
+  ) {
+    const cuda = device === 'cpu' ? undefined : Number(device.slice('cuda:'.length));
+    this.#native = guard(() => new native.Stream(cuda, purpose));
   }
 
   get handle(): NativeStream {
@@ -55,7 +62,11 @@ export class Stream {
 
   /** What its kernels are compiled for: another one may give other bits. */
   get instructionSet(): string {
-    return native.cpu().inUse;
+    return this.device === 'cpu' ? native.cpu().inUse : `cuda ${this.#cuda.capability}`;
+  }
+
+  get #cuda(): NativeCudaDevice {
+    return guard(() => native.cuda())[Number(this.device.slice('cuda:'.length))] as NativeCudaDevice;
   }
 
   /** Resolves when everything enqueued so far has run. */

@@ -2,7 +2,6 @@
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
-import t, { type Test } from 'tap';
 import { native } from '../lib/native.js';
 import { zeros } from '../lib/ops/elementwise.js';
 import { gradNorm } from '../lib/ops/grad-norm.js';
@@ -24,10 +23,11 @@ import {
   worst,
 } from './support/optimizer-traces.js';
 import { valuesOf } from './support/safetensors.js';
+import t, { type Test, testDevice } from './support/testing.js';
 
 async function checkTrace(t: Test, trace: Trace): Promise<void> {
   const { size } = trace;
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const run = new Run(stream, trace);
   const eight = run.op.endsWith('8bit');
   for (let step = 1; step <= lastStep; step++) {
@@ -73,7 +73,7 @@ async function checkSteps(t: Test, trace: Trace): Promise<void> {
   const { size } = trace;
   for (const [at, step] of trace.steps.entries()) {
     if (trace.steps[at + 1] !== step + 1) continue;
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const run = new Run(stream, trace);
     const [param] = run.params as [Tensor];
     await param.write(reference(trace.param).slice(at * size, (at + 1) * size));
@@ -110,7 +110,7 @@ async function digest(): Promise<string> {
   const normal = normalNumbers(5);
   const size = 100_003;
   const numbers = Float32Array.from({ length: size }, normal);
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const add = async (x: Tensor) => hash.update(new Uint8Array((await x.readBits()).buffer));
   for (const op of ['adamw', 'adamw8bit', 'lion', 'lion8bit', 'ademamix', 'sgd'] as const) {
     const params = [Tensor.from(stream, numbers, [size])];
@@ -177,7 +177,7 @@ await forEachIsa(t, import.meta.url, async () => {
     // Gradients that a scaled loss has made larger are unscaled first.
     for (const scale of [1, 4096]) {
       await t.test(`clipping: ${name}, loss scaled by ${scale}`, async (t) => {
-        const stream = new Stream();
+        const stream = new Stream(testDevice);
         const originals = Array.from({ length: tensors }, (_, i) => clipping(`${name}.grad.${i}`));
         const scaled = originals.map((original) => valuesOf(original).map((x) => x * scale));
         const gradients = originals.map(({ shape }, i) => Tensor.from(stream, scaled[i] as Float32Array, shape));
@@ -205,7 +205,7 @@ await forEachIsa(t, import.meta.url, async () => {
 
   await t.test('a gradient that is not finite changes nothing', async (t) => {
     for (const spoilt of [Number.NaN, Number.POSITIVE_INFINITY]) {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const lists = [1, 2, 3, 4].map((x) => [Tensor.from(stream, Float32Array.of(x, x), [2])]);
       const [params, m, v, m2] = lists as [Tensor[], Tensor[], Tensor[], Tensor[]];
       const gradients = [Tensor.from(stream, Float32Array.of(1, spoilt), [2])];
@@ -228,7 +228,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test("the loss scale, as PyTorch's GradScaler has it", async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const counted = counters(stream, 8);
     const [good, bad] = [1, 0].map((finite) => Tensor.from(stream, Float32Array.of(64, finite), [2])) as [
       Tensor,
@@ -257,7 +257,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('the norm of gradients whose squares overflow fp32, and of none', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const huge = gradNorm(stream, [Tensor.from(stream, new Float32Array(40000).fill(1e30), [200, 200])]);
     t.ok(Math.abs(((await huge.read())[0] as number) / 2e32 - 1) < 1e-6);
     t.same([...(await gradNorm(stream, []).read())], [0, 1]);

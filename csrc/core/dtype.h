@@ -17,6 +17,12 @@ constexpr size_t sizeOf(DType t) { return kDTypeSizes[static_cast<int>(t)]; }
 constexpr bool isFloat(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
 
 #define QLORA_INLINE inline __attribute__((always_inline))
+/// Of functions that CUDA's kernels share with the CPU's.
+#if defined(__CUDACC__)
+#define QLORA_SHARED __host__ __device__ QLORA_INLINE
+#else
+#define QLORA_SHARED QLORA_INLINE
+#endif
 
 /// The upper half of an fp32.
 struct bf16 {
@@ -28,12 +34,16 @@ struct f16 {
   uint16_t bits;
 };
 
-QLORA_INLINE float toFloat(float x) { return x; }
-QLORA_INLINE float toFloat(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+QLORA_SHARED float toFloat(float x) { return x; }
+QLORA_SHARED float toFloat(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 /// Exact, subnormals and NaN included. Branch-free, so that loops over it vectorize.
-QLORA_INLINE float toFloat(f16 x) {
-#if defined(__aarch64__)
+QLORA_SHARED float toFloat(f16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#elif defined(__aarch64__)
   return static_cast<float>(std::bit_cast<__fp16>(x));
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
@@ -46,26 +56,36 @@ QLORA_INLINE float toFloat(f16 x) {
 }
 
 template <class T>
-QLORA_INLINE T fromFloat(float x);
+QLORA_SHARED T fromFloat(float x);
 
 template <>
-QLORA_INLINE float fromFloat<float>(float x) {
+QLORA_SHARED float fromFloat<float>(float x) {
   return x;
 }
 
 /// Round to nearest even; subnormal results are kept, NaN stays NaN.
 template <>
-QLORA_INLINE bf16 fromFloat<bf16>(float x) {
+QLORA_SHARED bf16 fromFloat<bf16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t u = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const uint32_t nan = (u >> 16) | 0x40;
   return {static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
+#endif
 }
 
 /// Round to nearest even; overflow becomes infinity, subnormal results are kept.
 template <>
-QLORA_INLINE f16 fromFloat<f16>(float x) {
-#if defined(__aarch64__)
+QLORA_SHARED f16 fromFloat<f16>(float x) {
+#if defined(__CUDA_ARCH__)
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#elif defined(__aarch64__)
   return std::bit_cast<f16>(static_cast<__fp16>(x));
 #else
   const uint32_t u = std::bit_cast<uint32_t>(x);
@@ -86,9 +106,12 @@ QLORA_INLINE f16 fromFloat<f16>(float x) {
 template <class F>
 QLORA_INLINE void dispatchFloat(DType t, F&& f) {
   switch (t) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    default: return f(f16{});
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    default:
+      return f(f16{});
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/device.h"
 #include "core/error.h"
 
 namespace qlora {
@@ -13,6 +14,7 @@ namespace qlora {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kDeviceAlignment = 256;
 constexpr size_t kSegmentBytes = size_t{64} << 20;
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -43,16 +45,28 @@ MemoryCounter& processMemory() {
 }
 
 SegmentAllocator::~SegmentAllocator() {
-  for (const auto& [start, bytes] : segments_) munmap(start, bytes);
+  for (const auto& [start, bytes] : segments_) unmap(start, bytes);
 }
 
-char* SegmentAllocator::addSegment(size_t bytes) {
-  bytes = std::max(kSegmentBytes, roundUp(bytes, kHugePage));
+void* SegmentAllocator::map(size_t bytes) const {
+  if (device_) return device_->allocate(bytes);
   const int reserve = backing_ == Backing::pages ? 0 : MAP_NORESERVE;
   void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | reserve, -1, 0);
   if (start == MAP_FAILED) return nullptr;
   // Advice: where it is refused, pages are merely smaller.
   if (backing_ == Backing::pages) madvise(start, bytes, MADV_HUGEPAGE);
+  return start;
+}
+
+void SegmentAllocator::unmap(char* start, size_t bytes) const {
+  if (device_) return device_->release(start);
+  munmap(start, bytes);
+}
+
+char* SegmentAllocator::addSegment(size_t bytes) {
+  bytes = std::max(kSegmentBytes, roundUp(bytes, kHugePage));
+  void* start = map(bytes);
+  if (!start) return nullptr;
   char* address = static_cast<char*>(start);
   segments_.emplace(address, bytes);
   insertFree(blocks_.emplace(address, Block{bytes, true, true}).first);
@@ -63,7 +77,7 @@ void SegmentAllocator::insertFree(Blocks::iterator block) { free_.emplace(block-
 void SegmentAllocator::eraseFree(Blocks::iterator block) { free_.erase({block->second.bytes, block->first}); }
 
 void* SegmentAllocator::allocate(size_t bytes) {
-  bytes = roundUp(std::max<size_t>(bytes, 1), kAlignment);
+  bytes = roundUp(std::max<size_t>(bytes, 1), device_ ? kDeviceAlignment : kAlignment);
   auto fit = free_.lower_bound({bytes, nullptr});
   if (fit == free_.end()) {
     if (!addSegment(bytes)) return nullptr;
@@ -99,7 +113,7 @@ void SegmentAllocator::release(void* pointer) {
     }
   }
   insertFree(block);
-  if (freed_ == FreedPages::kept) return;
+  if (freed_ == FreedPages::kept || device_) return;
   const auto start = reinterpret_cast<uintptr_t>(block->first);
   const size_t begin = roundUp(start, kHugePage), end = (start + block->second.bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
@@ -111,7 +125,7 @@ void SegmentAllocator::trim() {
     if (block->second.free && block->second.bytes == segment->second) {
       eraseFree(block);
       blocks_.erase(block);
-      munmap(segment->first, segment->second);
+      unmap(segment->first, segment->second);
       segment = segments_.erase(segment);
     } else {
       ++segment;
@@ -122,7 +136,7 @@ void SegmentAllocator::trim() {
 // AddressSanitizer does not see where in a segment one tensor ends.
 bool Memory::inSegments() const {
 #ifdef QLORA_NO_SEGMENTS
-  return backing_ == Backing::addresses;
+  return backing_ != Backing::pages;
 #else
   return true;
 #endif
@@ -137,6 +151,26 @@ SegmentAllocator& Memory::segmentsOf(MemoryClass c) {
 void Memory::count(MemoryClass c, int64_t bytes) {
   counter_.add(c, bytes);
   if (backing_ == Backing::pages) processMemory().add(c, bytes);
+  if (device_) device_->counter.add(c, bytes);
+}
+
+// A device gives what free segments hold only after they were handed back, and what several streams leave over only so.
+void* Memory::fromSegments(size_t bytes, MemoryClass c) {
+  std::lock_guard lock(mutex_);
+  try {
+    void* pointer = segmentsOf(c).allocate(bytes);
+    if (pointer || !device_) return pointer;
+    trimSegments();
+    return segmentsOf(c).allocate(bytes);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+std::string Memory::facts(int64_t limit) const {
+  std::string text = limit ? ", the limit is " + std::to_string(limit) : "";
+  if (device_) text += ", the device has " + std::to_string(device_->freeBytes()) + " free";
+  return text;
 }
 
 void* Memory::allocate(size_t bytes, MemoryClass c) {
@@ -144,21 +178,13 @@ void* Memory::allocate(size_t bytes, MemoryClass c) {
   const int64_t live = counter_.live();
   void* pointer = nullptr;
   if (limit == 0 || live + static_cast<int64_t>(bytes) <= limit) {
-    if (inSegments()) {
-      std::lock_guard lock(mutex_);
-      try {
-        pointer = segmentsOf(c).allocate(bytes);
-      } catch (const std::bad_alloc&) {
-      }
-    } else {
-      pointer = std::aligned_alloc(kAlignment, roundUp(std::max<size_t>(bytes, 1), kAlignment));
-    }
+    pointer = inSegments() ? fromSegments(bytes, c)
+                           : std::aligned_alloc(kAlignment, roundUp(std::max<size_t>(bytes, 1), kAlignment));
   }
   if (!pointer) {
     char message[256];
     std::snprintf(message, sizeof message, "out of memory: %zu bytes of %s were wanted, %lld bytes are in use%s", bytes,
-                  kMemoryClassNames[static_cast<int>(c)], static_cast<long long>(live),
-                  limit ? (", the limit is " + std::to_string(limit)).c_str() : "");
+                  kMemoryClassNames[static_cast<int>(c)], static_cast<long long>(live), facts(limit).c_str());
     throw Error("ERR_QLORA_OUT_OF_MEMORY", message,
                 "Use a smaller batchSize or maxLength, turn gradientCheckpointing on, or free other models.");
   }
@@ -178,6 +204,10 @@ void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
 
 void Memory::trim() {
   std::lock_guard lock(mutex_);
+  trimSegments();
+}
+
+void Memory::trimSegments() {
   transient_.trim();
   lasting_.trim();
 }

@@ -9,6 +9,8 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
+#include <utility>
 
 namespace qlora {
 
@@ -17,9 +19,11 @@ constexpr int kMemoryClasses = 5;
 constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters", "optimizer", "activations",
                                                            "scratch"};
 
-/// What stands behind the bytes: pages, or addresses alone. The latter are for a rehearsal, which counts what a run
-/// would take without taking it: reading there gives zeros, and what is written costs a page.
-enum class Backing : uint8_t { pages, addresses };
+class Device;
+
+/// What stands behind the bytes: pages, addresses alone, or a device's memory. Addresses are for a rehearsal, which
+/// counts what a run would take without taking it: reading there gives zeros, and what is written costs a page.
+enum class Backing : uint8_t { pages, addresses, device };
 
 /// Bytes in use now and at most, in total and by class. Safe to read from any thread.
 class MemoryCounter {
@@ -37,22 +41,24 @@ class MemoryCounter {
   std::array<std::atomic<int64_t>, kMemoryClasses> byClass_{}, peakByClass_{};
 };
 
-/// All CPU memory of the process, rehearsals left out.
+/// All CPU memory of the process, rehearsals left out. A device counts its own.
 MemoryCounter& processMemory();
 
 /// What becomes of the pages of a freed block: kept for the next step, so that one that repeats its shapes maps none,
 /// or handed back to the system.
 enum class FreedPages : uint8_t { kept, returned };
 
-/// Best fit with coalescing over large segments; `trim` hands wholly free segments back.
+/// Best fit with coalescing over large segments; `trim` hands wholly free segments back. `device` is null but for
+/// Backing::device.
 class SegmentAllocator {
  public:
-  SegmentAllocator(Backing backing, FreedPages freed) : backing_(backing), freed_(freed) {}
+  SegmentAllocator(Backing backing, FreedPages freed, Device* device)
+      : backing_(backing), freed_(freed), device_(device) {}
   SegmentAllocator(const SegmentAllocator&) = delete;
   SegmentAllocator& operator=(const SegmentAllocator&) = delete;
   ~SegmentAllocator();
 
-  void* allocate(size_t bytes);  // aligned to 64; null where the system has none
+  void* allocate(size_t bytes);  // aligned to 64, on a device to 256; null where there is none
   void release(void* pointer);
   void trim();
 
@@ -65,24 +71,30 @@ class SegmentAllocator {
   using Blocks = std::map<char*, Block>;
 
   char* addSegment(size_t bytes);
+  void* map(size_t bytes) const;
+  void unmap(char* start, size_t bytes) const;
   void insertFree(Blocks::iterator block);
   void eraseFree(Blocks::iterator block);
 
   const Backing backing_;
   const FreedPages freed_;
+  Device* const device_;
   Blocks blocks_;                            // by address
   std::set<std::pair<size_t, char*>> free_;  // by size, then address
   std::map<char*, size_t> segments_;
 };
 
-/// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe.
+/// The memory of one stream. Allocation throws ERR_QLORA_OUT_OF_MEMORY, never std::bad_alloc. Thread-safe. What kernels
+/// call is virtual, so that those of a plugin come here without being linked to it.
 class Memory {
  public:
-  explicit Memory(Backing backing)
-      : backing_(backing), transient_(backing, FreedPages::kept), lasting_(backing, FreedPages::returned) {}
+  /// Pages or addresses.
+  explicit Memory(Backing backing) : Memory(backing, nullptr) {}
+  explicit Memory(std::shared_ptr<Device> device) : Memory(Backing::device, std::move(device)) {}
+  virtual ~Memory() = default;
 
-  void* allocate(size_t bytes, MemoryClass c);
-  void release(void* pointer, size_t bytes, MemoryClass c);
+  virtual void* allocate(size_t bytes, MemoryClass c);
+  virtual void release(void* pointer, size_t bytes, MemoryClass c);
 
   /// Allocations that would take the live bytes above it fail; 0 is no limit.
   void setLimit(int64_t bytes) { limit_.store(bytes, std::memory_order_relaxed); }
@@ -91,11 +103,21 @@ class Memory {
   Backing backing() const { return backing_; }
 
  private:
+  Memory(Backing backing, std::shared_ptr<Device> device)
+      : backing_(backing),
+        device_(std::move(device)),
+        transient_(backing, FreedPages::kept, device_.get()),
+        lasting_(backing, FreedPages::returned, device_.get()) {}
+
   void count(MemoryClass c, int64_t bytes);
   bool inSegments() const;
+  void* fromSegments(size_t bytes, MemoryClass c);
+  void trimSegments();
   SegmentAllocator& segmentsOf(MemoryClass c);
+  std::string facts(int64_t limit) const;
 
   const Backing backing_;
+  const std::shared_ptr<Device> device_;
   MemoryCounter counter_;
   std::atomic<int64_t> limit_{0};
   std::mutex mutex_;

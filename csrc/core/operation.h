@@ -68,14 +68,17 @@ struct AllocateOutputs {
   void out(const Tensor& t) {
     t.storage->allocate();
     t.storage->error = nullptr;  // of what is overwritten now
+    t.storage->hostCopy = nullptr;
   }
   void optionalOut(const Tensor& t) {
     if (t.defined()) out(t);
   }
   void accumulate(const Tensor&) {}
   void optionalAccumulate(const Tensor&) {}
-  template <class T>
-  void update(const T&) {}
+  void update(const Tensor& t) { t.storage->hostCopy = nullptr; }
+  void update(const std::vector<Tensor>& list) {
+    for (const Tensor& t : list) update(t);
+  }
   void state(const std::vector<Tensor>&) {}
   template <class T>
   void value(const T&) {}

@@ -10,7 +10,7 @@
 namespace qlora {
 
 /// The four words of counter `index` in stream `stream` of `seed`.
-QLORA_INLINE std::array<uint32_t, 4> philox(uint64_t seed, uint64_t stream, uint64_t index) {
+QLORA_SHARED std::array<uint32_t, 4> philox(uint64_t seed, uint64_t stream, uint64_t index) {
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
   uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -28,6 +28,6 @@ QLORA_INLINE std::array<uint32_t, 4> philox(uint64_t seed, uint64_t stream, uint
 }
 
 /// Uniform in [0, 1) with 24 bits.
-QLORA_INLINE float uniform(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
+QLORA_SHARED float uniform(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
 }  // namespace qlora

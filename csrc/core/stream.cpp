@@ -4,14 +4,14 @@
 
 namespace qlora {
 
-Stream::Stream(std::shared_ptr<Memory> memory, const OpTable& ops)
-    : memory_(std::move(memory)), ops_(ops), thread_([this] { work(); }) {}
+Stream::Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::unique_ptr<DeviceQueue> queue)
+    : memory_(std::move(memory)), ops_(ops), queue_(std::move(queue)), thread_([this] { work(); }) {}
 
 void Stream::post(Task task) {
   {
     std::lock_guard lock(mutex_);
     if (closed_) throw Error("ERR_QLORA_DISPOSED", "this model or stream was disposed of and takes no more work");
-    queue_.push_back(std::move(task));
+    tasks_.push_back(std::move(task));
   }
   wake_.notify_one();
 }
@@ -40,7 +40,7 @@ void Stream::close() {
   {
     std::lock_guard lock(mutex_);
     closed_ = true;
-    dropped.swap(queue_);
+    dropped.swap(tasks_);
   }
   wake_.notify_one();
   if (thread_.joinable()) thread_.join();
@@ -48,14 +48,15 @@ void Stream::close() {
 
 void Stream::work() {
   yieldToEventLoop();
+  if (queue_) queue_->begin();
   while (true) {
     Task task;
     {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return closed_ || !queue_.empty(); });
+      wake_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
       if (closed_) return;
-      task = std::move(queue_.front());
-      queue_.pop_front();
+      task = std::move(tasks_.front());
+      tasks_.pop_front();
     }
     runTask(task);
   }
@@ -63,7 +64,8 @@ void Stream::work() {
 
 void Stream::runTask(const Task& task) {
   Scratch scratch(*memory_);
-  Context context{memory_->backing() == Backing::pages ? threadPool() : idlePool(), scratch};
+  ThreadPool& pool = memory_->backing() == Backing::addresses ? idlePool() : threadPool();
+  Context context{pool, scratch, queue_.get()};
   task(context);
 }
 

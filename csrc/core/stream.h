@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/device.h"
 #include "core/memory.h"
 #include "core/parallel.h"
 
@@ -33,7 +34,7 @@ class Scratch {
     taken_.emplace_back(memory_.allocate(n, MemoryClass::scratch), n);
     return taken_.back().first;
   }
-  /// Aligned to 64 bytes, not initialized.
+  /// Aligned to 64 bytes, on a device to 256, not initialized.
   template <class T>
   T* take(int64_t count) {
     return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
@@ -50,6 +51,7 @@ class Scratch {
 struct Context {
   ThreadPool& pool;
   Scratch& scratch;
+  DeviceQueue* queue = nullptr;  // of a device; null on the CPU and in a rehearsal
 };
 
 /// What an operation took so far: of a stream, since it was last asked.
@@ -69,7 +71,8 @@ class Stream {
  public:
   using Times = std::map<std::string_view, OperationTime>;
 
-  Stream(std::shared_ptr<Memory> memory, const OpTable& ops);
+  /// `queue` where it is a device's.
+  Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::unique_ptr<DeviceQueue> queue = nullptr);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream() { close(); }
@@ -98,9 +101,10 @@ class Stream {
 
   const std::shared_ptr<Memory> memory_;
   const OpTable& ops_;
+  const std::unique_ptr<DeviceQueue> queue_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<Task> queue_;
+  std::deque<Task> tasks_;
   bool closed_ = false;
   Times times_;
   std::shared_ptr<Recording> recording_;  // of the thread that enqueues

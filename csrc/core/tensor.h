@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/error.h"
@@ -35,6 +36,8 @@ struct Storage {
   const MemoryClass memoryClass;
   void* data = nullptr;
   std::shared_ptr<const Error> error;
+  /// On a device: the bytes, where JavaScript wrote them and nothing has changed them since. Of small tensors only.
+  std::shared_ptr<const std::vector<char>> hostCopy;
   /// Where the bytes are kept in a file instead, from pageOffset on: optimizer state only. `data` stays null.
   std::shared_ptr<PageFile> pages;
   uint64_t pageOffset = 0;

@@ -2,6 +2,7 @@
 
 #include "napi/bind.h"
 #include "ops/cpu_choice.h"
+#include "ops/cuda_select.h"
 #include "ops/op_table.h"
 
 namespace qlora {
@@ -42,7 +43,13 @@ Napi::Value callOperation(const Napi::CallbackInfo& info, void (*const OpTable::
     ArgumentReader reader(info, stream);
     args.visit(reader);
     reader.finish();
-    enqueue(*stream, std::move(args), stream->ops().*kernel, name);
+    const auto function = stream->ops().*kernel;
+    if (!function) {
+      throw Error("ERR_QLORA_DEVICE",
+                  std::string(stream->ops().name) + " does not have the operation " + std::string(name) + " yet",
+                  "Use device: 'cpu'.");
+    }
+    enqueue(*stream, std::move(args), function, name);
     return info.Env().Undefined();
   });
 }
@@ -57,13 +64,27 @@ Napi::Function StreamHandle::define(Napi::Env env) {
        InstanceMethod<&StreamHandle::usage>("usage"), InstanceMethod<&StreamHandle::record>("record")});
 }
 
-/// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
+namespace {
+
+/// `cuda` is the device's number, undefined on the CPU. A rehearsal has the device's operations and no queue.
+std::shared_ptr<Stream> makeStream(const Napi::Value& cuda, bool rehearsal) {
+  if (cuda.IsUndefined()) {
+    return std::make_shared<Stream>(std::make_shared<Memory>(rehearsal ? Backing::addresses : Backing::pages),
+                                    cpuTable());
+  }
+  if (rehearsal) return std::make_shared<Stream>(std::make_shared<Memory>(Backing::addresses), *cudaPlugin().ops);
+  const std::shared_ptr<Device> device = cudaDevice(cuda.ToNumber().Int32Value());
+  return std::make_shared<Stream>(std::make_shared<Memory>(device), *cudaPlugin().ops, device->makeQueue());
+}
+
+}  // namespace
+
+/// new Stream(cuda) computes; new Stream(cuda, 'rehearsal') only counts the memory that computing would take.
 StreamHandle::StreamHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<StreamHandle>(info) {
   guarded(info.Env(), [&]() -> Napi::Value {
     info.This().As<Napi::Object>().TypeTag(&kStreamTag);
     threadPool();  // where its threads cannot be started, that is thrown here and not on the stream's thread
-    const Backing backing = info[0].IsUndefined() ? Backing::pages : Backing::addresses;
-    stream = std::make_shared<Stream>(std::make_shared<Memory>(backing), cpuTable());
+    stream = makeStream(info[0], !info[1].IsUndefined());
     auto& streams = info.Env().GetInstanceData<AddonData>()->streams;
     std::erase_if(streams, [](const std::weak_ptr<Stream>& s) { return s.expired(); });
     streams.push_back(stream);
@@ -203,6 +224,26 @@ static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
   });
 }
 
+/// The devices that CUDA's plugin offers: [{name, memoryBytes, capability, ...memory}]; throws where it cannot be used.
+static Napi::Value cudaInformation(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    Napi::Array result = Napi::Array::New(info.Env());
+    const int count = cudaPlugin().deviceCount();
+    if (count == 0) cudaDevice(0);  // says why
+    for (int i = 0; i < count; ++i) {
+      const std::shared_ptr<Device> device = cudaDevice(i);
+      const DeviceDescription& description = device->description();
+      Napi::Object entry = counts(info.Env(), device->counter);
+      entry.Set("name", description.name);
+      entry.Set("memoryBytes", static_cast<double>(description.memoryBytes));
+      entry.Set("freeBytes", static_cast<double>(device->freeBytes()));
+      entry.Set("capability", std::to_string(description.major) + "." + std::to_string(description.minor));
+      result.Set(static_cast<uint32_t>(i), entry);
+    }
+    return result;
+  });
+}
+
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData(env);
   env.SetInstanceData(data);
@@ -214,6 +255,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("Tensor", tensorClass);
   exports.Set("processMemory", Napi::Function::New(env, processMemoryOf));
   exports.Set("cpu", Napi::Function::New(env, cpuInformation));
+  exports.Set("cuda", Napi::Function::New(env, cudaInformation));
 
   Napi::Object ops = Napi::Object::New(env);
 #define QLORA_DEFINE_OP(function, Args)                                            \

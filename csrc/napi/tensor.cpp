@@ -129,12 +129,15 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
     }
     return onStream(
         info.Env(), stream,
-        [target, data, bytes, copy](Context&) {
+        [target, data, bytes, copy](Context& context) {
           try {
             if (!target.storage->pages) target.storage->allocate();
             target.storage->error = nullptr;
             if (target.storage->pages) {
               target.storage->pages->write(data, bytes, target.storage->pageOffset);
+            } else if (context.queue) {
+              context.queue->write(target.storage->data, data, bytes);
+              target.storage->hostCopy = target.dtype == DType::i32 ? copy : nullptr;
             } else if (bytes) {
               std::memcpy(target.storage->data, data, bytes);
             }
@@ -158,10 +161,11 @@ Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
     const size_t count = static_cast<size_t>(source.size());
     return onStream(
         info.Env(), stream,
-        [source, target, bytes](Context&) {
+        [source, target, bytes](Context& context) {
           if (source.storage->error) throw Error(*source.storage->error);
           if (source.storage->pages) return source.storage->pages->read(target, bytes, source.storage->pageOffset);
           if (!source.storage->data && bytes) fail("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
+          if (context.queue) return context.queue->read(target, source.storage->data, bytes);
           if (bytes) std::memcpy(target, source.storage->data, bytes);
         },
         [keep, dtype = source.dtype, count](Napi::Env env) { return typedArray(env, dtype, count, keep->Value()); });

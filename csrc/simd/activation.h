@@ -20,7 +20,7 @@ struct ValueAndSlope {
 };
 
 /// tanh(x) to within 2e-7 of itself. Near 0 a Taylor series, since 1 - 2 / (1 + e^2x) cancels there.
-QLORA_INLINE float fastTanh(float x) {
+QLORA_SHARED float fastTanh(float x) {
   const float square = x * x;
   float series = 0.021869488f;
   series = series * square - 0.053968254f;
@@ -31,12 +31,12 @@ QLORA_INLINE float fastTanh(float x) {
   return square < 0.0625f ? series : direct;
 }
 
-QLORA_INLINE ValueAndSlope silu(float x) {
+QLORA_SHARED ValueAndSlope silu(float x) {
   const float s = 1.0f / (1.0f + fastExp(-x));
   return {x * s, s * (1.0f + x * (1.0f - s))};
 }
 
-QLORA_INLINE ValueAndSlope geluTanh(float x) {
+QLORA_SHARED ValueAndSlope geluTanh(float x) {
   constexpr float kRoot = 0.79788456f;  // sqrt(2 / pi)
   const float square = x * x;
   const float s = 1.0f / (1.0f + fastExp(-2.0f * kRoot * x * (1.0f + 0.044715f * square)));
@@ -46,7 +46,7 @@ QLORA_INLINE ValueAndSlope geluTanh(float x) {
 
 /// With phi the normal density: f' = Phi(x) + x phi(x). For x <= 0, Phi(x) = e^(-x^2 / 2) P(t), t = 1 / (1 + 0.3 |x|);
 /// P is a least-maximum fit of the relative error on |x| <= 14 (6e-8).
-QLORA_INLINE ValueAndSlope geluErf(float x) {
+QLORA_SHARED ValueAndSlope geluErf(float x) {
   const float t = 1.0f / (1.0f + 0.3f * __builtin_fabsf(x));
   float p = 3.837828957e-02f;
   p = p * t - 1.691661116e-01f;
@@ -63,10 +63,10 @@ QLORA_INLINE ValueAndSlope geluErf(float x) {
   return {x * s, s + x * density * 0.39894228f};
 }
 
-QLORA_INLINE ValueAndSlope relu(float x) { return {x > 0.0f ? x : (x != x ? x : 0.0f), x > 0.0f ? 1.0f : 0.0f}; }
+QLORA_SHARED ValueAndSlope relu(float x) { return {x > 0.0f ? x : (x != x ? x : 0.0f), x > 0.0f ? 1.0f : 0.0f}; }
 
 template <Activation kind>
-QLORA_INLINE ValueAndSlope activate(float x) {
+QLORA_SHARED ValueAndSlope activate(float x) {
   if constexpr (kind == Activation::silu) return silu(x);
   if constexpr (kind == Activation::geluTanh) return geluTanh(x);
   if constexpr (kind == Activation::geluErf) return geluErf(x);

@@ -15,6 +15,12 @@ struct DropoutMask {
   uint64_t seed = 0, stream = 0;
 };
 
+/// The factor, 0 or 1 / (1 - p), of one element.
+QLORA_SHARED float dropoutFactor(const DropoutMask& mask, int64_t element) {
+  const auto words = philox(mask.seed, mask.stream, static_cast<uint64_t>(element / 4));
+  return uniform(words[element % 4]) >= mask.p ? 1.0f / (1.0f - mask.p) : 0.0f;
+}
+
 constexpr int kDropoutCounters = 16;                 // drawn at once
 constexpr int kDropoutBlock = 4 * kDropoutCounters;  // elements
 

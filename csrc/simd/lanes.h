@@ -1,5 +1,5 @@
-// Helpers for loops that the compiler vectorizes, the same for every instruction set: sums are kept in a fixed number of
-// lanes and folded in a fixed order, so their bits do not depend on the width of the machine's registers.
+// Helpers for loops that the compiler vectorizes, the same for every instruction set: sums are kept in a fixed number
+// of lanes and folded in a fixed order, so their bits do not depend on the width of the machine's registers.
 #pragma once
 
 #include <bit>
@@ -48,7 +48,7 @@ QLORA_INLINE float laneMax(int64_t n, F&& value) {
 
 /// e^x to within 2 units in the last place; 0 below about -87.3, infinity above 88.7. x is split into n ln 2 + r with
 /// |r| <= ln 2 / 2, e^r is a polynomial (coefficients: minimax on that interval), and 2^n is made from its bits.
-QLORA_INLINE float fastExp(float x) {
+QLORA_SHARED float fastExp(float x) {
   const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
   const float n = __builtin_floorf(clamped * 1.44269504f + 0.5f);
   const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;

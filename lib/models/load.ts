@@ -3,7 +3,7 @@ import type { QLoRAError } from '../errors.js';
 import { readBnbConfig } from '../io/bnb-checkpoint.js';
 import { type ModelFolder, openModelFolder } from '../io/model-folder.js';
 import { readTrainingRecord } from '../io/training-record.js';
-import { type FloatDType, Stream } from '../tensor.js';
+import { type Device, type FloatDType, Stream } from '../tensor.js';
 import { Tokenizer } from '../tokenizer/tokenizer.js';
 import { ConfigReader } from './config-reader.js';
 import type { ModelCore } from './core.js';
@@ -15,6 +15,7 @@ export interface CoreOptions extends WeightOptions {
   computeDtype: FloatDType;
   /** What users call it; default: the folder. */
   name?: string;
+  device?: Device;
   /** See Stream. */
   purpose?: 'rehearsal';
   /** Fields of config.json that may be left unread. */
@@ -41,7 +42,7 @@ async function loadFrom(folder: ModelFolder, options: CoreOptions): Promise<Mode
   fields.finish(options.allowUnknownConfig);
   const tokenizer = await loadTokenizer(directory);
   const training = await readTrainingRecord(directory);
-  const stream = new Stream(options.purpose);
+  const stream = new Stream(options.device ?? 'cpu', options.purpose);
   try {
     const weights = await loadWeights(stream, folder, family, config, options);
     return {

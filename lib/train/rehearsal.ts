@@ -69,7 +69,7 @@ export interface Rehearsal {
  * @returns the plan, and the bytes of the optimizer's state, paged or not
  */
 export async function rehearse({ core, options, steps, heaviest, outside, paging }: Rehearsal) {
-  const stream = new Stream('rehearsal');
+  const stream = new Stream(core.stream.device, 'rehearsal');
   try {
     const copy = emptyCopy(core, stream);
     const adapter = await adapterFor(copy, options);

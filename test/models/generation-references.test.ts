@@ -1,12 +1,12 @@
 /** Beams, penalties and lengths: texts of small models against those that transformers generates, and wrong options. */
 import { join } from 'node:path';
-import t from 'tap';
 import { BeamSearch, beamSearch } from '../../lib/generate/beams.js';
 import { type GenerateOptions, resolveGenerateOptions } from '../../lib/generate/options.js';
 import { endsWithStop } from '../../lib/generate/stop-strings.js';
 import { generateIds } from '../../lib/generate/tokens.js';
 import { QuantizedModel } from '../../lib/index.js';
 import { packageRoot, readJson, referencesDir } from '../support/references.js';
+import t from '../support/testing.js';
 
 interface Generated {
   model: string;

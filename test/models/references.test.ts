@@ -3,7 +3,6 @@ import { createHash } from 'node:crypto';
 import { cpSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import t, { type Test } from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { hiddenStates, type TokenRows } from '../../lib/models/core.js';
 import { fill, zeros } from '../../lib/ops/elementwise.js';
@@ -14,6 +13,7 @@ import { Tensor } from '../../lib/tensor.js';
 import { forEachIsa, largestError } from '../support/op-harness.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, valuesOf } from '../support/safetensors.js';
+import t, { type Test } from '../support/testing.js';
 
 const cases = ['llama', 'llama3', 'llama-bias', 'deepseek-coder', 'qwen2', 'qwen2-yarn'];
 /** How far bf16 may be off: 2.5e-2, and where transformers' own bf16 is further off than that, as far as it. */

@@ -1,7 +1,6 @@
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
-import t from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { attention } from '../../lib/ops/attention.js';
 import { appendKeyValue, gatherKeyValue } from '../../lib/ops/key-value-cache.js';
@@ -17,6 +16,7 @@ import {
   tensorOf,
   type Values,
 } from '../support/op-harness.js';
+import t, { testDevice } from '../support/testing.js';
 
 interface Shape {
   B: number;
@@ -192,7 +192,7 @@ const ropeCases = (
 
 /** A digest of what attention computes, forward and backward: the same for any number of threads. */
 async function digest(): Promise<string> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const normal = normalNumbers(7);
   const hash = createHash('sha256');
   for (const dtype of ['f32', 'bf16'] as const) {
@@ -235,7 +235,7 @@ if (process.env.ATTENTION_DIGEST) {
     await checkOps(t, ropeCases);
 
     await t.test('ropeTable', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const positions = [0, 1, 2, 1000, 131071];
       const frequencies = Float32Array.from([1, 0.5, 1e-4 / 3, 2e-7]);
       const [cos, sin] = [new Tensor(stream, 'f32', [5, 4]), new Tensor(stream, 'f32', [5, 4])];
@@ -254,7 +254,7 @@ if (process.env.ATTENTION_DIGEST) {
     });
 
     await t.test('appendKeyValue writes its rows and nothing else', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const cache = Tensor.from(stream, new Float32Array(2 * 5 * 2 * 3).fill(-1), [2, 5, 2, 3]);
       const rows = Float32Array.from({ length: 2 * 2 * 2 * 3 }, (_, i) => i);
       appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, Tensor.from(stream, Int32Array.of(2, 1), [2]));
@@ -270,7 +270,7 @@ if (process.env.ATTENTION_DIGEST) {
     await t.test('gatherKeyValue moves rows, also its own', async (t) => {
       const [B, S, G, D] = [3, 40, 1, 5];
       for (const sources of [B, 1]) {
-        const stream = new Stream();
+        const stream = new Stream(testDevice);
         const values = (rows: number) => Float32Array.from({ length: rows * S * G * D }, (_, i) => i);
         const cache = Tensor.from(stream, values(B), [B, S, G, D]);
         const source = sources === B ? cache : Tensor.from(stream, values(sources), [sources, S, G, D]);
@@ -287,7 +287,7 @@ if (process.env.ATTENTION_DIGEST) {
     });
 
     await t.test('gradients against a cache with spare room', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const [q, k] = [new Tensor(stream, 'f32', [1, 1, 2, 4]), new Tensor(stream, 'f32', [1, 9, 2, 4])];
       q.requiresGrad = true;
       const pastLength = new Tensor(stream, 'i32', [1]);

@@ -1,4 +1,3 @@
-import t from 'tap';
 import { add, cast, dropout, fill, scale, scaleByTensor, zeros } from '../../lib/ops/elementwise.js';
 import { embedding } from '../../lib/ops/embedding.js';
 import { type Activation, glu } from '../../lib/ops/glu.js';
@@ -15,6 +14,7 @@ import {
   type Values,
 } from '../support/op-harness.js';
 import { dropoutFactors, philox } from '../support/philox.js';
+import t, { testDevice } from '../support/testing.js';
 
 const floats: readonly FloatDType[] = ['f32', 'bf16', 'f16'];
 const column = (values: Values, name: string) => values[name] as Float64Array;
@@ -172,7 +172,7 @@ await forEachIsa(t, import.meta.url, async () => {
   await checkOps(t, cases);
 
   await t.test('fill, in every dtype', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     for (const dtype of ['f32', 'bf16', 'f16', 'i32', 'u8', 'i8'] as DType[]) {
       const x = zeros(stream, [3, 11001], dtype);
       t.ok((await x.read()).every((v) => v === 0));
@@ -186,7 +186,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('every 16-bit pattern survives f32, and f32 rounds to nearest even', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const patterns = Uint16Array.from({ length: 65536 }, (_, i) => i);
     for (const dtype of ['bf16', 'f16'] as const) {
       const narrow = new Tensor(stream, dtype, [65536]);
@@ -224,7 +224,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('activations far out', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const x = [-3e38, -1e19, -200, -30, 30, 200, 1e19, 3e38];
     for (const name of Object.keys(activations) as Activation[]) {
       const gate = tensorOf(stream, 'f32', [8], x);

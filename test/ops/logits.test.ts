@@ -1,5 +1,4 @@
 import { join } from 'node:path';
-import t from 'tap';
 import { argmax, beamCandidates, sample } from '../../lib/ops/logits-choose.js';
 import {
   type ConstrainOptions,
@@ -13,6 +12,7 @@ import { checkMisuse, forEachIsa, largestError, normalNumbers } from '../support
 import { philox } from '../support/philox.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, type StoredTensor, valuesOf } from '../support/safetensors.js';
+import t, { testDevice } from '../support/testing.js';
 
 interface Processed {
   options: WarpOptions & Omit<ConstrainOptions, 'seen' | 'forbidden'> & { forbidden?: number[] };
@@ -53,7 +53,7 @@ function probabilities(logits: readonly number[], { temperature = 1, topK = 0, t
 
 /** How often each token came in `draws` draws from the same logits. */
 async function frequencies(logits: readonly number[], options: WarpOptions, draws: number): Promise<number[]> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const rows = new Float32Array(draws * logits.length);
   for (let row = 0; row < draws; row++) rows.set(logits, row * logits.length);
   const warped = warpLogits(Tensor.from(stream, rows, [draws, logits.length]), options);
@@ -65,7 +65,7 @@ async function frequencies(logits: readonly number[], options: WarpOptions, draw
 }
 
 async function likeliest(logits: Float32Array): Promise<number> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const [id] = await argmax(Tensor.from(stream, logits, [1, logits.length])).read();
   await stream.close();
   return id as number;
@@ -115,7 +115,7 @@ await forEachIsa(t, import.meta.url, async () => {
     const stored = readSafetensors(join(folder, 'processed.safetensors'));
     const tensor = (name: string) => stored.get(name) as StoredTensor;
     const { shape, data } = tensor('logits');
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const logits = Tensor.from(stream, data as Float32Array, shape);
     const seen = Tensor.from(stream, tensor('seen').data as Int32Array, tensor('seen').shape);
     for (const { options, tensor: name } of processed) {
@@ -164,7 +164,7 @@ await forEachIsa(t, import.meta.url, async () => {
   await t.test('the draw is a function of seed, stream and row', async (t) => {
     // Of equal logits the u-th part of them is drawn.
     const V = 1000;
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const ids = await sample(Tensor.from(stream, new Float32Array(5 * V), [5, V]), key).read();
     const expected = [0, 1, 2, 3, 4].map((row) => Math.floor((philox(key.seed, key.stream, row)[0] / 2 ** 32) * V));
     t.same([...ids], expected);
@@ -178,7 +178,7 @@ await forEachIsa(t, import.meta.url, async () => {
       const options = { topP: 0.8 };
       const p = probabilities([...logits], options);
       const kept = p.filter((x) => x > 0).length;
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const rows = new Float32Array(draws * V);
       for (let row = 0; row < draws; row++) rows.set(logits, row * V);
       const ids = await sample(warpLogits(Tensor.from(stream, rows, [draws, V]), options), key).read();
@@ -192,7 +192,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('the best continuations of beams', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const [B, V, count] = [3, 1009, 12];
     const logits = Float32Array.from({ length: B * V }, normal);
     logits[5] = Number.NEGATIVE_INFINITY;
@@ -224,7 +224,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('continuations drawn without replacement', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const logits = Float32Array.of(0, 1, 2, 0.5, 1.5, -1);
     const logProbs = Tensor.from(stream, logits, [2, 3]);
     const running = Tensor.from(stream, Float32Array.of(0.3, -0.2), [2]);

@@ -1,7 +1,6 @@
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
-import t from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { zeros } from '../../lib/ops/elementwise.js';
 import { embedding } from '../../lib/ops/embedding.js';
@@ -19,6 +18,7 @@ import {
   tensorOf,
   type Values,
 } from '../support/op-harness.js';
+import t, { testDevice } from '../support/testing.js';
 
 interface Problem {
   M: number;
@@ -132,7 +132,7 @@ async function checkAll(stream: Stream, M: number, V: number, C: number, softCap
 
 /** A hash of everything that is summed over many rows or tensors. */
 async function digest(): Promise<string> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const normal = normalNumbers(3);
   const numbers = (shape: number[]) =>
     Tensor.from(stream, Float32Array.from({ length: shape.reduce((a, b) => a * b) }, normal), shape);
@@ -163,7 +163,7 @@ if (process.env.QLORA_TEST_DIGEST) {
     await checkOps(t, cases);
 
     await t.test('a loss scale multiplies gradients, not the loss', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const results: Float32Array[][] = [];
       for (const factor of [undefined, 1024]) {
         const lossScale = factor && Tensor.from(stream, Float32Array.of(factor), [1]);
@@ -202,7 +202,7 @@ if (process.env.QLORA_TEST_DIGEST) {
     });
 
     await t.test('all results at once, in several chunks of rows', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       for (const [M, V, C, softCap] of [
         [7, 50, 5, 1.5],
         [680, 20011, 2, 0],
@@ -222,7 +222,7 @@ if (process.env.QLORA_TEST_DIGEST) {
     });
 
     await t.test('logits are never whole', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const [M, V] = [2400, 20011];
       const h = zeros(stream, [M, 2], 'f32');
       const labels = zeros(stream, [M], 'i32');
@@ -235,7 +235,7 @@ if (process.env.QLORA_TEST_DIGEST) {
     });
 
     await t.test('labels of which none counts', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const h = Tensor.from(stream, Float32Array.of(1, 2, 3, 4), [2, 2]);
       h.requiresGrad = true;
       const weight = Weight.dense(Tensor.from(stream, Float32Array.of(1, 2), [1, 2]));
@@ -249,7 +249,7 @@ if (process.env.QLORA_TEST_DIGEST) {
     });
 
     await t.test('far apart logits', async (t) => {
-      const stream = new Stream();
+      const stream = new Stream(testDevice);
       const h = Tensor.from(stream, Float32Array.of(1, 1), [2, 1]);
       h.requiresGrad = true;
       const weight = Weight.dense(Tensor.from(stream, Float32Array.of(1e30, -1e30, 0), [3, 1]));

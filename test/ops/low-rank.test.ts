@@ -1,8 +1,8 @@
 /** Truncated singular value decomposition, against matrices whose singular values are known. */
-import t, { type Test } from 'tap';
 import { addProduct, principalFactors } from '../../lib/ops/low-rank.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
 import { forEachIsa } from '../support/op-harness.js';
+import t, { type Test, testDevice } from '../support/testing.js';
 
 /** W [N, K] with these singular values, and random singular vectors. */
 function withSingularValues(N: number, K: number, values: readonly number[]): Float32Array {
@@ -37,7 +37,7 @@ function withSingularValues(N: number, K: number, values: readonly number[]): Fl
 }
 
 async function check(t: Test): Promise<void> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const factors = async (W: Float32Array, [N, K]: [number, number], r: number, seed = 1) => {
     using w = Tensor.from(stream, W, [N, K]);
     using A = new Tensor(stream, 'f32', [r, K]);

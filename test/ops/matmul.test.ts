@@ -1,7 +1,6 @@
 // Products with a weight of every kind, with and without adapters: against fp64, against the stored references of
 // bitsandbytes' arithmetic, on every instruction set.
 import { join } from 'node:path';
-import t, { type Test } from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { doraScale, loraRowNorm } from '../../lib/ops/dora.js';
 import { loraLinear } from '../../lib/ops/lora-linear.js';
@@ -24,6 +23,7 @@ import {
 import { dropoutFactors } from '../support/philox.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, valuesOf } from '../support/safetensors.js';
+import t, { type Test, testDevice } from '../support/testing.js';
 
 const f = Math.fround;
 const at = (values: ArrayLike<number>, i: number): number => values[i] as number;
@@ -214,7 +214,7 @@ const cases: OpCase[] = [
 
 /** Of the 8-bit layer the gradient alone is that of a product: the forward rounds x to integers. */
 async function checkInt8Backward(t: Test): Promise<void> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const [M, N, K] = [5, 33, 70];
   const normal = normalNumbers(3);
   for (const dtype of dtypes) {
@@ -243,7 +243,7 @@ async function checkInt8Backward(t: Test): Promise<void> {
 }
 
 async function checkRowNorm(t: Test): Promise<void> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const [N, K, r, scale] = [37, 130, 5, 1.5];
   const normal = normalNumbers(5);
   const numbers = (n: number) => Float64Array.from({ length: n }, () => f(normal()));
@@ -282,7 +282,7 @@ async function checkReferences(t: Test): Promise<void> {
   const folder = referencesDir('quantization');
   const { cases: all } = readJson<{ cases: StoredCase[] }>(folder, 'index.json');
   const files = new Map<string, ReturnType<typeof readSafetensors>>();
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   for (const c of all) {
     if (c.op !== 'matmul' && c.op !== 'int8-matmul') continue;
     const file = files.get(c.file) ?? readSafetensors(join(folder, c.file));

@@ -3,7 +3,6 @@
 import { createHash } from 'node:crypto';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import t, { type Test } from 'tap';
 import { native } from '../../lib/native.js';
 import {
   dequantize8bit,
@@ -22,6 +21,7 @@ import { checkMisuse, normalNumbers, roundTo, tensorOf } from '../support/op-har
 import { quantize4bitReference, quantize8bitReference, quantizeInt8Reference } from '../support/quantization-rules.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, type StoredTensor, valuesOf } from '../support/safetensors.js';
+import t, { type Test, testDevice } from '../support/testing.js';
 
 interface Case {
   name: string;
@@ -341,8 +341,8 @@ const misuse = [
   },
 ];
 
-if (process.env.QLORA_CPU) {
-  const stream = new Stream();
+if (process.env.QLORA_CPU || testDevice !== 'cpu') {
+  const stream = new Stream(testDevice);
   const { cases } = readJson<{ cases: Case[] }>(folder, 'index.json');
   await t.test('tables', (t) => checkTables(t, stream));
   for (const op of ['4bit', 'nested', '8bit', 'int8']) {

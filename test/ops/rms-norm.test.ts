@@ -1,7 +1,7 @@
-import t from 'tap';
 import { rmsNorm } from '../../lib/ops/rms-norm.js';
 import { Tensor } from '../../lib/tensor.js';
 import { checkMisuse, checkOps, forEachIsa, type OpCase, type Values } from '../support/op-harness.js';
+import t from '../support/testing.js';
 
 const eps = 1e-5;
 

@@ -3,10 +3,10 @@
  * The forward result is compared with that reference; each gradient with central differences of the reference.
  */
 import { fileURLToPath } from 'node:url';
-import type { Test } from 'tap';
 import { Tape } from '../../lib/autograd.js';
 import { native } from '../../lib/native.js';
 import { type DType, type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
+import { type Test, testDevice } from './testing.js';
 
 export interface OpInput {
   shape: readonly number[];
@@ -38,9 +38,9 @@ const defaultTolerance: Record<FloatDType, number> = { f32: 2e-6, bf16: 8e-3, f1
 // Under emulation (scripts/test-arm64.mjs) the reference takes most of the time.
 const sampledGradients = Number(process.env.QLORA_TEST_GRADIENTS ?? 16);
 
-/** Runs body once for each instruction set of this machine, each in a process of its own. */
+/** Runs body once for each instruction set of this machine, each in a process of its own; on a device here and once. */
 export function forEachIsa(t: Test, url: string, body: () => void | Promise<void>): void | Promise<void> {
-  if (process.env.QLORA_CPU) return body();
+  if (process.env.QLORA_CPU || testDevice !== 'cpu') return body();
   for (const isa of native.cpu().instructionSets) {
     t.spawn(process.execPath, [fileURLToPath(url)], { env: { ...process.env, QLORA_CPU: isa } }, isa);
   }
@@ -136,7 +136,7 @@ export async function checkOps(t: Test, cases: readonly OpCase[]): Promise<void>
 }
 
 async function checkOp(t: Test, c: OpCase, dtype: FloatDType, seed: number): Promise<void> {
-  const stream = new Stream();
+  const stream = new Stream(testDevice);
   const normal = normalNumbers(seed);
   const values: Values = {};
   const tensors: Record<string, Tensor> = {};
@@ -224,7 +224,7 @@ export interface MisuseCase {
 /** Each must throw, or reject, a QLoRAError with this code and message. */
 export async function checkMisuse(t: Test, cases: readonly MisuseCase[]): Promise<void> {
   for (const c of cases) {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     await t.rejects(
       async () => {
         await c.run(stream);

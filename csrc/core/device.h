@@ -1,0 +1,56 @@
+// A device beside the CPU as the engine sees it: memory, and a queue for each stream. CUDA's plugin implements it
+// (cuda/runtime.cu); calls cross into the plugin through virtual functions alone, so neither side links the other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/memory.h"
+
+namespace qlora {
+
+/// What a stream enqueues to, in order. Of the stream's own thread.
+class DeviceQueue {
+ public:
+  virtual ~DeviceQueue() = default;
+
+  /// Once, on the stream's thread, before anything else.
+  virtual void begin() = 0;
+  /// Copies from the host in the queue's order. `host` may be changed once this returns.
+  virtual void write(void* device, const void* host, size_t bytes) = 0;
+  /// Waits for everything enqueued before, and copies to the host.
+  virtual void read(void* host, const void* device, size_t bytes) = 0;
+  /// Waits for everything enqueued before. Throws ERR_QLORA_DEVICE where some of it failed.
+  virtual void wait() = 0;
+};
+
+struct DeviceDescription {
+  std::string name;
+  uint64_t memoryBytes = 0;
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+};
+
+/// One a process, however many streams use it. Thread-safe. `counter` counts the memory of all of them.
+class Device {
+ public:
+  explicit Device(int index) : index(index) {}
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  virtual ~Device() = default;
+
+  virtual const DeviceDescription& description() const = 0;
+  virtual uint64_t freeBytes() const = 0;
+  /// Aligned to 256 bytes; null where the device has none.
+  virtual void* allocate(size_t bytes) = 0;
+  /// Waits for what uses it.
+  virtual void release(void* pointer) = 0;
+  virtual std::unique_ptr<DeviceQueue> makeQueue() = 0;
+
+  const int index;
+  MemoryCounter counter;
+};
+
+}  // namespace qlora

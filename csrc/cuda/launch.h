@@ -1,0 +1,99 @@
+// Launching kernels, and what the compilers for GPUs and for the host call differently.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "core/error.h"
+#include "core/stream.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#define QLORA_DEVICE __device__ __forceinline__
+/// For index maps, tables and the like, which tests call on the host.
+#define QLORA_HOST_DEVICE __host__ __device__ __forceinline__
+/// An array of the block.
+#define QLORA_SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+
+#else
+
+#include "cuda/emulated/api.h"
+#include "cuda/emulated/engine.h"
+
+#define QLORA_DEVICE inline
+#define QLORA_HOST_DEVICE inline
+#define QLORA_SHARED_ARRAY(type, name, count) \
+  static const char name##Declaration = 0;    \
+  type* const name = static_cast<type*>(::qlora::emulated::sharedArray(&name##Declaration, sizeof(type) * (count)))
+
+#endif
+
+namespace qlora {
+
+/// A queue of the plugin: its stream is where launches go.
+class CudaQueue : public DeviceQueue {
+ public:
+  cudaStream_t stream = nullptr;
+};
+
+inline void checkCuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) fail("ERR_QLORA_DEVICE", "CUDA: %s failed: %s", what, cudaGetErrorString(error));
+}
+
+inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream; }
+
+/// Blocks of a launch, which knows where it stands.
+struct Grid : dim3 {
+  Grid(dim3 blocks, const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : dim3(blocks), file(file), line(line) {}
+  Grid(int64_t blocks, const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : dim3(static_cast<unsigned>(blocks)), file(file), line(line) {}
+
+  const char* file;
+  int line;
+};
+
+/// Enqueues kernel(arguments...) on grid x block threads. Nothing in a rehearsal or where the grid is empty.
+template <class... Parameters, class... Arguments>
+void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t sharedBytes,
+            Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "a kernel is given as many arguments as it takes");
+  if (!context.queue || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  std::tuple<Parameters...> values(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+#if defined(__CUDACC__)
+  // More than every GPU has must be asked for.
+  if (sharedBytes > (48 << 10)) {
+    checkCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes)),
+              "asking for shared memory");
+  }
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value..., nullptr};
+        checkCuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, sharedBytes,
+                                   streamOf(context)),
+                  grid.file);
+      },
+      values);
+#else
+  emulated::MemoryAccess access;
+  emulated::run(std::string(grid.file) + ":" + std::to_string(grid.line), grid, block, sharedBytes,
+                [&] { std::apply(kernel, values); });
+#endif
+}
+
+/// Sets bytes on the device.
+inline void setBytes(const Context& context, void* to, int value, size_t bytes) {
+  if (context.queue && bytes) checkCuda(cudaMemsetAsync(to, value, bytes, streamOf(context)), "a fill");
+}
+
+/// Copies within the device.
+inline void copyBytes(const Context& context, void* to, const void* from, size_t bytes) {
+  if (!context.queue || !bytes) return;
+  checkCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, streamOf(context)), "a copy");
+}
+
+}  // namespace qlora

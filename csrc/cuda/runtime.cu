@@ -1,0 +1,166 @@
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/launch.h"
+#include "cuda/runtime.h"
+
+namespace qlora::cuda {
+
+namespace {
+
+constexpr int kLowestMajor = 7, kLowestMinor = 5;
+
+/// Pinned memory that copies between device and host go through, piece by piece: while one piece is on its way, the
+/// next is copied to or from the caller's memory.
+class Staging {
+ public:
+  static constexpr size_t kPiece = size_t{4} << 20;
+  static constexpr int kPieces = 2;
+
+  Staging() {
+    for (Piece& piece : pieces_) {
+      checkCuda(cudaHostAlloc(&piece.data, kPiece, cudaHostAllocDefault), "taking pinned memory");
+      checkCuda(cudaEventCreateWithFlags(&piece.done, cudaEventDisableTiming), "making an event");
+    }
+  }
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+  ~Staging() {
+    for (Piece& piece : pieces_) {
+      if (piece.done) cudaEventDestroy(piece.done);
+      if (piece.data) cudaFreeHost(piece.data);
+    }
+  }
+
+  void write(cudaStream_t stream, char* device, const char* host, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += kPiece) {
+      Piece& piece = next();
+      const size_t n = std::min(kPiece, bytes - at);
+      std::memcpy(piece.data, host + at, n);
+      checkCuda(cudaMemcpyAsync(device + at, piece.data, n, cudaMemcpyHostToDevice, stream), "a copy to the device");
+      checkCuda(cudaEventRecord(piece.done, stream), "an event");
+    }
+  }
+
+  void read(cudaStream_t stream, char* host, const char* device, size_t bytes) {
+    const auto begin = [&](size_t at) {
+      Piece& piece = next();
+      checkCuda(cudaMemcpyAsync(piece.data, device + at, std::min(kPiece, bytes - at), cudaMemcpyDeviceToHost, stream),
+                "a copy from the device");
+      checkCuda(cudaEventRecord(piece.done, stream), "an event");
+      return &piece;
+    };
+    Piece* piece = bytes ? begin(0) : nullptr;
+    for (size_t at = 0; at < bytes; at += kPiece) {
+      Piece* following = at + kPiece < bytes ? begin(at + kPiece) : nullptr;
+      checkCuda(cudaEventSynchronize(piece->done), "waiting for the device");
+      std::memcpy(host + at, piece->data, std::min(kPiece, bytes - at));
+      piece = following;
+    }
+  }
+
+ private:
+  struct Piece {
+    void* data = nullptr;
+    cudaEvent_t done = nullptr;
+  };
+
+  /// The next piece, once what it last held has arrived.
+  Piece& next() {
+    Piece& piece = pieces_[at_++ % kPieces];
+    checkCuda(cudaEventSynchronize(piece.done), "waiting for the device");
+    return piece;
+  }
+
+  Piece pieces_[kPieces];
+  size_t at_ = 0;
+};
+
+class Queue : public CudaQueue {
+ public:
+  explicit Queue(int device) : device_(chosen(device)) {
+    checkCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+  }
+  ~Queue() override {
+    cudaSetDevice(device_);
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+  }
+
+  void begin() override { cudaSetDevice(device_); }
+  void write(void* device, const void* host, size_t bytes) override {
+    staging_.write(stream, static_cast<char*>(device), static_cast<const char*>(host), bytes);
+  }
+  void read(void* host, const void* device, size_t bytes) override {
+    staging_.read(stream, static_cast<char*>(host), static_cast<const char*>(device), bytes);
+  }
+  void wait() override { checkCuda(cudaStreamSynchronize(stream), "a kernel"); }
+
+ private:
+  static int chosen(int device) {
+    checkCuda(cudaSetDevice(device), "choosing the device");
+    return device;
+  }
+
+  const int device_;
+  Staging staging_;
+};
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(int index, DeviceDescription description) : Device(index), description_(std::move(description)) {}
+
+  const DeviceDescription& description() const override { return description_; }
+
+  uint64_t freeBytes() const override {
+    size_t free = 0, total = 0;
+    cudaSetDevice(index);
+    return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+  }
+
+  void* allocate(size_t bytes) override {
+    void* pointer = nullptr;
+    cudaSetDevice(index);
+    if (cudaMalloc(&pointer, bytes) == cudaSuccess) return pointer;
+    cudaGetLastError();  // which would be reported to the next launch
+    return nullptr;
+  }
+
+  void release(void* pointer) override {
+    cudaSetDevice(index);
+    cudaFree(pointer);
+  }
+
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
+
+ private:
+  const DeviceDescription description_;
+};
+
+}  // namespace
+
+int deviceCount() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+#if defined(__CUDACC__)
+  if (error == cudaErrorNoDevice) return 0;
+#endif
+  checkCuda(error, "counting devices");
+  return count;
+}
+
+std::unique_ptr<Device> openDevice(int index) {
+  cudaDeviceProp found;
+  checkCuda(cudaGetDeviceProperties(&found, index), "describing the device");
+  if (found.major * 10 + found.minor < kLowestMajor * 10 + kLowestMinor) {
+    throw Error("ERR_QLORA_DEVICE",
+                std::string(found.name) + " has compute capability " + std::to_string(found.major) + "." +
+                    std::to_string(found.minor) + ", at least " + std::to_string(kLowestMajor) + "." +
+                    std::to_string(kLowestMinor) + " is needed",
+                "Use a GPU of the Turing generation or later, or device: 'cpu'.");
+  }
+  return std::make_unique<CudaDevice>(
+      index, DeviceDescription{found.name, found.totalGlobalMem, found.major, found.minor, found.multiProcessorCount});
+}
+
+}  // namespace qlora::cuda
