@@ -65,13 +65,13 @@ t.test('recorded operations run when they are told to, as often as they are', as
 
 t.test('what a recording works in is its own', async (t) => {
   const stream = new Stream(testDevice);
-  const [rows, D] = [64, 64];
-  const ones = () => Tensor.from(stream, new Float32Array(rows * D).fill(1), [rows, D]);
-  const [x, dy, weight] = [ones(), ones(), Tensor.from(stream, new Float32Array(D).fill(1), [D])];
+  const [rows, D] = [128, 64];
+  const ones = (n: number) => Tensor.from(stream, new Float32Array(n * D).fill(1), [n, D]);
+  const [x, dy, weight] = [ones(rows), ones(rows), Tensor.from(stream, new Float32Array(D).fill(1), [D])];
   const gradient = Tensor.from(stream, new Float32Array(D), [D]);
   weight.requiresGrad = true;
   weight.gradient = gradient;
-  // The sums of groups of rows are scratch.
+  // On a device the sums of 64 groups of rows are scratch.
   const recording = stream.record(() => {
     const tape = new Tape();
     using y = rmsNorm(tape, x, weight, 0, 0);
@@ -81,7 +81,7 @@ t.test('what a recording works in is its own', async (t) => {
   for (let i = 0; i < 5; i++) {
     recording.run();
     // Takes whatever memory is free now.
-    others.push(...Array.from({ length: 20 }, () => ones()));
+    others.push(...Array.from({ length: 20 }, () => ones(64)));
   }
   t.same([...(await gradient.read())], Array(D).fill(5 * rows));
   for (const other of others) t.ok((await other.read()).every((value) => value === 1));
