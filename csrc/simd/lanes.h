@@ -1,5 +1,5 @@
-// Helpers for loops that the compiler vectorizes, the same for every instruction set: sums are kept in a fixed number of
-// lanes and folded in a fixed order, so their bits do not depend on the width of the machine's registers.
+// Helpers for loops that the compiler vectorizes, the same for every instruction set: sums are kept in a fixed number
+// of lanes and folded in a fixed order, so their bits do not depend on the width of the machine's registers.
 #pragma once
 
 #include <bit>
