@@ -39,7 +39,8 @@ class FewTokens {
   static constexpr int kChunk = Bf16Engine::kChunk, kStride = Bf16Engine::kStride;
   // Dot products: rows of W a task takes at most, rows at a time.
   static constexpr int64_t kDotsMost = 64;
-  static constexpr int kDotRows = 4;
+  template <int M>
+  static constexpr int kDotRows = M <= 2 ? 4 : 2;
 
   struct Term {
     GemmOperand b;
@@ -81,12 +82,12 @@ class FewTokens {
 
   template <int M>
   void dots(Context& context) const {
-    const int64_t perTask = rowsPerTask(kDotsMost, kDotRows);
+    const int64_t perTask = rowsPerTask(kDotsMost, kDotRows<M>);
     int64_t scalesSize = 0;
     for (int i = 0; i < termCount_; ++i) {
       if (!Bf16Engine::isNibbles(terms_[i].b)) continue;
       withGroups(*terms_[i].b.weight, [&]<class Reader>(const Reader&) {
-        scalesSize = std::max(scalesSize, Reader::Scales::bufferSize(*terms_[i].b.weight, kDotRows * terms_[i].K));
+        scalesSize = std::max(scalesSize, Reader::Scales::bufferSize(*terms_[i].b.weight, kDotRows<M> * terms_[i].K));
       });
     }
     float* scales = context.scratch.take<float>(context.pool.size() * scalesSize);
@@ -100,7 +101,7 @@ class FewTokens {
         if (Bf16Engine::isNibbles(term.b)) {
           withGroups(*term.b.weight, [&]<class Reader>(const Reader& reader) {
             typename Reader::Scales scale(reader, scales + thread * scalesSize, scalesSize, begin * term.K);
-            forRows(rows, [&](auto count, int64_t r) {
+            forRows<kDotRows<M>>(rows, [&](auto count, int64_t r) {
               const int64_t flat = (begin + r) * term.K;
               scale.reach(flat + count * term.K);
               dotNibbles<M, count>(reader, scale, term, flat, sums + r);
@@ -108,7 +109,7 @@ class FewTokens {
           });
         } else {
           withDense(term.b, [&](const auto* data, int64_t stride, auto scale) {
-            forRows(rows, [&](auto count, int64_t r) {
+            forRows<kDotRows<M>>(rows, [&](auto count, int64_t r) {
               dotDense<M, count>(data + (begin + r) * stride, stride, scale(begin + r), term, sums + r);
             });
           });
@@ -125,10 +126,10 @@ class FewTokens {
   }
 
   /// Calls f(how many rows, the first of them) for pieces of `rows` rows.
-  template <class F>
+  template <int R, class F>
   QLORA_INLINE static void forRows(int64_t rows, F&& f) {
     int64_t r = 0;
-    for (; r + kDotRows <= rows; r += kDotRows) f(std::integral_constant<int, kDotRows>{}, r);
+    for (; r + R <= rows; r += R) f(std::integral_constant<int, R>{}, r);
     for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
   }
 
@@ -144,50 +145,75 @@ class FewTokens {
     Dots<M, R> sum;
     int64_t k = 0;
     for (; k + 128 <= K; k += 128) {
+      Group w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r, ahead += 128) {
         reader.prefetchFar(ahead);
         const int64_t from = flat + r * K + k;
-        sum.add(r, reader.read(from, scale.at(from)), x + k, term.xStride);
+        w[r] = reader.read(from, scale.at(from));
       }
+      sum.add(w, x + k, term.xStride);
     }
     if (k < K) {
+      Group w[R];
       for (int r = 0; r < R; ++r) {
         const int64_t from = flat + r * K + k;
-        sum.add(r, reader.readHalf(from, scale.at(from)), x + k, term.xStride);
+        w[r] = reader.readHalf(from, scale.at(from));
       }
+      sum.add(w, x + k, term.xStride);
     }
     sum.addTo(sums);
   }
 
-  /// `data` is the first of R rows of any K, `stride` apart.
+  /// `data` is the first of R rows, `stride` apart.
   template <int M, int R, class T>
   static void dotDense(const T* data, int64_t stride, float scale, const Term& term, float (*sums)[M][kVector]) {
+    const char* ahead = reinterpret_cast<const char*>(data) + kFarBytes;
     Dots<M, R> sum;
-    for (int64_t k = 0; k < term.K; k += 128) {
+    int64_t k = 0;
+    for (; k + 128 <= term.K; k += 128) {
+      Group w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        Group w;
-        for (int p = 0; p < 4; ++p) w.pile[p] = loadRow(data + r * stride + k + 32 * p, term.K - k - 32 * p, scale);
-        sum.add(r, w, term.x + k, term.xStride);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) w[r].pile[p] = loadRow(data + r * stride + k + 32 * p, 32, scale);
+#pragma GCC unroll 8
+        for (size_t line = 0; line < 2 * sizeof(T); ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
       }
+      sum.add(w, term.x + k, term.xStride);
+    }
+    for (; k < term.K; k += 32) {
+      Pile w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r].pile[0] = loadRow(data + r * stride + k, term.K - k, scale);
+      sum.add(w, term.x + k, term.xStride);
     }
     sum.addTo(sums);
   }
+
+  /// 32 weights.
+  struct Pile {
+    __m512i pile[1];
+  };
 
   /// Dot products of R rows and M tokens, in registers.
   template <int M, int R>
   struct Dots {
     __m512 sum[R][M]{};
 
-    /// A group of row r; the tokens' elements for it are xStride apart.
-    QLORA_INLINE void add(int r, const Group& w, const bf16* x, int64_t xStride) {
+    /// Of each row the same columns; the tokens' elements for them are xStride apart.
+    template <class W>
+    QLORA_INLINE void add(const W (&w)[R], const bf16* x, int64_t xStride) {
+      constexpr int kPiles = sizeof(W) / sizeof(__m512i);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) {
+        for (int p = 0; p < kPiles; ++p) {
           const auto tokens = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * xStride + 32 * p));
-          sum[r][m] = _mm512_dpbf16_ps(sum[r][m], tokens, reinterpret_cast<__m512bh>(w.pile[p]));
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], tokens, reinterpret_cast<__m512bh>(w[r].pile[p]));
+          }
         }
       }
     }

@@ -16,6 +16,9 @@ QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
+/// How far ahead of its turn what streams from memory is asked for, into the second cache.
+constexpr int64_t kFarBytes = 16384;
+
 /// 128 weights in four piles.
 struct Group {
   __m512i pile[4];
@@ -151,7 +154,7 @@ class GroupReader {
   };
 
   QLORA_INLINE void prefetch(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1), _MM_HINT_T0); }
-  /// A line into the second cache, `flat` elements and some more from the weight's beginning.
+  /// The line kFarBytes beyond element `flat`.
   QLORA_INLINE void prefetchFar(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1) + kFarBytes, _MM_HINT_T1); }
 
  private:
@@ -203,7 +206,6 @@ class GroupReader {
     }
   }
 
-  static constexpr int64_t kFarBytes = 16384;
   static constexpr int64_t kOne = 0x1010101010101010;  // in bit 4 of each byte
   const Nibbles n_;
   const __m512 code_;
