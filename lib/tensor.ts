@@ -1,14 +1,7 @@
 /** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
 
 import { QLoRAError } from './errors.js';
-import type {
-  NativeArgument,
-  NativeCudaDevice,
-  NativeMemory,
-  NativeStream,
-  NativeTensor,
-  StreamUsage,
-} from './native.js';
+import type { NativeArgument, NativeMemory, NativeStream, NativeTensor, StreamUsage } from './native.js';
 import { guard, native } from './native.js';
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
@@ -17,6 +10,8 @@ export type MemoryClass = 'weights' | 'adapters' | 'optimizer' | 'activations' |
 export type Device = 'cpu' | `cuda:${number}`;
 
 export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4, u8: 1, i8: 1 };
+
+const cudaIndex = (device: Device) => Number(device.slice('cuda:'.length));
 
 /** A queue of operations with a thread of its own and memory that it counts. One a model. */
 export class Stream {
@@ -32,7 +27,7 @@ export class Stream {
     readonly device: Device = 'cpu',
     purpose?: 'rehearsal',
   ) {
-    const cuda = device === 'cpu' ? undefined : Number(device.slice('cuda:'.length));
+    const cuda = device === 'cpu' ? undefined : cudaIndex(device);
     this.#native = guard(() => new native.Stream(cuda, purpose));
   }
 
@@ -53,11 +48,8 @@ export class Stream {
 
   /** What its kernels are compiled for: another one may give other bits. */
   get instructionSet(): string {
-    return this.device === 'cpu' ? native.cpu().inUse : `cuda ${this.#cuda.capability}`;
-  }
-
-  get #cuda(): NativeCudaDevice {
-    return guard(() => native.cuda())[Number(this.device.slice('cuda:'.length))] as NativeCudaDevice;
+    if (this.device === 'cpu') return native.cpu().inUse;
+    return `cuda ${guard(() => native.cuda()).devices[cudaIndex(this.device)]?.capability}`;
   }
 
   /** Resolves when everything enqueued so far has run. */
