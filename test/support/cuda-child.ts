@@ -1,8 +1,8 @@
 /** Prints as JSON what the library says of CUDA in this process: of each device named, what it is or why it is not. */
 
-import { chooseDevice } from '../../lib/devices.js';
+import { backends, chooseDevice } from '../../lib/devices.js';
 import type { QLoRAError } from '../../lib/errors.js';
-import { backends, setLogger } from '../../lib/index.js';
+
 import { setLogger } from '../../lib/logger.js';
 import type { Device } from '../../lib/tensor.js';
 
