@@ -10,12 +10,10 @@ export interface NativeMemory {
   peakByClass: Record<string, number>;
 }
 
-/** With the memory that this process uses there. */
-export interface NativeCudaDevice extends NativeMemory {
-  name: string;
-  memoryBytes: number;
-  freeBytes: number;
-  capability: string;
+export interface NativeCuda {
+  devices: { name: string; memoryBytes: number; capability: string }[];
+  /** Operations that it does not have yet. */
+  lacks: string[];
 }
 
 export interface NativeStream {
@@ -63,7 +61,13 @@ interface Addon {
   processMemory(): NativeMemory;
   cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };
   /** Throws where CUDA cannot be used. */
-  cuda(): NativeCudaDevice[];
+  cuda(): NativeCuda;
+  /** Throws where that device cannot be used. */
+  checkCudaDevice(index: number): void;
+  /** Of the devices that this process has opened. */
+  cudaMemory(): (NativeMemory & { index: number })[];
+  /** Whether there is one, whether or not it can be used. */
+  cudaDriver(): boolean;
 }
 
 function load(): Addon {

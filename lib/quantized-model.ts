@@ -1,4 +1,5 @@
 import { z } from 'zod';
+import { chooseDevice } from './devices.js';
 import { QLoRAError } from './errors.js';
 import { generateTexts } from './generate/batch.js';
 import { mannersOf } from './generate/manners.js';
@@ -23,7 +24,7 @@ export interface LoadOptions {
   quantization?: (QuantizeOptions & { skipModules?: string[] }) | 'none';
   /** What is computed in; 'f32' is IEEE fp32. Default bf16. */
   computeDtype?: FloatDType;
-  /** Default 'auto': the best that works. */
+  /** Default 'auto': CUDA's first device where it can be used, else the CPU. 'cuda:N' is never another. */
   device?: Device | 'auto';
   /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
   allowUnknownConfig?: string[];
@@ -84,12 +85,12 @@ export function resolveLoadOptions(options: LoadOptions, where: string) {
     device = 'auto',
     ...rest
   } = checkOptions(loadSchema, options, where);
-  if (device !== 'auto' && device !== 'cpu') {
-    throw new QLoRAError('ERR_QLORA_DEVICE', `device '${device}' cannot be used: this version computes on the CPU`, {
-      hint: "Use device: 'cpu' or 'auto'.",
-    });
-  }
-  return { quantization: resolveQuantization(quantization), computeDtype, ...rest };
+  return {
+    quantization: resolveQuantization(quantization),
+    computeDtype,
+    device: chooseDevice(device as Device | 'auto'),
+    ...rest,
+  };
 }
 
 const passSchema = z.strictObject({ adapter: z.string().nullable().optional() });
@@ -142,7 +143,7 @@ export class QuantizedModel implements AsyncDisposable {
     purpose?: 'rehearsal',
   ): Promise<QuantizedModel> {
     const resolved = resolveLoadOptions(options, 'load');
-    const { quantization, computeDtype, allowUnknownConfig, signal, onProgress } = resolved;
+    const { quantization, computeDtype, device, allowUnknownConfig, signal, onProgress } = resolved;
     const progress = (phase: string) => (done: number, total: number) => onProgress?.({ phase, done, total });
     const folder = await locate(directory, 'model', { ...resolved, onProgress: progress('download') });
     const core = await loadCore(folder, {
@@ -150,6 +151,7 @@ export class QuantizedModel implements AsyncDisposable {
       quantization,
       storage,
       computeDtype,
+      device,
       allowUnknownConfig,
       signal,
       onProgress: progress('load'),

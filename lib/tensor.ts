@@ -3,7 +3,6 @@
 import { QLoRAError } from './errors.js';
 import type {
   NativeArgument,
-  NativeCudaDevice,
   NativeMemory,
   NativeRecording,
   NativeStream,
@@ -19,6 +18,8 @@ export type Device = 'cpu' | `cuda:${number}`;
 
 export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4, u8: 1, i8: 1 };
 
+const cudaIndex = (device: Device) => Number(device.slice('cuda:'.length));
+
 /** A queue of operations with a thread of its own and memory that it counts. One a model. */
 export class Stream {
   readonly #native: NativeStream;
@@ -33,7 +34,7 @@ export class Stream {
     readonly device: Device = 'cpu',
     purpose?: 'rehearsal',
   ) {
-    const cuda = device === 'cpu' ? undefined : Number(device.slice('cuda:'.length));
+    const cuda = device === 'cpu' ? undefined : cudaIndex(device);
     this.#native = guard(() => new native.Stream(cuda, purpose));
   }
 
@@ -62,11 +63,8 @@ export class Stream {
 
   /** What its kernels are compiled for: another one may give other bits. */
   get instructionSet(): string {
-    return this.device === 'cpu' ? native.cpu().inUse : `cuda ${this.#cuda.capability}`;
-  }
-
-  get #cuda(): NativeCudaDevice {
-    return guard(() => native.cuda())[Number(this.device.slice('cuda:'.length))] as NativeCudaDevice;
+    if (this.device === 'cpu') return native.cpu().inUse;
+    return `cuda ${guard(() => native.cuda()).devices[cudaIndex(this.device)]?.capability}`;
   }
 
   /** Resolves when everything enqueued so far has run. */

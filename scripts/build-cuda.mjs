@@ -14,7 +14,7 @@ const { values } = parseArgs({
 const root = fileURLToPath(new URL('..', import.meta.url));
 const cmakeJs = join(dirname(createRequire(import.meta.url).resolve('cmake-js/package.json')), 'bin', 'cmake-js');
 const settings = values.emulated
-  ? ['--CDQLORA_CUDA_EMULATED=ON', '--CDQLORA_CUDA=OFF']
+  ? ['--CDQLORA_CUDA_EMULATED=ON']
   : ['--CDQLORA_CUDA=ON', ...(values.arch ? [`--CDQLORA_CUDA_ARCHITECTURES=${values.arch}-real`] : [])];
 const run = (command, ...args) => execFileSync(command, args, { cwd: root, stdio: 'inherit' });
 run(process.execPath, cmakeJs, 'configure', ...settings);

@@ -31,7 +31,7 @@ const files = [
 const { native } = await import('../lib/native.js');
 const { finished, outcome } = await import('./support/testing.js');
 try {
-  const device = native.cuda()[Number(values.device.slice('cuda:'.length))];
+  const device = native.cuda().devices[Number(values.device.slice('cuda:'.length))];
   if (!device) throw new Error(`this machine has no device ${values.device}`);
   console.log(`${values.device}: ${device.name}, compute capability ${device.capability}`);
 } catch (error) {

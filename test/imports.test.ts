@@ -42,10 +42,10 @@ const layers: Record<string, readonly string[]> = {
     'errors.ts', 'logger.ts', 'options.ts', 'event-stream.ts', 'tensor.ts', 'ops', 'io', 'models', 'data', 'tokenizer',
   ],
   'quantized-model.ts': [
-    'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
+    'devices.ts', 'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'tensor.ts', 'ops', 'io', 'tokenizer', 'data', 'quantization.ts',
     'models', 'generate',
   ],
-  'devices.ts': ['errors.ts', 'native.ts'],
+  'devices.ts': ['errors.ts', 'logger.ts', 'native.ts'],
   report: ['errors.ts', 'logger.ts', 'format.ts', 'io', 'data'],
   train: [
     'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'format.ts', 'tensor.ts', 'autograd.ts', 'ops', 'io', 'data',

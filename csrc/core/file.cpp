@@ -48,11 +48,16 @@ class OutputFile {
   }
 
   void write(const FilePart& part) {
-    if (!part.pages) return write(static_cast<const char*>(part.data), part.bytes);
+    const char* data = static_cast<const char*>(part.data);
+    if (!part.pages && !part.queue) return write(data, part.bytes);
     const std::unique_ptr<char[]> chunk(new char[std::min(part.bytes, kChunk)]);
     for (size_t done = 0; done < part.bytes; done += kChunk) {
       const size_t n = std::min(part.bytes - done, kChunk);
-      part.pages->read(chunk.get(), n, part.pageOffset + done);
+      if (part.pages) {
+        part.pages->read(chunk.get(), n, part.pageOffset + done);
+      } else {
+        part.queue->read(chunk.get(), data + done, n);
+      }
       write(chunk.get(), n);
     }
   }
@@ -188,7 +193,7 @@ void readIntoPages(const InputFile& file, const PageFile& pages, uint64_t pageOf
 }
 
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,
-                        ThreadPool& pool) {
+                        ThreadPool& pool, size_t elementsBefore) {
   if (!isFloat(dtype)) return readParallel(file, target, bytes, offset, pool);
   const size_t size = sizeOf(dtype);
   forChunks(bytes, pool, [&](size_t at, size_t n) {
@@ -200,10 +205,25 @@ void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint6
                              : firstNotFinite<uint16_t>(data, count, dtype == DType::bf16 ? 0x7f80 : 0x7c00);
     if (found < count) {
       throw Error("ERR_QLORA_NON_FINITE",
-                  file.path() + ": element " + std::to_string(at / size + found) + " is infinite or NaN",
+                  file.path() + ": element " + std::to_string(elementsBefore + at / size + found) + " is infinite or NaN",
                   "The weights are damaged, or were stored in a type too small for them: get another copy.");
     }
   });
+}
+
+void readIntoDevice(const InputFile& file, DeviceQueue& queue, void* target, size_t bytes, uint64_t offset,
+                    const DType* dtype, ThreadPool& pool) {
+  constexpr size_t kPiece = 8 * kChunk;
+  const std::unique_ptr<char[]> piece(new char[std::min(bytes, kPiece)]);
+  for (size_t done = 0; done < bytes; done += kPiece) {
+    const size_t n = std::min(bytes - done, kPiece);
+    if (dtype) {
+      readFiniteParallel(file, piece.get(), n, offset + done, *dtype, pool, done / sizeOf(*dtype));
+    } else {
+      readParallel(file, piece.get(), n, offset + done, pool);
+    }
+    queue.write(static_cast<char*>(target) + done, piece.get(), n);
+  }
 }
 
 void writeFile(const std::string& path, const std::string& temporary, const std::vector<FilePart>& parts) {

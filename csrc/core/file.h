@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device.h"
 #include "core/dtype.h"
 #include "core/page_file.h"
 #include "core/parallel.h"
@@ -37,20 +38,25 @@ class InputFile {
 /// Reads `bytes` from `offset` on every thread of the pool.
 void readParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, ThreadPool& pool);
 
+/// The same, to memory of a device, piece by piece; ERR_QLORA_NON_FINITE as readFiniteParallel's where `dtype` is given.
+void readIntoDevice(const InputFile& file, DeviceQueue& queue, void* target, size_t bytes, uint64_t offset,
+                    const DType* dtype, ThreadPool& pool);
+
 /// Copies bytes of a file into one of paged state.
 void readIntoPages(const InputFile& file, const PageFile& pages, uint64_t pageOffset, size_t bytes, uint64_t offset);
 
 /// The same as readParallel, and ERR_QLORA_NON_FINITE where an element of the floating-point type `dtype` is infinite
-/// or NaN.
+/// or NaN. `elementsBefore` of the tensor were read before, for the message.
 void readFiniteParallel(const InputFile& file, void* target, size_t bytes, uint64_t offset, DType dtype,
-                        ThreadPool& pool);
+                        ThreadPool& pool, size_t elementsBefore = 0);
 
-/// Bytes in memory or, where pages is set, in a file of paged state.
+/// Bytes in memory, of a device where queue is set; or, where pages is set, in a file of paged state.
 struct FilePart {
   const void* data;
   size_t bytes;
   const PageFile* pages = nullptr;
   uint64_t pageOffset = 0;
+  DeviceQueue* queue = nullptr;
 };
 
 /// Writes the parts one after the other to `temporary` (which may not exist, in the same folder), syncs it, renames it

@@ -40,7 +40,10 @@ int reserve(int descriptor, uint64_t bytes) {
 }  // namespace
 
 PageFile::PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory)
-    : path_(std::move(path)), bytes_(bytes), slotBytes_(slotBytes), memory_(std::move(memory)) {
+    : path_(std::move(path)),
+      bytes_(bytes),
+      slotBytes_(slotBytes),
+      memory_(memory->backing() == Backing::device ? std::make_shared<Memory>(Backing::pages) : std::move(memory)) {
   // A rehearsal takes the memory and leaves the disk alone.
   if (memory_->backing() == Backing::addresses) {
     slots_ = static_cast<char*>(memory_->allocate(kPageSlots * slotBytes_, MemoryClass::optimizer));

@@ -18,7 +18,7 @@ namespace qlora {
 class PageFile {
  public:
   /// Creates `path`, which may not exist, takes its name away, and reserves `bytes` on the disk. The slots are memory
-  /// of the class optimizer; each takes a batch of at most `slotBytes`.
+  /// of the class optimizer, the host's where `memory` is a device's; each takes a batch of at most `slotBytes`.
   PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory);
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;

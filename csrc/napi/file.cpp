@@ -104,7 +104,7 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
 
  private:
   using Shared = std::shared_ptr<OpenSafetensors>;
-  using Reader = void (*)(const OpenSafetensors&, const Tensor&, uint64_t offset, ThreadPool&);
+  using Reader = void (*)(const OpenSafetensors&, const Tensor&, uint64_t offset, Context&);
 
   const Shared& opened() const {
     if (!file_) fail("ERR_QLORA_DISPOSED", "%s: the file is not open", path_.c_str());
@@ -199,7 +199,7 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
           [file, target, offset, reader, name = info[2].ToString().Utf8Value()](Context& context) {
             try {
               if (!target.storage->pages) target.storage->allocate();
-              reader(*file, target, offset, context.pool);
+              reader(*file, target, offset, context);
             } catch (...) {
               const auto error = currentError();
               target.storage->error =
@@ -207,23 +207,31 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
               throw Error(*target.storage->error);
             }
             target.storage->error = nullptr;
+            target.storage->hostCopy = nullptr;
           },
           keeping(info.This().As<Napi::Object>()));
     });
   }
 
   Napi::Value read(const Napi::CallbackInfo& info) {
-    return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, ThreadPool& pool) {
+    return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, Context& context) {
       const Storage& to = *t.storage;
       if (to.pages) return readIntoPages(file.file, *to.pages, to.pageOffset, to.bytes, offset);
-      readParallel(file.file, to.data, to.bytes, offset, pool);
+      if (context.queue) {
+        return readIntoDevice(file.file, *context.queue, to.data, to.bytes, offset, nullptr, context.pool);
+      }
+      readParallel(file.file, to.data, to.bytes, offset, context.pool);
     });
   }
 
   Napi::Value readFinite(const Napi::CallbackInfo& info) {
-    return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, ThreadPool& pool) {
-      t.storage->allocate();
-      readFiniteParallel(file.file, t.storage->data, t.storage->bytes, offset, t.dtype, pool);
+    return readWith(info, [](const OpenSafetensors& file, const Tensor& t, uint64_t offset, Context& context) {
+      Storage& to = *t.storage;
+      to.allocate();
+      if (context.queue) {
+        return readIntoDevice(file.file, *context.queue, to.data, to.bytes, offset, &t.dtype, context.pool);
+      }
+      readFiniteParallel(file.file, to.data, to.bytes, offset, t.dtype, context.pool);
     });
   }
 
@@ -277,14 +285,15 @@ struct Content {
     }
   }
 
-  void write(const std::string& path, const std::string& temporary) const {
+  /// `queue` as a context has it.
+  void write(const std::string& path, const std::string& temporary, DeviceQueue* queue) const {
     std::vector<FilePart> parts = views;
     detail::FindError inputs;
     for (size_t i = 0; i < parts.size(); ++i) {
       if (!tensors[i].defined()) continue;
       inputs.state({tensors[i]});
       const Storage& from = *tensors[i].storage;
-      parts[i] = {from.data, from.bytes, from.pages.get(), from.pageOffset};
+      parts[i] = {from.data, from.bytes, from.pages.get(), from.pageOffset, queue};
     }
     if (inputs.error) throw Error(*inputs.error);
     writeFile(path, temporary, parts);
@@ -303,10 +312,10 @@ Napi::Value writeFileFrom(const Napi::CallbackInfo& info) {
     const std::shared_ptr<Stream> stream = std::move(content->stream);
     if (!stream) {
       return BackgroundTask::start(
-          info.Env(), [=] { content->write(path, temporary); }, array);
+          info.Env(), [=] { content->write(path, temporary, nullptr); }, array);
     }
     return onStream(
-        info.Env(), stream, [=](Context&) { content->write(path, temporary); }, keeping(array));
+        info.Env(), stream, [=](Context& context) { content->write(path, temporary, context.queue); }, keeping(array));
   });
 }
 

@@ -224,25 +224,54 @@ static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
   });
 }
 
-/// The devices that CUDA's plugin offers: [{name, memoryBytes, capability, ...memory}]; throws where it cannot be used.
+/// What CUDA's plugin offers: {devices: [{name, memoryBytes, capability}], lacks: operations}; throws where it cannot
+/// be used.
 static Napi::Value cudaInformation(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    Napi::Array result = Napi::Array::New(info.Env());
-    const int count = cudaPlugin().deviceCount();
+    const Napi::Env env = info.Env();
+    const CudaPlugin& plugin = cudaPlugin();
+    const int count = plugin.deviceCount();
     if (count == 0) cudaDevice(0);  // says why
+    Napi::Array list = Napi::Array::New(env), lacks = Napi::Array::New(env);
     for (int i = 0; i < count; ++i) {
-      const std::shared_ptr<Device> device = cudaDevice(i);
-      const DeviceDescription& description = device->description();
-      Napi::Object entry = counts(info.Env(), device->counter);
+      const DeviceDescription& description = cudaDevice(i)->description();
+      Napi::Object entry = Napi::Object::New(env);
       entry.Set("name", description.name);
       entry.Set("memoryBytes", static_cast<double>(description.memoryBytes));
-      entry.Set("freeBytes", static_cast<double>(device->freeBytes()));
       entry.Set("capability", std::to_string(description.major) + "." + std::to_string(description.minor));
-      result.Set(static_cast<uint32_t>(i), entry);
+      list.Set(static_cast<uint32_t>(i), entry);
     }
+#define QLORA_ADD_LACKING(function, Args) \
+  if (!plugin.ops->function) lacks.Set(lacks.Length(), #function);
+    QLORA_OPS(QLORA_ADD_LACKING)
+#undef QLORA_ADD_LACKING
+    Napi::Object result = Napi::Object::New(env);
+    result.Set("devices", list);
+    result.Set("lacks", lacks);
     return result;
   });
 }
+
+/// Of the CUDA devices that this process has opened: [{index, ...memory}]. Opens none.
+static Napi::Value cudaMemory(const Napi::CallbackInfo& info) {
+  Napi::Array result = Napi::Array::New(info.Env());
+  for (const auto& device : openedCudaDevices()) {
+    Napi::Object entry = counts(info.Env(), device->counter);
+    entry.Set("index", device->index);
+    result.Set(result.Length(), entry);
+  }
+  return result;
+}
+
+/// checkCudaDevice(index) throws where it cannot be used.
+static Napi::Value checkCudaDevice(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    cudaDevice(info[0].ToNumber().Int32Value());
+    return info.Env().Undefined();
+  });
+}
+
+static Napi::Value cudaDriver(const Napi::CallbackInfo& info) { return Napi::Boolean::New(info.Env(), hasCudaDriver()); }
 
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData(env);
@@ -256,6 +285,9 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("processMemory", Napi::Function::New(env, processMemoryOf));
   exports.Set("cpu", Napi::Function::New(env, cpuInformation));
   exports.Set("cuda", Napi::Function::New(env, cudaInformation));
+  exports.Set("checkCudaDevice", Napi::Function::New(env, checkCudaDevice));
+  exports.Set("cudaMemory", Napi::Function::New(env, cudaMemory));
+  exports.Set("cudaDriver", Napi::Function::New(env, cudaDriver));
 
   Napi::Object ops = Napi::Object::New(env);
 #define QLORA_DEFINE_OP(function, Args)                                            \

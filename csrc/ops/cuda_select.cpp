@@ -24,9 +24,12 @@ std::string versionText(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+/// Null where there is none.
+void* openDriver() { return dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL); }
+
 /// The CUDA version that the driver is for. Throws where there is none.
 int driverVersion() {
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  void* driver = openDriver();
   if (!driver) {
     refuse("no NVIDIA driver is here: libcuda.so.1 was not found",
            std::string("Install the NVIDIA driver; the CUDA toolkit is not needed. ") + kUseCpu);
@@ -87,25 +90,45 @@ const CudaPlugin& cudaPlugin() {
   return plugin;
 }
 
+namespace {
+
+struct Devices {
+  std::mutex mutex;
+  std::map<int, std::shared_ptr<Device>> opened;
+};
+
+// Never taken down: streams may outlive whatever would be the right moment at the end of a process.
+Devices& devices() {
+  static auto& all = *new Devices;
+  return all;
+}
+
+}  // namespace
+
+bool hasCudaDriver() { return openDriver() != nullptr; }
+
 std::shared_ptr<Device> cudaDevice(int index) {
-  static std::mutex mutex;
-  // Never taken down: streams may outlive whatever would be the right moment at the end of a process.
-  static auto& devices = *new std::map<int, std::shared_ptr<Device>>;
   const CudaPlugin& plugin = cudaPlugin();
-  std::lock_guard lock(mutex);
-  std::shared_ptr<Device>& device = devices[index];
-  if (device) return device;
+  Devices& all = devices();
+  std::lock_guard lock(all.mutex);
+  if (const auto found = all.opened.find(index); found != all.opened.end()) return found->second;
   const int count = plugin.deviceCount();
-  if (index < 0 || index >= count) {
-    devices.erase(index);
-    refuse(count == 0
-               ? "the NVIDIA driver finds no device"
-               : "there is no device cuda:" + std::to_string(index) + ": this machine has " + std::to_string(count),
-           count == 0 ? std::string("See `nvidia-smi` and CUDA_VISIBLE_DEVICES. ") + kUseCpu
-                      : "Devices are counted from 0.");
+  if (count == 0) {
+    refuse("the NVIDIA driver finds no device", std::string("See `nvidia-smi` and CUDA_VISIBLE_DEVICES. ") + kUseCpu);
   }
-  device = plugin.openDevice(index);
-  return device;
+  if (index < 0 || index >= count) {
+    refuse("there is no device cuda:" + std::to_string(index) + ": this machine has " + std::to_string(count),
+           "Devices are counted from 0.");
+  }
+  return all.opened[index] = plugin.openDevice(index);
+}
+
+std::vector<std::shared_ptr<Device>> openedCudaDevices() {
+  Devices& all = devices();
+  std::lock_guard lock(all.mutex);
+  std::vector<std::shared_ptr<Device>> list;
+  for (const auto& [index, device] : all.opened) list.push_back(device);
+  return list;
 }
 
 }  // namespace qlora

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "core/device.h"
 #include "ops/op_table.h"
@@ -27,7 +28,11 @@ constexpr const char* kCudaPluginFunction = "qlora_cuda_plugin";
 /// The plugin; throws ERR_QLORA_DEVICE, with the remedy, where there is no driver, it is too old, or the plugin is
 /// missing or of another build. QLORA_CUDA=emulated takes the plugin that computes on the CPU, which needs no driver.
 const CudaPlugin& cudaPlugin();
+/// Whether a driver is here, of whatever version.
+bool hasCudaDriver();
 /// Device `index` of it, opened once a process.
 std::shared_ptr<Device> cudaDevice(int index);
+/// Those that were opened so far.
+std::vector<std::shared_ptr<Device>> openedCudaDevices();
 
 }  // namespace qlora

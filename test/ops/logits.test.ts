@@ -138,7 +138,7 @@ await forEachIsa(t, import.meta.url, async () => {
   });
 
   await t.test('what rows of different length have seen', async (t) => {
-    const stream = new Stream();
+    const stream = new Stream(testDevice);
     const logits = Float32Array.from({ length: 10 }, (_, i) => (i % 2 ? 1 : -1) * (i + 1));
     const both = [-1, -1, 1, 4, 3, 2, 3, 4];
     const constrain = (rows: Float32Array, seen: number[], B: number) => {

@@ -28,11 +28,13 @@ DeviceMemory& deviceMemory() {
   return memory;
 }
 
-/// QLORA_CUDA_MEMORY: bytes that the device has; 4 GiB by default.
-size_t totalBytes() {
-  const char* text = std::getenv("QLORA_CUDA_MEMORY");
-  return text ? std::strtoull(text, nullptr, 10) : size_t{4} << 30;
+/// A number of the environment's: what tests want the device to be like.
+size_t setting(const char* name, size_t otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
+
+size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{4} << 30); }
 
 }  // namespace
 
@@ -60,7 +62,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {};
   std::snprintf(properties->name, sizeof properties->name, "CUDA, emulated on the CPU");
   properties->totalGlobalMem = totalBytes();
-  properties->major = 9;
+  properties->major = static_cast<int>(setting("QLORA_CUDA_CAPABILITY", 90) / 10);
+  properties->minor = static_cast<int>(setting("QLORA_CUDA_CAPABILITY", 90) % 10);
   properties->multiProcessorCount = 4;
   return cudaSuccess;
 }

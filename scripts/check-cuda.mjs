@@ -1,0 +1,39 @@
+// CUDA's plugin without a GPU: where nvcc has built it, it exports one symbol, needs no library of CUDA's, and without a
+// driver is refused politely; its kernels pass the conformance suite by emulation.
+import { execFileSync, spawnSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const tests = join(root, 'dist', 'test', 'cuda.js');
+
+function demand(condition, what) {
+  if (!condition) throw new Error(what);
+}
+
+const plugin = join(root, 'build', 'Release', 'libqlora_cuda.so');
+if (existsSync(plugin)) {
+  const symbols = execFileSync('nm', ['-D', '--defined-only', plugin], { encoding: 'utf8' });
+  const names = symbols.split('\n').flatMap((line) => line.split(' ')[2] ?? []);
+  demand(names.join() === 'qlora_cuda_plugin', `the plugin exports ${names.join(', ')}`);
+  const dynamic = execFileSync('readelf', ['-d', plugin], { encoding: 'utf8' });
+  const libraries = [...dynamic.matchAll(/NEEDED.*\[(.*)\]/g)].map(([, name]) => name);
+  demand(libraries.length > 0 && !libraries.some((name) => /cu(da|blas|rt)/.test(name)), `it needs ${libraries}`);
+  console.log(`the plugin exports ${names}, needs ${libraries.join(', ')}`);
+  if (!existsSync('/proc/driver/nvidia')) {
+    const { status, stdout } = spawnSync(process.execPath, [tests], { encoding: 'utf8' });
+    demand(status === 2 && /no NVIDIA driver is here/.test(stdout), `without a driver: exit code ${status}, ${stdout}`);
+  }
+} else {
+  console.log('nvcc is not here: the plugin was not compiled');
+}
+
+const run = (...args) =>
+  execFileSync(process.execPath, args, {
+    cwd: root,
+    stdio: 'inherit',
+    env: { ...process.env, QLORA_CUDA: 'emulated' },
+  });
+run(join(root, 'scripts', 'build-cuda.mjs'), '--emulated');
+run(tests);
