@@ -18,7 +18,7 @@ import type { SamplingOptions } from '../lib/generate/scores.js';
 import { generateRows } from '../lib/generate/tokens.js';
 import type { ModelCore } from '../lib/models/core.js';
 import { createAdapter } from '../lib/models/lora-adapter.js';
-import { native } from '../lib/native.js';
+import { guard, native } from '../lib/native.js';
 import { cast } from '../lib/ops/elementwise.js';
 import { quantizeWeight } from '../lib/ops/quantize.js';
 import { randomUniform } from '../lib/ops/random.js';
@@ -255,9 +255,21 @@ async function benchTrain(core: ModelCore, fields: Line, roofline: Roofline): Pr
   optimizer.dispose();
 }
 
+function findDevice() {
+  try {
+    const { devices } = guard(() => native.cuda());
+    const one = devices[Number(device.slice('cuda:'.length))];
+    if (one) return one;
+    throw new Error(`this machine has ${devices.length} devices`);
+  } catch (error) {
+    const { message, hint } = error as Error & { hint?: string };
+    console.error(`${device} cannot be used: ${message}${hint ? `. ${hint}` : ''}`);
+    process.exit(2);
+  }
+}
+
 const wanted = values.part.split(',').map((part) => choice('part', part, parts));
-const found = native.cuda().devices[Number(device.slice('cuda:'.length))];
-if (!found) throw new Error(`this machine has no device ${device}`);
+const found = findDevice();
 const probe = new Stream(device);
 const roofline = await measureRoofline(probe);
 await probe.close();
