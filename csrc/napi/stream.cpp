@@ -103,7 +103,11 @@ StreamHandle& StreamHandle::of(const Napi::Value& value) {
 Napi::Value StreamHandle::sync(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     return onStream(
-        info.Env(), stream, [](Context&) {}, [](Napi::Env env) { return env.Undefined(); });
+        info.Env(), stream,
+        [](Context& context) {
+          if (context.queue) context.queue->wait();
+        },
+        [](Napi::Env env) { return env.Undefined(); });
   });
 }
 
