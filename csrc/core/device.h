@@ -4,12 +4,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
 #include "core/memory.h"
 
 namespace qlora {
+
+/// Kernels and copies that are enqueued by one call.
+class DeviceGraph {
+ public:
+  virtual ~DeviceGraph() = default;
+  virtual void launch() = 0;
+};
 
 /// What a stream enqueues to, in order. Of the stream's own thread.
 class DeviceQueue {
@@ -24,6 +32,8 @@ class DeviceQueue {
   virtual void read(void* host, const void* device, size_t bytes) = 0;
   /// Waits for everything enqueued before. Throws ERR_QLORA_DEVICE where some of it failed.
   virtual void wait() = 0;
+  /// What `body` enqueues, without running it; null where body has to read, write or wait.
+  virtual std::unique_ptr<DeviceGraph> capture(const std::function<void()>& body) = 0;
 };
 
 struct DeviceDescription {

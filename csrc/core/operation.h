@@ -118,32 +118,53 @@ inline std::shared_ptr<const Error> currentError() {
   }
 }
 
-/// Checks the arguments now; runs the kernel when the stream comes to it, and counts its time under `name`, a literal.
 template <class Args>
-void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&), std::string_view name) {
-  args.check();
-  stream.postOperation([args = std::move(args), kernel, name, &stream](Context& context) mutable {
+class OperationOf : public Operation {
+ public:
+  using Kernel = void (*)(Context&, const Args&);
+
+  OperationOf(Stream& stream, Args args, Kernel kernel, std::string_view name)
+      : stream_(stream), args_(std::move(args)), kernel_(kernel), name_(name) {}
+
+  void run(Context& context) override {
     const auto began = std::chrono::steady_clock::now();
-    detail::FindError inputs;
-    args.visit(inputs);
-    std::shared_ptr<const Error> error = std::move(inputs.error);
+    std::shared_ptr<const Error> error = inputError();
     if (!error) {
       try {
         detail::AllocateOutputs outputs;
-        args.visit(outputs);
-        kernel(context, args);
+        args_.visit(outputs);
+        kernel_(context, args_);
       } catch (...) {
         error = currentError();
       }
     }
     if (error) {
       detail::PassOnError passOn{error};
-      args.visit(passOn);
+      args_.visit(passOn);
     }
-    OperationTime& time = stream.times()[name];
+    OperationTime& time = stream_.times()[name_];
     ++time.calls;
     time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-  });
+  }
+
+  std::shared_ptr<const Error> inputError() override {
+    detail::FindError inputs;
+    args_.visit(inputs);
+    return std::move(inputs.error);
+  }
+
+ private:
+  Stream& stream_;
+  Args args_;
+  const Kernel kernel_;
+  const std::string_view name_;
+};
+
+/// Checks the arguments now; runs the kernel when the stream comes to it, and counts its time under `name`, a literal.
+template <class Args>
+void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&), std::string_view name) {
+  args.check();
+  stream.postOperation(std::make_shared<OperationOf<Args>>(stream, std::move(args), kernel, name));
 }
 
 }  // namespace qlora

@@ -16,23 +16,44 @@ void Stream::post(Task task) {
   wake_.notify_one();
 }
 
-void Stream::postOperation(Task task) {
+void Stream::postOperation(std::shared_ptr<Operation> operation) {
   if (recording_) {
-    recording_->push_back(std::move(task));
+    recording_->operations.push_back(std::move(operation));
   } else {
-    post(std::move(task));
+    post([operation = std::move(operation)](Context& context) { operation->run(context); });
   }
 }
 
 void Stream::record() {
   if (recording_) fail("ERR_QLORA_INTERNAL", "a recording was begun within another");
-  recording_ = std::make_shared<Recording>();
+  recording_ = std::make_shared<Recording>(memory_);
 }
 
-void Stream::run(std::shared_ptr<const Recording> recording) {
-  post([this, recording = std::move(recording)](Context&) {
-    for (const Task& task : *recording) runTask(task);
-  });
+void Stream::run(std::shared_ptr<Recording> recording) {
+  post([this, recording = std::move(recording)](Context&) { runRecording(*recording); });
+}
+
+void Stream::runRecording(Recording& recording) {
+  using Stage = Recording::Stage;
+  const auto runAll = [&](ScratchStore* store) {
+    for (const auto& operation : recording.operations) {
+      Scratch scratch(*memory_, store);
+      Context context = contextOf(scratch);
+      operation->run(context);
+    }
+  };
+  // With an error among the inputs the operations pass it on one by one.
+  if (!queue_ || recording.stage == Stage::noGraph || recording.hasInputError()) return runAll(nullptr);
+  if (recording.stage == Stage::new_) {
+    recording.stage = Stage::allocated;
+    return runAll(nullptr);
+  }
+  if (recording.stage == Stage::allocated) {
+    recording.graph = queue_->capture([&] { runAll(&recording.scratch); });
+    recording.stage = recording.graph ? Stage::graph : Stage::noGraph;
+    if (!recording.graph) return runAll(nullptr);
+  }
+  recording.graph->launch();
 }
 
 void Stream::close() {
@@ -64,9 +85,13 @@ void Stream::work() {
 
 void Stream::runTask(const Task& task) {
   Scratch scratch(*memory_);
-  ThreadPool& pool = memory_->backing() == Backing::addresses ? idlePool() : threadPool();
-  Context context{pool, scratch, queue_.get()};
+  Context context = contextOf(scratch);
   task(context);
+}
+
+Context Stream::contextOf(Scratch& scratch) {
+  ThreadPool& pool = memory_->backing() == Backing::addresses ? idlePool() : threadPool();
+  return {pool, scratch, queue_.get()};
 }
 
 }  // namespace qlora

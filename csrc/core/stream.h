@@ -15,37 +15,12 @@
 #include "core/device.h"
 #include "core/memory.h"
 #include "core/parallel.h"
+#include "core/recording.h"
+#include "core/scratch.h"
 
 namespace qlora {
 
 struct OpTable;
-
-/// Memory that an operation needs while it runs; handed back when it is done.
-class Scratch {
- public:
-  explicit Scratch(Memory& memory) : memory_(memory) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    for (const auto& [pointer, bytes] : taken_) memory_.release(pointer, bytes, MemoryClass::scratch);
-  }
-
-  void* bytes(size_t n) {
-    taken_.emplace_back(memory_.allocate(n, MemoryClass::scratch), n);
-    return taken_.back().first;
-  }
-  /// Aligned to 64 bytes, on a device to 256, not initialized.
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
-  }
-  /// One that hands back earlier, for an operation that works in several steps.
-  Scratch nested() const { return Scratch(memory_); }
-
- private:
-  Memory& memory_;
-  std::vector<std::pair<void*, size_t>> taken_;
-};
 
 /// What an operation runs with.
 struct Context {
@@ -60,12 +35,7 @@ struct OperationTime {
   double seconds = 0;
 };
 
-/// May be called again: a recorded operation is.
 using Task = std::function<void(Context&)>;
-
-/// Operations that were enqueued once, to be run in the same order, on the same tensors, as often as one likes. What
-/// they wrote on the way stays allocated, so that running them again allocates scratch alone.
-using Recording = std::vector<Task>;
 
 class Stream {
  public:
@@ -80,12 +50,12 @@ class Stream {
   /// Throws ERR_QLORA_DISPOSED after close. A task may not throw.
   void post(Task task);
   /// As post, but for operations, which a recording keeps instead of running them.
-  void postOperation(Task task);
+  void postOperation(std::shared_ptr<Operation> operation);
   /// On the caller's thread; until takeRecording() its operations are recorded.
   void record();
   bool recording() const { return recording_ != nullptr; }
-  std::shared_ptr<const Recording> takeRecording() { return std::move(recording_); }
-  void run(std::shared_ptr<const Recording> recording);
+  std::shared_ptr<Recording> takeRecording() { return std::move(recording_); }
+  void run(std::shared_ptr<Recording> recording);
   /// Drops what was not started, waits for what was. Idempotent.
   void close();
 
@@ -98,6 +68,8 @@ class Stream {
  private:
   void work();
   void runTask(const Task& task);
+  void runRecording(Recording& recording);
+  Context contextOf(Scratch& scratch);
 
   const std::shared_ptr<Memory> memory_;
   const OpTable& ops_;

@@ -79,9 +79,10 @@ void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, di
       },
       values);
 #else
-  emulated::MemoryAccess access;
-  emulated::run(std::string(grid.file) + ":" + std::to_string(grid.line), grid, block, sharedBytes,
-                [&] { std::apply(kernel, values); });
+  emulated::submit([=] {
+    emulated::run(std::string(grid.file) + ":" + std::to_string(grid.line), grid, block, sharedBytes,
+                  [&] { std::apply(kernel, values); });
+  });
 #endif
 }
 

@@ -76,6 +76,22 @@ class Staging {
   size_t at_ = 0;
 };
 
+class Graph : public DeviceGraph {
+ public:
+  Graph(cudaGraph_t graph, cudaStream_t stream) : stream_(stream) {
+    checkCuda(cudaGraphInstantiate(&executable_, graph, 0), "making a graph");
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() override { cudaGraphExecDestroy(executable_); }
+
+  void launch() override { checkCuda(cudaGraphLaunch(executable_, stream_), "launching a graph"); }
+
+ private:
+  const cudaStream_t stream_;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 class Queue : public CudaQueue {
  public:
   explicit Queue(int device) : device_(chosen(device)) {
@@ -89,14 +105,43 @@ class Queue : public CudaQueue {
 
   void begin() override { cudaSetDevice(device_); }
   void write(void* device, const void* host, size_t bytes) override {
+    leaveCapture();
     staging_.write(stream, static_cast<char*>(device), static_cast<const char*>(host), bytes);
   }
   void read(void* host, const void* device, size_t bytes) override {
+    leaveCapture();
     staging_.read(stream, static_cast<char*>(host), static_cast<const char*>(device), bytes);
   }
-  void wait() override { checkCuda(cudaStreamSynchronize(stream), "a kernel"); }
+  void wait() override {
+    leaveCapture();
+    checkCuda(cudaStreamSynchronize(stream), "a kernel");
+  }
+
+  std::unique_ptr<DeviceGraph> capture(const std::function<void()>& body) override {
+    // Relaxed: what an operation allocates meanwhile is no part of the graph.
+    checkCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
+    capture_ = Capture::under_way;
+    body();
+    const bool whole = capture_ == Capture::under_way;
+    capture_ = Capture::none;
+    cudaGraph_t graph = nullptr;
+    checkCuda(cudaStreamEndCapture(stream, &graph), "ending a graph");
+    std::unique_ptr<DeviceGraph> result;
+    if (whole) result = std::make_unique<Graph>(graph, stream);
+    cudaGraphDestroy(graph);
+    return result;
+  }
 
  private:
+  enum class Capture { none, under_way, left };
+
+  /// What no graph can hold: the operation that asked for it fails, and the graph is given up.
+  void leaveCapture() {
+    if (capture_ == Capture::none) return;
+    capture_ = Capture::left;
+    fail("ERR_QLORA_INTERNAL", "a graph cannot wait for the host");
+  }
+
   static int chosen(int device) {
     checkCuda(cudaSetDevice(device), "choosing the device");
     return device;
@@ -104,6 +149,7 @@ class Queue : public CudaQueue {
 
   const int device_;
   Staging staging_;
+  Capture capture_ = Capture::none;
 };
 
 class CudaDevice : public Device {

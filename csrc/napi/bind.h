@@ -116,7 +116,7 @@ class RecordingHandle : public Napi::ObjectWrap<RecordingHandle> {
   static Napi::Function define(Napi::Env env);
   explicit RecordingHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RecordingHandle>(info) {}
   ~RecordingHandle() override { release(); }
-  static Napi::Object wrap(Napi::Env env, std::shared_ptr<Stream> stream, std::shared_ptr<const Recording> recording);
+  static Napi::Object wrap(Napi::Env env, std::shared_ptr<Stream> stream, std::shared_ptr<Recording> recording);
 
  private:
   Napi::Value run(const Napi::CallbackInfo& info);
@@ -124,7 +124,7 @@ class RecordingHandle : public Napi::ObjectWrap<RecordingHandle> {
   void release();
 
   std::shared_ptr<Stream> stream_;
-  std::shared_ptr<const Recording> recording_;
+  std::shared_ptr<Recording> recording_;
 };
 
 class TensorHandle : public Napi::ObjectWrap<TensorHandle> {

@@ -180,7 +180,7 @@ Napi::Function RecordingHandle::define(Napi::Env env) {
 }
 
 Napi::Object RecordingHandle::wrap(Napi::Env env, std::shared_ptr<Stream> stream,
-                                   std::shared_ptr<const Recording> recording) {
+                                   std::shared_ptr<Recording> recording) {
   Napi::Object object = env.GetInstanceData<AddonData>()->recordingClass.New({});
   RecordingHandle& handle = *Unwrap(object);
   handle.stream_ = std::move(stream);

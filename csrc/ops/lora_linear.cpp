@@ -42,7 +42,7 @@ void loraLinearForward(Context& context, const LoraLinearForward& a) {
   GemmOperand x = matrix(a.x);
   if (dropout.p > 0) {
     x = dropped(context, a.x, dropout);
-  } else if (a.weight.data.dtype != DType::i8) {
+  } else if (a.weight.data.dtype != DType::i8 && takesPacked(GemmForm::nt, a.x.dtype, M)) {
     packed = packA(context, GemmForm::nt, a.x.dtype, x, M, K);
     shared = &packed;
   }

@@ -18,10 +18,11 @@ namespace {
 
 using PairEngine = AmxEngine;
 
+// Dot products read W once, and no faster would tiles.
+constexpr int64_t kFewPairs = 4;
+
 void gemmBf16(Context& context, const Gemm& g) {
-  // Dot products read W once, and no faster would tiles.
-  constexpr int64_t kDots = 4;
-  if (g.M <= kDots && FewTokens::takes(g)) return FewTokens::run(context, g);
+  if (g.M <= kFewPairs && FewTokens::takes(g)) return FewTokens::run(context, g);
   if (FewTokensBack::takes(g)) return FewTokensBack::run(context, g);
   Engine<AmxEngine>::run(context, g);
 }
@@ -31,6 +32,8 @@ void gemmBf16(Context& context, const Gemm& g) {
 namespace {
 
 using PairEngine = Bf16Engine;
+
+constexpr int64_t kFewPairs = FewTokens::kMost;
 
 /// Rows [begin, begin + count) of A and C.
 Gemm rowsOf(const Gemm& g, int64_t begin, int64_t count) {
@@ -67,6 +70,8 @@ void gemmBf16(Context& context, const Gemm& g) {
 }  // namespace
 #elif QLORA_ISA_neonbf16
 using PairEngine = Bf16Engine;
+
+constexpr int64_t kFewPairs = FewTokensFp32::kMost;
 #endif
 
 void gemm(Context& context, const Gemm& g) {
@@ -78,6 +83,15 @@ void gemm(Context& context, const Gemm& g) {
 #endif
   if (FewTokensFp32::takes(g)) return FewTokensFp32::run(context, g);
   Engine<Fp32Engine>::run(context, g);
+}
+
+bool takesPacked(GemmForm form, DType compute, int64_t M) {
+  if (form != GemmForm::nt) return true;
+#if QLORA_ISA_avx512bf16 || QLORA_ISA_neonbf16
+  if (compute == DType::bf16) return M > kFewPairs;
+#endif
+  static_cast<void>(compute);
+  return M > FewTokensFp32::kMost;
 }
 
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K) {

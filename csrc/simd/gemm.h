@@ -69,6 +69,9 @@ struct Gemm {
 /// Runs on the whole pool. The bits of the result do not depend on the number of threads.
 void gemm(Context& context, const Gemm& g);
 
+/// Whether products of M rows take a packed A. Few rows are read as they lie: packed they would fill a whole strip.
+bool takesPacked(GemmForm form, DType compute, int64_t M);
+
 /// Packs A once for several products. The panels live in the context's scratch.
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K);
 

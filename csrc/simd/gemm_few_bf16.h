@@ -37,9 +37,10 @@ class FewTokens {
 
  private:
   static constexpr int kChunk = Bf16Engine::kChunk, kStride = Bf16Engine::kStride;
-  // Dot products: rows of W a task takes at most, rows at a time, columns whose scales are decoded at a time.
-  static constexpr int64_t kDotsMost = 64, kScaled = 512;
-  static constexpr int kDotRows = 4;
+  // Dot products: rows of W a task takes at most, rows at a time.
+  static constexpr int64_t kDotsMost = 64;
+  template <int M>
+  static constexpr int kDotRows = M <= 2 ? 4 : 2;
 
   struct Term {
     GemmOperand b;
@@ -79,29 +80,37 @@ class FewTokens {
 
   // --- dot products
 
-  /// Columns at a time, whole groups: x stays in the first cache.
-  template <int M>
-  static constexpr int64_t kDotChunk = 4096 / M / 128 * 128;
-
   template <int M>
   void dots(Context& context) const {
-    const int64_t perTask = rowsPerTask(kDotsMost, kDotRows);
-    context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int) {
+    const int64_t perTask = rowsPerTask(kDotsMost, kDotRows<M>);
+    int64_t scalesSize = 0;
+    for (int i = 0; i < termCount_; ++i) {
+      if (!Bf16Engine::isNibbles(terms_[i].b)) continue;
+      withGroups(*terms_[i].b.weight, [&]<class Reader>(const Reader&) {
+        scalesSize = std::max(scalesSize, Reader::Scales::bufferSize(*terms_[i].b.weight, kDotRows<M> * terms_[i].K));
+      });
+    }
+    float* scales = context.scratch.take<float>(context.pool.size() * scalesSize);
+    context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int thread) {
       const int64_t begin = task * perTask, rows = std::min(perTask, g_.N - begin);
       // 16 partial sums of each row and token.
       alignas(64) float sums[kDotsMost][M][kVector];
       std::memset(sums, 0, static_cast<size_t>(rows) * sizeof(sums[0]));
       for (int i = 0; i < termCount_; ++i) {
-        if (Bf16Engine::isNibbles(terms_[i].b)) {
-          withGroups(*terms_[i].b.weight, [&](const auto& reader) {
-            dotTerm<M>(terms_[i], begin, rows, sums, [&](auto count, int64_t n, int64_t k, int64_t end, auto* out) {
-              dotNibbles<M, count>(reader, terms_[i], n, k, end, out);
+        const Term& term = terms_[i];
+        if (Bf16Engine::isNibbles(term.b)) {
+          withGroups(*term.b.weight, [&]<class Reader>(const Reader& reader) {
+            typename Reader::Scales scale(reader, scales + thread * scalesSize, scalesSize, begin * term.K);
+            forRows<kDotRows<M>>(rows, [&](auto count, int64_t r) {
+              const int64_t flat = (begin + r) * term.K;
+              scale.reach(flat + count * term.K);
+              dotNibbles<M, count>(reader, scale, term, flat, sums + r);
             });
           });
         } else {
-          withDense(terms_[i].b, [&](const auto* data, int64_t stride, auto scale) {
-            dotTerm<M>(terms_[i], begin, rows, sums, [&](auto count, int64_t n, int64_t k, int64_t end, auto* out) {
-              dotDense<M, count>(data + n * stride, stride, scale(n), terms_[i], k, end, out);
+          withDense(term.b, [&](const auto* data, int64_t stride, auto scale) {
+            forRows<kDotRows<M>>(rows, [&](auto count, int64_t r) {
+              dotDense<M, count>(data + (begin + r) * stride, stride, scale(begin + r), term, sums + r);
             });
           });
         }
@@ -116,76 +125,95 @@ class FewTokens {
     });
   }
 
-  /// Calls f(how many rows, the first of them, columns from, to, sums) for pieces of the rows [begin, begin + rows).
-  template <int M, class F>
-  static void dotTerm(const Term& term, int64_t begin, int64_t rows, float (*sums)[M][kVector], F&& f) {
-    constexpr int R = kDotRows;
-    for (int64_t k = 0; k < term.K; k += kDotChunk<M>) {
-      const int64_t end = std::min(term.K, k + kDotChunk<M>);
-      int64_t r = 0;
-      for (; r + R <= rows; r += R) f(std::integral_constant<int, R>{}, begin + r, k, end, sums + r);
-      for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, begin + r, k, end, sums + r);
-    }
+  /// Calls f(how many rows, the first of them) for pieces of `rows` rows.
+  template <int R, class F>
+  QLORA_INLINE static void forRows(int64_t rows, F&& f) {
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) f(std::integral_constant<int, R>{}, r);
+    for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
   }
 
+  /// R rows from element `flat` on.
   template <int M, int R, class Reader>
-  static void dotNibbles(const Reader& from, const Term& term, int64_t n, int64_t begin, int64_t end,
+  static void dotNibbles(const Reader& shared, const typename Reader::Scales& scales, const Term& term, int64_t flat,
                          float (*sums)[M][kVector]) {
-    constexpr int kScales = Reader::kScales;
-    const Reader reader = from;
+    const Reader reader = shared;
+    const typename Reader::Scales scale = scales;
     const int64_t K = term.K;
+    const bf16* x = term.x;
+    int64_t ahead = flat;
     Dots<M, R> sum;
-    for (int64_t piece = begin; piece < end; piece += kScaled) {
-      const int64_t columns = std::min(kScaled, end - piece), flat = n * K + piece;
-      const bf16* x = term.x + piece;
-      float scales[R][kScaled / 64 * kScales];
+    int64_t k = 0;
+    for (; k + 128 <= K; k += 128) {
+      Group w[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) reader.scales(flat + r * K, columns, scales[r]);
-      int64_t k = 0;
-      for (; k + 128 <= columns; k += 128) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          reader.prefetch(flat + (R + r) * K + k);
-          sum.add(r, reader.read(flat + r * K + k, scales[r] + k / 64 * kScales), x + k, term.xStride);
-        }
+      for (int r = 0; r < R; ++r, ahead += 128) {
+        reader.prefetchFar(ahead);
+        const int64_t from = flat + r * K + k;
+        w[r] = reader.read(from, scale.at(from));
       }
-      if (k == columns) continue;
+      sum.add(w, x + k, term.xStride);
+    }
+    if (k < K) {
+      Group w[R];
       for (int r = 0; r < R; ++r) {
-        sum.add(r, reader.readHalf(flat + r * K + k, scales[r] + k / 64 * kScales), x + k, term.xStride);
+        const int64_t from = flat + r * K + k;
+        w[r] = reader.readHalf(from, scale.at(from));
       }
+      sum.add(w, x + k, term.xStride);
     }
     sum.addTo(sums);
   }
 
-  /// `data` is the first of R rows of any K, `stride` apart.
+  /// `data` is the first of R rows, `stride` apart.
   template <int M, int R, class T>
-  static void dotDense(const T* data, int64_t stride, float scale, const Term& term, int64_t begin, int64_t end,
-                       float (*sums)[M][kVector]) {
+  static void dotDense(const T* data, int64_t stride, float scale, const Term& term, float (*sums)[M][kVector]) {
+    const char* ahead = reinterpret_cast<const char*>(data) + kFarBytes;
     Dots<M, R> sum;
-    for (int64_t k = begin; k < end; k += 128) {
+    int64_t k = 0;
+    for (; k + 128 <= term.K; k += 128) {
+      Group w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        Group w;
-        for (int p = 0; p < 4; ++p) w.pile[p] = loadRow(data + r * stride + k + 32 * p, end - k - 32 * p, scale);
-        sum.add(r, w, term.x + k, term.xStride);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) w[r].pile[p] = loadRow(data + r * stride + k + 32 * p, 32, scale);
+#pragma GCC unroll 8
+        for (size_t line = 0; line < 2 * sizeof(T); ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
       }
+      sum.add(w, term.x + k, term.xStride);
+    }
+    for (; k < term.K; k += 32) {
+      Pile w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r].pile[0] = loadRow(data + r * stride + k, term.K - k, scale);
+      sum.add(w, term.x + k, term.xStride);
     }
     sum.addTo(sums);
   }
+
+  /// 32 weights.
+  struct Pile {
+    __m512i pile[1];
+  };
 
   /// Dot products of R rows and M tokens, in registers.
   template <int M, int R>
   struct Dots {
     __m512 sum[R][M]{};
 
-    /// A group of row r; the tokens' elements for it are xStride apart.
-    QLORA_INLINE void add(int r, const Group& w, const bf16* x, int64_t xStride) {
+    /// Of each row the same columns; the tokens' elements for them are xStride apart.
+    template <class W>
+    QLORA_INLINE void add(const W (&w)[R], const bf16* x, int64_t xStride) {
+      constexpr int kPiles = sizeof(W) / sizeof(__m512i);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) {
+        for (int p = 0; p < kPiles; ++p) {
           const auto tokens = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + m * xStride + 32 * p));
-          sum[r][m] = _mm512_dpbf16_ps(sum[r][m], tokens, reinterpret_cast<__m512bh>(w.pile[p]));
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            sum[r][m] = _mm512_dpbf16_ps(sum[r][m], tokens, reinterpret_cast<__m512bh>(w[r].pile[p]));
+          }
         }
       }
     }

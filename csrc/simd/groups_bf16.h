@@ -2,9 +2,10 @@
 //
 // The sixteen values of a block are scaled and rounded once, bf16(code * absmax); the tables of two blocks fill a
 // register. The 64 bytes of a group are 32 words of four weights each. A permute reads five bits of a word as its
-// index: four of a weight, once the word is shifted by 12, 8, 4 or 0 bits, and a fifth that chooses the table. So four
-// permutes decode a group, and nothing needs to be widened. What comes out is dealt into four piles: pile p has the
-// columns 4 i + p, which is the split order (rows.h) here.
+// index: four of a weight, and a fifth that chooses the table. Two weights of a word get theirs at once, one a byte; a
+// shift by 4 before brings the other two there, one by 8 after the upper byte down. So four permutes decode a group,
+// and nothing needs to be widened. What comes out is dealt into four piles: pile p has the columns 4 i + p, which is
+// the split order (rows.h) here.
 #pragma once
 
 #include "simd/nibbles.h"
@@ -14,6 +15,9 @@ namespace qlora::QLORA_ISA {
 QLORA_INLINE __m512i bf16Pair(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
+
+/// How far ahead of its turn what streams from memory is asked for, into the second cache.
+constexpr int64_t kFarBytes = 16384;
 
 /// 128 weights in four piles.
 struct Group {
@@ -40,12 +44,11 @@ class GroupReader {
 
   int64_t columns() const { return n_.K; }
 
-  /// The scales of n elements from `flat` on, both multiples of 64, and zeros up to a whole group.
+  /// The scales of n elements from `flat` on, both multiples of 64.
   QLORA_INLINE void scales(int64_t flat, int64_t n, float* out) const {
     constexpr int kUnit = kHalves ? 5 : 6;
     const int64_t first = flat >> kUnit, count = n >> kUnit;
     const int shift = n_.shift - kUnit;
-    for (int64_t i = count; i % (2 * kScales); ++i) out[i] = 0;
     if (shift > 0 || (first & 255) + count > 256) {
       for (int64_t i = 0; i < count; ++i) out[i] = n_.scale<kAbsmax>((first + i) >> shift);
       return;
@@ -65,14 +68,65 @@ class GroupReader {
     }
   }
 
-  /// The group from element `flat` on, a multiple of 64; `scale` points to its scales.
-  QLORA_INLINE Group read(int64_t flat, const float* scale) const {
+  /// The group from element `flat` on, a multiple of 64; scale[i] is that of its i-th 64 (32) columns.
+  template <class Scale>
+  QLORA_INLINE Group read(int64_t flat, const Scale& scale) const {
     return lookUp(_mm512_loadu_si512(n_.data + (flat >> 1)), scale);
   }
   /// The same where a row ends within the group, after 64 columns.
-  QLORA_INLINE Group readHalf(int64_t flat, const float* scale) const {
-    return lookUp(_mm512_zextsi256_si512(halfGroup(flat)), scale);
+  template <class Scale>
+  QLORA_INLINE Group readHalf(int64_t flat, const Scale& scale) const {
+    struct Half {
+      const Scale& scale;
+      QLORA_INLINE float operator[](int i) const { return i < kScales ? scale[i] : 0.0f; }
+    };
+    return lookUp(_mm512_zextsi256_si512(halfGroup(flat)), Half{scale});
   }
+
+  /// Scales one by one, for who reads rows in memory's order. Those under double quantization are looked up among the
+  /// 256 that the codes of their nested block stand for, which are made once a nested block: two roundings, as ever.
+  class Scales {
+   public:
+    /// Floats that it needs for reads that lie at most `span` elements apart.
+    static int64_t bufferSize(const Weight& w, int64_t span) {
+      if (kAbsmax == AbsmaxKind::plain) return 0;
+      return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(span / w.blockSize / 256 + 2))) * 256;
+    }
+    /// For elements from `flat` on; the buffer has `size` floats.
+    Scales(const GroupReader& reader, float* buffer, int64_t size, int64_t flat)
+        : n_(reader.n_), tables_(buffer), inBuffer_((size - 1) & ~int64_t{255}), next_(flat >> n_.shift >> 8) {}
+
+    /// Makes ready for elements before `end`.
+    QLORA_INLINE void reach(int64_t end) {
+      if constexpr (kAbsmax == AbsmaxKind::nested) {
+        for (const int64_t last = (end - 1) >> n_.shift >> 8; next_ <= last; ++next_) {
+          float* table = tables_ + (next_ << 8 & inBuffer_);
+          for (int i = 0; i < 256; ++i) {
+            const float scaled = n_.nestedCode[i] * n_.nestedAbsmax[next_];
+            table[i] = scaled + n_.offset;
+          }
+        }
+      }
+    }
+
+    struct At {
+      const Scales& of;
+      int64_t flat;
+
+      QLORA_INLINE float operator[](int i) const {
+        const int64_t block = (flat + i * (kHalves ? 32 : 64)) >> of.n_.shift;
+        if constexpr (kAbsmax == AbsmaxKind::plain) return of.n_.absmax[block];
+        return of.tables_[(block & of.inBuffer_) + of.n_.absmaxCode[block]];
+      }
+    };
+    QLORA_INLINE At at(int64_t flat) const { return {*this, flat}; }
+
+   private:
+    const Nibbles n_;
+    float* const tables_;
+    const int64_t inBuffer_;
+    int64_t next_;  // nested block
+  };
 
   /// 64 columns of a row and of the one `below` elements further on, in pairs.
   class Rows {
@@ -100,6 +154,8 @@ class GroupReader {
   };
 
   QLORA_INLINE void prefetch(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1), _MM_HINT_T0); }
+  /// The line kFarBytes beyond element `flat`.
+  QLORA_INLINE void prefetchFar(int64_t flat) const { _mm_prefetch(n_.data + (flat >> 1) + kFarBytes, _MM_HINT_T1); }
 
  private:
   QLORA_INLINE __m512 scaled(float absmax) const { return _mm512_mul_ps(code_, _mm512_set1_ps(absmax)); }
@@ -127,26 +183,30 @@ class GroupReader {
     }
   }
 
-  QLORA_INLINE Group lookUp(__m512i words, const float* scale) const {
-    const __m512i four = _mm512_set1_epi16(15), tables = tablesOf(scale[0], scale[1]);
+  /// scale[i] is that of the i-th 64 (32) columns.
+  template <class Scale>
+  QLORA_INLINE Group lookUp(__m512i words, const Scale& scale) const {
+    const __m512i four = _mm512_set1_epi8(15), tables = tablesOf(scale[0], scale[1]);
     const auto index = [&](__m512i w, __m512i table) {
       return _mm512_ternarylogic_epi32(w, four, table, 0xea);  // (w & four) | table
     };
-    Group group{{_mm512_srli_epi16(words, 4), words, _mm512_srli_epi16(words, 12), _mm512_srli_epi16(words, 8)}};
+    const auto lookUpIn = [&](__m512i table, auto&& permute) {
+      const __m512i even = index(_mm512_srli_epi16(words, 4), table), odd = index(words, table);
+      return Group{
+          {permute(even), permute(odd), permute(_mm512_srli_epi16(even, 8)), permute(_mm512_srli_epi16(odd, 8))}};
+    };
     if constexpr (kHalves) {
       // A block has 8 words, and bit 5 chooses between two registers of two tables.
       const __m512i more = tablesOf(scale[2], scale[3]);
-      const __m512i table =
-          _mm512_slli_epi16(_mm512_setr_epi64(0, 0, kOne, kOne, 2 * kOne, 2 * kOne, 3 * kOne, 3 * kOne), 4);
-      for (__m512i& pile : group.pile) pile = _mm512_permutex2var_epi16(tables, index(pile, table), more);
+      return lookUpIn(_mm512_setr_epi64(0, 0, kOne, kOne, 2 * kOne, 2 * kOne, 3 * kOne, 3 * kOne),
+                      [&](__m512i i) { return _mm512_permutex2var_epi16(tables, i, more); });
     } else {
-      const __m512i table = _mm512_slli_epi16(_mm512_setr_epi64(0, 0, 0, 0, kOne, kOne, kOne, kOne), 4);
-      for (__m512i& pile : group.pile) pile = _mm512_permutexvar_epi16(index(pile, table), tables);
+      return lookUpIn(_mm512_setr_epi64(0, 0, 0, 0, kOne, kOne, kOne, kOne),
+                      [&](__m512i i) { return _mm512_permutexvar_epi16(i, tables); });
     }
-    return group;
   }
 
-  static constexpr int64_t kOne = 0x0001000100010001;  // in each word
+  static constexpr int64_t kOne = 0x1010101010101010;  // in bit 4 of each byte
   const Nibbles n_;
   const __m512 code_;
 };

@@ -41,6 +41,8 @@ const cases: Case[] = [
   { M: 66, N: 31, K: 300, base: 'f16' },
   // Few tokens: more columns than their kernels take at a time, and more rows.
   ...[1, 2, 3, 4].map((M): Case => ({ M, N: 140, K: 4224, base: 'nf4', doubleQuant: true })),
+  { M: 2, N: 70, K: 4160, base: 'fp4', blockSize: 32, doubleQuant: true },
+  { M: 1, N: 37, K: 192, base: 'nf4', blockSize: 32 },
   { M: 3, N: 70, K: 2113, base: 'bf16' },
   { M: 35, N: 40, K: 1472, base: 'nf4' },
 ];

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 
 namespace {
@@ -109,13 +110,42 @@ cudaError_t cudaFreeHost(void* pointer) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  qlora::emulated::MemoryAccess access;
-  std::memcpy(to, from, bytes);
+  qlora::emulated::submit([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  qlora::emulated::MemoryAccess access;
-  std::memset(to, value, bytes);
+  qlora::emulated::submit([=] { std::memset(to, value, bytes); });
   return cudaSuccess;
+}
+
+namespace {
+
+/// Of the thread that captures: a stream has one of its own.
+thread_local std::unique_ptr<EmulatedGraph> captured;
+
+}  // namespace
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  captured = std::make_unique<EmulatedGraph>();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  *graph = captured.release();
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+  for (const auto& work : *graph) qlora::emulated::submit(work);
+  return cudaSuccess;
+}
+
+void qlora::emulated::submit(std::function<void()> work) {
+  if (captured) {
+    captured->push_back(std::move(work));
+    return;
+  }
+  MemoryAccess access;
+  work();
 }
