@@ -150,7 +150,7 @@ void decodeWith(Context& context, const AttentionForward& a) {
       const int64_t n = std::min<int64_t>(kWidth, count - j0);
       for (int64_t j = 0; j < n; ++j) {
         const T* row = a.k.data<T>() + first + (j0 + j) * Hkv * D;
-        if (range.begin + j0 + j + kAheadKeys < a.keyLength) prefetchRow(row + kAheadKeys * Hkv * D, D);
+        if (range.begin + j0 + j + kAheadKeys < rule.keyLength) prefetchRow(row + kAheadKeys * Hkv * D, D);
         prefetchRow(a.v.data<T>() + first + (j0 + j) * Hkv * D, D);
         packRow<Math>(row, D, depth, my.keys + j * depth);
       }
