@@ -30,9 +30,9 @@ QLORA_INLINE float blockAbsmax(const T* v, int64_t n) {
   return toFloat(T{top});
 }
 
-QLORA_INLINE float blockInverse(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
+QLORA_SHARED float blockInverse(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
-QLORA_INLINE bool isFinite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7fffffff) < 0x7f800000; }
+QLORA_SHARED bool isFinite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7fffffff) < 0x7f800000; }
 
 /// The first of n absmax values that is not finite, else n.
 QLORA_INLINE int64_t firstNonFinite(const float* absmax, int64_t n) {
