@@ -16,6 +16,7 @@ const { values, positionals } = parseArgs({
 process.env.QLORA_TEST_DEVICE = values.device;
 
 const files = [
+  'ops/device',
   'ops/recording',
   'ops/elementwise',
   'ops/rms-norm',
