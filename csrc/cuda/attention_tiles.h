@@ -2,7 +2,8 @@
 //
 // Rows. The query heads of a key head see the same keys, so they are handled together: of a pair (batch row, key head)
 // row r is query r / group of head r % group of its group, and there are Tq x group rows. A key is then read once for
-// all heads of the group, decoding has several rows to fill a matrix instruction with, and dk and dv are sums over rows.
+// all heads of the group, decoding has several rows to fill a matrix instruction with, and dk and dv are sums over
+// rows.
 //
 // Tiles. A block owns 16 rows a warp (or keys: the pass of dk and dv), which stay in shared memory, and visits tiles of
 // keys (or rows) one after the other. A warp has the products of its 16 with a tile in registers, in the layout of

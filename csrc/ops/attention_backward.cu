@@ -6,8 +6,8 @@
 //   keys     a block owns keys: p^T and ds^T of them with each tile of rows, dv += p^T dout, dk += ds^T q; of a head
 //            of more than 128 elements each block sums 128 columns, for which it has the registers
 //
-// p and ds are thus made twice, for which nothing is read and added again in memory. In 16-bit types they are rounded to
-// that type before the second product.
+// p and ds are thus made twice, for which nothing is read and added again in memory. In 16-bit types they are rounded
+// to that type before the second product.
 #include "cuda/attention_tiles.h"
 #include "ops/attention.h"
 
@@ -189,8 +189,8 @@ void backward(Context& context, const AttentionBackward& a) {
   const Problem<T> problem = Problem<T>::of(a);
   const int64_t B = a.q.dim(0), Hkv = a.k.dim(2), S = a.k.dim(1), rows = a.q.rows();
   float* delta = context.scratch.take<float>(rows);
-  const Gradients<T> gradients{a.dout.data<T>(), a.logSumExp.data<float>(), delta,  a.dq.data<T>(),
-                               a.dk.data<T>(),   a.dv.data<T>(),            a.scale};
+  const Gradients<T> gradients{
+      a.dout.data<T>(), a.logSumExp.data<float>(), delta, a.dq.data<T>(), a.dk.data<T>(), a.dv.data<T>(), a.scale};
   const auto grid = [&](int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
   };

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   using Tile = Tiling<T, kD>;
   constexpr int kRows = 16 * kWarps, kKeys = 2 * Tile::kVisited, kTiles = kKeys / 8, kColumns = kD / 8;
   constexpr int kStride = Tile::kStride;
-  T *const queries = dynamicShared<T>(), *const keys = queries + kRows * kStride, *const values = keys + kKeys * kStride;
+  T *const queries = dynamicShared<T>(), *const keys = queries + kRows * kStride,
+           *const values = keys + kKeys * kStride;
 
   const Pair pair(a, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
   // The last rows, which see most where attention is causal, first.
