@@ -27,6 +27,7 @@ const files = [
   'ops/loss',
   'ops/logits',
   'optimizers',
+  'models/references',
 ];
 
 const { native } = await import('../lib/native.js');
