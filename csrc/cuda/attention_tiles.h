@@ -44,8 +44,8 @@ struct Problem {
   const int32_t *querySegments, *keySegments, *pastLength;  // null without
   int Tq, S, H, Hkv, D;
   int causal, window;
-  float multiplier;       // scores in units of ln 2: multiplier x, or
-  float cap, inverseCap;  // cap tanh(inverseCap x) where cap is not 0
+  // Scores in units of ln 2: multiplier x, with tanh(inverseCap x) in place of x where inverseCap is not 0.
+  float multiplier, inverseCap;
 
   template <class A>
   static Problem of(const A& a) {
@@ -64,19 +64,20 @@ struct Problem {
             size(a.q, 3),
             a.causal,
             static_cast<int>(std::min<int64_t>(a.window, INT32_MAX / 2)),
-            a.scale * kLog2E,
-            caps ? a.softCap * kLog2E : 0.0f,
+            (caps ? a.softCap : a.scale) * kLog2E,
             caps ? a.scale / a.softCap : 0.0f};
   }
   int rows() const { return Tq * (H / Hkv); }
 };
 
-/// Calls f with the padded head size as a type.
-template <class F>
+/// Calls f with the padded head size as a type. f32, which is seldom used, has fewer of them.
+template <class T, class F>
 void dispatchHeadSize(const char* op, int64_t D, F&& f) {
   if (D <= 64) return f(std::integral_constant<int, 64>{});
-  if (D <= 80) return f(std::integral_constant<int, 80>{});
-  if (D <= 96) return f(std::integral_constant<int, 96>{});
+  if constexpr (sizeof(T) == 2) {
+    if (D <= 80) return f(std::integral_constant<int, 80>{});
+    if (D <= 96) return f(std::integral_constant<int, 96>{});
+  }
   if (D <= 128) return f(std::integral_constant<int, 128>{});
   if (D <= 256) return f(std::integral_constant<int, 256>{});
   fail("ERR_QLORA_SHAPE", "%s: on CUDA a head has at most 256 elements, got %lld", op, static_cast<long long>(D));
@@ -185,6 +186,7 @@ QLORA_DEVICE void multiplyTransposed(float (&c)[kTiles][4], const T* a, const T*
   const int lane = laneIndex();
   if constexpr (sizeof(T) == 4) {
     const int g = lane / 4, t = 2 * (lane % 4);
+#pragma unroll 1
     for (int k = 0; k < kD; k += 4) {
       const auto upper = loadPack<4>(a + g * kStride + k), lower = loadPack<4>(a + (g + 8) * kStride + k);
 #pragma unroll
@@ -203,7 +205,7 @@ QLORA_DEVICE void multiplyTransposed(float (&c)[kTiles][4], const T* a, const T*
   } else {
     const T* aRow = a + lane % 16 * kStride + lane / 16 * 8;
     const T* bRow = b + (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < kD; k += 16) {
       uint32_t af[4], bf[4];
       loadMatrices<false>(af, aRow + k);
@@ -231,10 +233,11 @@ QLORA_DEVICE void multiplyByWeights(float (&c)[kColumns][4], const float (&p)[kT
     const int t = 2 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
+#pragma unroll 1
       for (int j = 0; j < 8; ++j) {
         const int holder = lane / 4 * 4 + j / 2;
-        const float upper = shuffle(p[n][j % 2], holder), lower = shuffle(p[n][2 + j % 2], holder);
+        const float upper = shuffle(j % 2 ? p[n][1] : p[n][0], holder);
+        const float lower = shuffle(j % 2 ? p[n][3] : p[n][2], holder);
         const T* row = b + (8 * n + j) * kStride + t;
 #pragma unroll
         for (int m = 0; m < kColumns; ++m) {
@@ -260,6 +263,25 @@ QLORA_DEVICE void multiplyByWeights(float (&c)[kColumns][4], const float (&p)[kT
         mma<T>(c[m + 1], pf, {bf[2], bf[3]});
       }
     }
+  }
+}
+
+#if defined(__CUDACC__)
+#define QLORA_OUT_OF_LINE __device__ __noinline__
+#else
+#define QLORA_OUT_OF_LINE inline
+#endif
+
+/// Out of line, since kernels have dozens of scores in registers, most of whose models have no soft cap.
+QLORA_OUT_OF_LINE float4 tanhOfFour(float4 x) { return make_float4(tanhf(x.x), tanhf(x.y), tanhf(x.z), tanhf(x.w)); }
+
+/// x = tanh(factor x).
+template <int kTiles>
+QLORA_DEVICE void tanhOfTile(float (&x)[kTiles][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float4 y = tanhOfFour(make_float4(factor * x[n][0], factor * x[n][1], factor * x[n][2], factor * x[n][3]));
+    x[n][0] = y.x, x[n][1] = y.y, x[n][2] = y.z, x[n][3] = y.w;
   }
 }
 

@@ -38,14 +38,13 @@ QLORA_DEVICE RowStatistics statisticsOf(const Gradients<T>& g, const Pair& pair,
   return {logSumExp == -INFINITY ? INFINITY : logSumExp * kLog2E, g.delta[at]};
 }
 
-/// p and ds, in place of x = dot(q, k) and dp = dot(dout, v).
+/// p and ds, in place of x = dot(q, k), or tanh(inverseCap x), and dp = dot(dout, v).
 template <class T>
 QLORA_DEVICE void differentiate(const Problem<T>& a, const RowStatistics& row, bool seen, float& x, float& dp) {
-  const float tanh = a.cap > 0 ? tanhf(a.inverseCap * x) : 0.0f;
-  const float s = a.cap > 0 ? a.cap * tanh : a.multiplier * x;
-  const float p = seen ? exp2f(s - row.logSumExp) : 0.0f;
+  const float p = seen ? exp2f(a.multiplier * x - row.logSumExp) : 0.0f;
+  dp = p * (dp - row.delta);
+  if (a.inverseCap > 0) dp *= 1.0f - x * x;
   x = p;
-  dp = p * (dp - row.delta) * (1.0f - tanh * tanh);
 }
 
 /// A warp a row of [B, Tq, H].
@@ -97,6 +96,7 @@ __global__ void __launch_bounds__(Tiling<T, kD>::kWarps* kWarpSize) queryKernel(
     float p[kTiles][4] = {}, ds[kTiles][4] = {};
     multiplyTransposed<T, kD>(p, queries + at * kStride, keys);
     multiplyTransposed<T, kD>(ds, douts + at * kStride, values);
+    if (a.inverseCap > 0) tanhOfTile(p, a.inverseCap);
     const bool all = pair.seesAll(r0, r1, j0, j0 + kKeys);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(Tiling<T, kD>::kWarps* kWarpSize) keyKernel(Pr
     float p[kTiles][4] = {}, ds[kTiles][4] = {};
     multiplyTransposed<T, kD>(p, keys + at * kStride, queries);
     multiplyTransposed<T, kD>(ds, values + at * kStride, douts);
+    if (a.inverseCap > 0) tanhOfTile(p, a.inverseCap);
     const bool all = pair.seesAll(r0, r0 + kRows, j0, j0 + kKeys);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -209,9 +210,9 @@ void backward(Context& context, const AttentionBackward& a) {
 
 void attentionBackward(Context& context, const AttentionBackward& a) {
   dispatchFloat(a.q.dtype, [&](auto zero) {
-    attention::dispatchHeadSize("attentionBackward", a.q.dim(3), [&](auto size) {
-      attention::backward<decltype(zero), decltype(size)::value>(context, a);
-    });
+    using T = decltype(zero);
+    attention::dispatchHeadSize<T>("attentionBackward", a.q.dim(3),
+                                   [&](auto size) { attention::backward<T, decltype(size)::value>(context, a); });
   });
 }
 

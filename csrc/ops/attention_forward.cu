@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     load(values, a.v, j0);
     float p[kTiles][4] = {};
     multiplyTransposed<T, kD>(p, queries + 16 * warpIndex() * kStride, keys);
+    if (a.inverseCap > 0) tanhOfTile(p, a.inverseCap);
     const bool all = pair.seesAll(r0, r1, j0, min(j0 + kKeys, last)) && j0 + kKeys <= last;
     float tileLargest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int key = j0 + 8 * n + t + e % 2;
-        float s = a.cap > 0 ? a.cap * tanhf(a.inverseCap * p[n][e]) : a.multiplier * p[n][e];
+        float s = a.multiplier * p[n][e];
         if (!all && (key >= last || !pair.sees(seers[e / 2], key))) s = -INFINITY;
         p[n][e] = s;
         tileLargest[e / 2] = fmaxf(tileLargest[e / 2], s);
@@ -208,7 +209,7 @@ void attentionForward(Context& context, const AttentionForward& a) {
   const int64_t rows = a.q.dim(1) * (a.q.dim(2) / a.k.dim(2));
   dispatchFloat(a.q.dtype, [&](auto zero) {
     using T = decltype(zero);
-    attention::dispatchHeadSize("attention", a.q.dim(3), [&](auto size) {
+    attention::dispatchHeadSize<T>("attention", a.q.dim(3), [&](auto size) {
       constexpr int kD = decltype(size)::value;
       if (rows <= 16) return attention::forward<T, kD, 1>(context, a);
       attention::forward<T, kD, attention::Tiling<T, kD>::kWarps>(context, a);
