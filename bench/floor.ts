@@ -1,4 +1,4 @@
-import type { QuantizedModel } from '../lib/index.js';
+import type { ModelCore } from '../lib/models/core.js';
 
 /**
  * The FLOP of a token that no implementation can do without, where every token is a target. With P weights in the linear
@@ -7,8 +7,7 @@ import type { QuantizedModel } from '../lib/index.js';
  *
  *   forward 2 P + 2 V C + a + 2 l;  backward 2 P + 2 V C + 2.5 a + 4 l;  recomputing the layers 2 P + a + 2 l
  */
-export function flopPerToken(model: QuantizedModel, sequence: number, r: number) {
-  const { config, weights } = model.core;
+export function flopPerToken({ config, weights }: ModelCore, sequence: number, r: number) {
   const P = weights.linears.reduce((sum, { weight }) => sum + weight.N * weight.K, 0);
   const head = 2 * config.hiddenSize * config.vocabSize;
   const attention = 2 * sequence * config.numHeads * config.headDim * config.numLayers;

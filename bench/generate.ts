@@ -75,7 +75,7 @@ export default defineBench({
     const bytesPerToken = linears.reduce((sum, { weight }) => sum + weight.sizeBytes, decoder.head.sizeBytes);
     const [decodeRate, prefillRate] = [median(decode), median(prefill)];
     // The head is for the last token of the prompt only.
-    const { forward, head } = flopPerToken(model, prefillLength, r);
+    const { forward, head } = flopPerToken(model.core, prefillLength, r);
     const prefillFlop = forward - head * (1 - 1 / prefillLength);
     emit({
       model: name,

@@ -89,7 +89,7 @@ export default defineBench({
     const peak = peakRssBytes();
     const tokensPerSecond = (batch * sequence) / median(seconds);
     const roofline = await measureRoofline();
-    const { forward, backward, recompute } = flopPerToken(model, sequence, r);
+    const { forward, backward, recompute } = flopPerToken(model.core, sequence, r);
     const flop = forward + backward + (checkpointing === 'on' ? recompute : 0);
     emit({
       model: name,

@@ -62,8 +62,8 @@ interface Addon {
   cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };
   /** Throws where CUDA cannot be used. */
   cuda(): NativeCuda;
-  /** Throws where that device cannot be used. */
-  checkCudaDevice(index: number): void;
+  /** What the device has free at this moment. Throws where it cannot be used. */
+  cudaFreeBytes(index: number): number;
   /** Of the devices that this process has opened. */
   cudaMemory(): (NativeMemory & { index: number })[];
   /** Whether there is one, whether or not it can be used. */
@@ -74,12 +74,22 @@ function load(): Addon {
   const root = fileURLToPath(new URL('../../', import.meta.url));
   const require = createRequire(import.meta.url);
   try {
-    return (require('node-gyp-build') as (root: string) => Addon)(root);
+    return findAddon(require)(root);
   } catch (cause) {
     throw new QLoRAError('ERR_QLORA_ADDON', `the native addon could not be loaded: ${(cause as Error).message}`, {
       hint: 'In a checkout run `npm install`; elsewhere see README for the platforms that have a prebuilt addon.',
       cause,
     });
+  }
+}
+
+/** By node-gyp-build; where it is not installed, as when the built files alone are carried to a machine, from the build. */
+function findAddon(require: NodeJS.Require): (root: string) => Addon {
+  try {
+    return require('node-gyp-build');
+  } catch (error) {
+    if ((error as { code?: unknown }).code !== 'MODULE_NOT_FOUND') throw error;
+    return (root) => require(`${root}build/Release/qlora_node.node`);
   }
 }
 

@@ -32,7 +32,7 @@ export class Stream {
    */
   constructor(
     readonly device: Device = 'cpu',
-    purpose?: 'rehearsal',
+    readonly purpose?: 'rehearsal',
   ) {
     const cuda = device === 'cpu' ? undefined : cudaIndex(device);
     this.#native = guard(() => new native.Stream(cuda, purpose));

@@ -285,4 +285,9 @@ void streamPages(PageFile& file, const std::vector<Tensor>& params, const PagedA
   }
 }
 
+void PageFile::stream(const std::vector<Tensor>& params, const PagedArray* arrays, int arrayCount, int64_t piece,
+                      Update update, void* body) {
+  streamPages(*this, params, arrays, arrayCount, piece, update, body);
+}
+
 }  // namespace qlora

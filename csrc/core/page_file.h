@@ -15,6 +15,9 @@
 
 namespace qlora {
 
+struct PagedArray;
+struct PagedRun;
+
 class PageFile {
  public:
   /// Creates `path`, which may not exist, takes its name away, and reserves `bytes` on the disk. The slots are memory
@@ -22,13 +25,18 @@ class PageFile {
   PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory);
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;
-  ~PageFile();
+  virtual ~PageFile();
 
   /// Where the next `bytes` bytes lie; they are zero until they are written.
   uint64_t take(uint64_t bytes);
   /// All of `bytes` or an error. Thread-safe.
   void read(void* target, size_t bytes, uint64_t offset) const;
   void write(const void* source, size_t bytes, uint64_t offset) const;
+
+  /// As streamPages, which a plugin's kernels come to through here.
+  using Update = void (*)(void* body, char* slot, const PagedRun* runs, int64_t count);
+  virtual void stream(const std::vector<Tensor>& params, const PagedArray* arrays, int arrayCount, int64_t piece,
+                      Update update, void* body);
 
   size_t slotBytes() const { return slotBytes_; }
   char* slot(int64_t i) const { return slots_ + static_cast<size_t>(i) * slotBytes_; }

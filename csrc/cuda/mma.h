@@ -5,8 +5,8 @@
 //   b[0] = B[t..t+1, g]   b[1] = B[t+8..t+9, g]
 //   c[0..1] = C[g, t..t+1]   c[2..3] = C[g + 8, t..t+1]
 // where two 16-bit values share a word, the first in its lower half. Sums are fp32, in an order that is the hardware's.
-// Compute capability 7.5 has no such instruction for bf16: there the same is done by shuffles and multiply-adds, for
-// both types, which is right and slow.
+// Compute capability 7.5 has an instruction of half the depth for f16, and none for bf16: there the same is done by
+// shuffles and multiply-adds, which is right and slow.
 #pragma once
 
 #include <type_traits>
@@ -43,6 +43,17 @@ QLORA_DEVICE void mmaByWords(float (&c)[4], Word&& word) {
   }
 }
 
+#if defined(__CUDACC__)
+/// Not inlined: kernels have hundreds of products, each of which would be two hundred instructions.
+template <class T>
+__device__ __noinline__ float4 mmaByShuffles(float4 sums, uint4 a, uint2 b) {
+  float c[4] = {sums.x, sums.y, sums.z, sums.w};
+  const uint32_t words[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  mmaByWords<T>(c, [&](int lane, int r) { return shuffle(words[r], lane); });
+  return make_float4(c[0], c[1], c[2], c[3]);
+}
+#endif
+
 }  // namespace detail
 
 /// T is bf16 or f16.
@@ -69,7 +80,18 @@ QLORA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  detail::mmaByWords<T>(c, [&](int lane, int r) { return shuffle(r < 4 ? a[r] : b[r - 4], lane); });
+  if constexpr (std::is_same_v<T, f16>) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+  } else {
+    const float4 sums = detail::mmaByShuffles<T>(make_float4(c[0], c[1], c[2], c[3]),
+                                                 make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]));
+    c[0] = sums.x, c[1] = sums.y, c[2] = sums.z, c[3] = sums.w;
+  }
 #endif
 }
 

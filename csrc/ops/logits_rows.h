@@ -26,15 +26,20 @@ QLORA_INLINE float largestLogit(const float* z, int64_t V) {
   return laneMax(V, [&](int64_t i) { return z[i]; });
 }
 
+[[noreturn]] QLORA_INLINE void failNotFinite(const char* op, int64_t row) {
+  fail("ERR_QLORA_NON_FINITE", "%s: the logits of row %lld are not finite numbers", op, static_cast<long long>(row));
+}
+[[noreturn]] QLORA_INLINE void failNoTokenLeft(const char* op, int64_t row) {
+  fail("ERR_QLORA_NO_TOKEN_LEFT", "%s: every token of row %lld is forbidden; noRepeatNgramSize may be too strict", op,
+       static_cast<long long>(row));
+}
+
 /// NaN and +infinity come from a model that broke; -infinity is a token that was forbidden.
 QLORA_INLINE void checkLogits(const char* op, const float* logits, int64_t B, int64_t V) {
   for (int64_t row = 0; row < B; ++row) {
     const float* z = logits + row * V;
     const float notNumbers = laneSum(V, [&](int64_t i) { return z[i] != z[i] ? 1.0f : 0.0f; });
-    if (notNumbers != 0 || largestLogit(z, V) == __builtin_inff()) {
-      fail("ERR_QLORA_NON_FINITE", "%s: the logits of row %lld are not finite numbers", op,
-           static_cast<long long>(row));
-    }
+    if (notNumbers != 0 || largestLogit(z, V) == __builtin_inff()) failNotFinite(op, row);
   }
 }
 
@@ -42,10 +47,7 @@ QLORA_INLINE void checkLogits(const char* op, const float* logits, int64_t B, in
 QLORA_INLINE void checkSomeLogit(const char* op, const float* logits, int64_t B, int64_t V) {
   checkLogits(op, logits, B, V);
   for (int64_t row = 0; row < B; ++row) {
-    if (largestLogit(logits + row * V, V) == -__builtin_inff()) {
-      fail("ERR_QLORA_NO_TOKEN_LEFT", "%s: every token of row %lld is forbidden; noRepeatNgramSize may be too strict",
-           op, static_cast<long long>(row));
-    }
+    if (largestLogit(logits + row * V, V) == -__builtin_inff()) failNoTokenLeft(op, row);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "ops/optimizer.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "core/page_file.h"
@@ -12,14 +11,6 @@ namespace qlora::QLORA_ISA {
 
 namespace {
 
-/// What unscales and clips every gradient. 1 leaves its bits as they are.
-float gradientFactor(const OptimizerStep& a) {
-  const double scale = static_cast<double>(*a.lossScale.data<float>());
-  const double norm = static_cast<double>(a.norm.data<float>()[0]) / scale;
-  const double clip = a.maxNorm == 0 ? 1.0 : std::min(1.0, a.maxNorm / (norm + 1e-6));
-  return static_cast<float>(clip / scale);
-}
-
 double stepNumber(const OptimizerStep& a) { return static_cast<double>(a.counters.data<int32_t>()[0]) + 1; }
 
 /// A piece of a parameter, and where each array of its state begins.
@@ -28,10 +19,16 @@ struct Place {
   char* memory[kMostPagedArrays];
 };
 
+template <class Rule, class... State>
+QLORA_INLINE void applyRule(const Rule& rule, float* __restrict p, const float* __restrict g, float factor, int64_t n,
+                            State* __restrict... state) {
+  for (int64_t i = 0; i < n; ++i) rule(p[i], g[i] * factor, state[i]...);
+}
+
 template <class Rule, size_t... I>
 QLORA_INLINE void applyRule(const Rule& rule, float* p, const float* g, float factor, int64_t n, float* const* states,
                             std::index_sequence<I...>) {
-  rule(p, g, factor, n, states[I]...);
+  applyRule(rule, p, g, factor, n, states[I]...);
 }
 
 template <class... States, class Rule>
@@ -93,7 +90,7 @@ void runStep(Context& context, const OptimizerStep& a, const Rule& rule,
   const bool finite = a.norm.data<float>()[1] != 0;
   *a.applied.data<float>() = finite ? 1.0f : 0.0f;
   if (!finite || a.params.empty()) return;
-  const float factor = gradientFactor(a);
+  const float factor = gradientFactor(a.norm.data<float>()[0], *a.lossScale.data<float>(), a.maxNorm);
   constexpr int kArrays = (0 + ... + States::kArrays);
   PagedArray arrays[kArrays + 1];
   constexpr int kept[] = {States::kArrays..., 0};
@@ -116,147 +113,39 @@ void runStep(Context& context, const OptimizerStep& a, const Rule& rule,
       &update);
 }
 
-float decayOf(const OptimizerStep& a) { return static_cast<float>(1 - a.lr * a.weightDecay); }
-
-struct AdamWRule {
-  float beta1, rest1, beta2, rest2, decay, rate, eps;
-
-  AdamWRule(const OptimizerStep& a, const AdamOptions& o) {
-    const double t = stepNumber(a);
-    const double c1 = 1 - std::pow(o.beta1, t), c2 = std::sqrt(1 - std::pow(o.beta2, t));
-    beta1 = static_cast<float>(o.beta1);
-    rest1 = static_cast<float>(1 - o.beta1);
-    beta2 = static_cast<float>(o.beta2);
-    rest2 = static_cast<float>(1 - o.beta2);
-    decay = decayOf(a);
-    rate = static_cast<float>(a.lr * c2 / c1);
-    eps = static_cast<float>(o.eps * c2);
-  }
-  QLORA_INLINE void operator()(float* __restrict p, const float* __restrict g, float factor, int64_t n,
-                               float* __restrict m, float* __restrict v) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = g[i] * factor;
-      m[i] = beta1 * m[i] + rest1 * d;
-      v[i] = beta2 * v[i] + rest2 * (d * d);
-      p[i] = p[i] * decay - rate * (m[i] / (std::sqrt(v[i]) + eps));
-    }
-  }
-};
-
-struct LionRule {
-  float beta1, rest1, beta2, rest2, decay, rate;
-
-  LionRule(const OptimizerStep& a, double b1, double b2)
-      : beta1(static_cast<float>(b1)),
-        rest1(static_cast<float>(1 - b1)),
-        beta2(static_cast<float>(b2)),
-        rest2(static_cast<float>(1 - b2)),
-        decay(decayOf(a)),
-        rate(static_cast<float>(a.lr)) {}
-  QLORA_INLINE void operator()(float* __restrict p, const float* __restrict g, float factor, int64_t n,
-                               float* __restrict m) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = g[i] * factor;
-      const float direction = beta1 * m[i] + rest1 * d;
-      const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : 0.0f;
-      p[i] = p[i] * decay - rate * sign;
-      m[i] = beta2 * m[i] + rest2 * d;
-    }
-  }
-};
-
-struct AdEMAMixRule {
-  float beta1, rest1, beta2, rest2, beta3, rest3, decay, rate, c1, c2, alpha, eps;
-
-  explicit AdEMAMixRule(const AdEMAMix& a) {
-    const AdamOptions& o = a.options;
-    const double t = stepNumber(a.step), done = a.horizon > 0 ? t / a.horizon : 1.0;
-    double b3 = a.beta3;
-    if (a.horizon > 0) {
-      b3 = std::min(std::exp(1 / ((1 - done) / std::log(o.beta1) + done / std::log(a.beta3))), a.beta3);
-    }
-    beta1 = static_cast<float>(o.beta1);
-    rest1 = static_cast<float>(1 - o.beta1);
-    beta2 = static_cast<float>(o.beta2);
-    rest2 = static_cast<float>(1 - o.beta2);
-    beta3 = static_cast<float>(b3);
-    rest3 = static_cast<float>(1 - b3);
-    decay = decayOf(a.step);
-    rate = static_cast<float>(a.step.lr);
-    c1 = static_cast<float>(1 - std::pow(o.beta1, t));
-    c2 = static_cast<float>(std::sqrt(1 - std::pow(o.beta2, t)));
-    alpha = static_cast<float>(std::min(done * a.alpha, a.alpha));
-    eps = static_cast<float>(o.eps);
-  }
-  QLORA_INLINE void operator()(float* __restrict p, const float* __restrict g, float factor, int64_t n,
-                               float* __restrict m, float* __restrict m2, float* __restrict v) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = g[i] * factor;
-      m[i] = beta1 * m[i] + rest1 * d;
-      m2[i] = beta3 * m2[i] + rest3 * d;
-      v[i] = beta2 * v[i] + rest2 * (d * d);
-      p[i] = p[i] * decay - rate * ((m[i] / c1 + alpha * m2[i]) / (std::sqrt(v[i]) / c2 + eps));
-    }
-  }
-};
-
-struct SgdRule {
-  float rate, momentum, decay;
-
-  /// At the first step m is the gradient, whatever it held.
-  explicit SgdRule(const Sgd& a)
-      : rate(static_cast<float>(a.step.lr)),
-        momentum(static_cast<float>(stepNumber(a.step) == 1 ? 0.0 : a.momentum)),
-        decay(static_cast<float>(a.step.weightDecay)) {}
-  QLORA_INLINE void operator()(float* __restrict p, const float* __restrict g, float factor, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) p[i] = p[i] - rate * decayed(p[i], g[i] * factor);
-  }
-  QLORA_INLINE void operator()(float* __restrict p, const float* __restrict g, float factor, int64_t n,
-                               float* __restrict m) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = decayed(p[i], g[i] * factor);
-      m[i] = momentum == 0.0f ? d : momentum * m[i] + d;
-      p[i] = p[i] - rate * m[i];
-    }
-  }
-
- private:
-  QLORA_INLINE float decayed(float p, float g) const { return decay == 0.0f ? g : g + decay * p; }
-};
-
 }  // namespace
 
 void adamw(Context& context, const AdamW& a) {
   const std::vector<Tensor>* const lists[] = {&a.m, &a.v};
-  runStep<FullState, FullState>(context, a.step, AdamWRule(a.step, a.options), lists);
+  runStep<FullState, FullState>(context, a.step, AdamWRule(a.settings(), stepNumber(a.step)), lists);
 }
 
 void adamw8bit(Context& context, const AdamW8bit& a) {
   const std::vector<Tensor>* const lists[] = {&a.mIndex, &a.mAbsmax, &a.vIndex, &a.vAbsmax};
-  runStep<SignedBytes, UnsignedBytes>(context, a.step, AdamWRule(a.step, a.options), lists);
+  runStep<SignedBytes, UnsignedBytes>(context, a.step, AdamWRule(a.settings(), stepNumber(a.step)), lists);
 }
 
 void lion(Context& context, const Lion& a) {
   const std::vector<Tensor>* const lists[] = {&a.m};
-  runStep<FullState>(context, a.step, LionRule(a.step, a.beta1, a.beta2), lists);
+  runStep<FullState>(context, a.step, LionRule(a.settings(), stepNumber(a.step)), lists);
 }
 
 void lion8bit(Context& context, const Lion8bit& a) {
   const std::vector<Tensor>* const lists[] = {&a.mIndex, &a.mAbsmax};
-  runStep<SignedBytes>(context, a.step, LionRule(a.step, a.beta1, a.beta2), lists);
+  runStep<SignedBytes>(context, a.step, LionRule(a.settings(), stepNumber(a.step)), lists);
 }
 
 void ademamix(Context& context, const AdEMAMix& a) {
   const std::vector<Tensor>* const lists[] = {&a.m, &a.m2, &a.v};
-  runStep<FullState, FullState, FullState>(context, a.step, AdEMAMixRule(a), lists);
+  runStep<FullState, FullState, FullState>(context, a.step, AdEMAMixRule(a.settings(), stepNumber(a.step)), lists);
 }
 
 void sgd(Context& context, const Sgd& a) {
   const std::vector<Tensor>* const lists[] = {&a.m};
   if (a.momentum == 0) {
-    runStep<>(context, a.step, SgdRule(a));
+    runStep<>(context, a.step, SgdRule(a.settings(), stepNumber(a.step)));
   } else {
-    runStep<FullState>(context, a.step, SgdRule(a), lists);
+    runStep<FullState>(context, a.step, SgdRule(a.settings(), stepNumber(a.step)), lists);
   }
 }
 

@@ -34,6 +34,7 @@
 #include "core/codes.h"
 #include "core/stream.h"
 #include "core/tensor.h"
+#include "simd/optimizer_rules.h"
 
 namespace qlora {
 
@@ -134,6 +135,9 @@ struct AdamW {
     visitor.state(v);
     options.visit(visitor);
   }
+  AdamWRule::Settings settings() const {
+    return {step.lr, step.weightDecay, options.beta1, options.beta2, options.eps};
+  }
   void check() const {
     step.check("adamw");
     step.checkState("adamw", "m", m);
@@ -157,6 +161,9 @@ struct AdamW8bit {
     visitor.state(vAbsmax);
     options.visit(visitor);
   }
+  AdamWRule::Settings settings() const {
+    return {step.lr, step.weightDecay, options.beta1, options.beta2, options.eps};
+  }
   void check() const {
     step.check("adamw8bit");
     step.checkState("adamw8bit", "m", mIndex, mAbsmax);
@@ -178,6 +185,7 @@ struct Lion {
     visitor.value(beta1);
     visitor.value(beta2);
   }
+  LionRule::Settings settings() const { return {step.lr, step.weightDecay, beta1, beta2}; }
   void check() const {
     step.check("lion");
     step.checkState("lion", "m", m);
@@ -199,6 +207,7 @@ struct Lion8bit {
     visitor.value(beta1);
     visitor.value(beta2);
   }
+  LionRule::Settings settings() const { return {step.lr, step.weightDecay, beta1, beta2}; }
   void check() const {
     step.check("lion8bit");
     step.checkState("lion8bit", "m", mIndex, mAbsmax);
@@ -224,6 +233,9 @@ struct AdEMAMix {
     visitor.value(alpha);
     visitor.value(horizon);
   }
+  AdEMAMixRule::Settings settings() const {
+    return {step.lr, step.weightDecay, options.beta1, options.beta2, options.eps, beta3, alpha, horizon};
+  }
   void check() const {
     step.check("ademamix");
     step.checkState("ademamix", "m", m);
@@ -247,6 +259,7 @@ struct Sgd {
     visitor.state(m);
     visitor.value(momentum);
   }
+  SgdRule::Settings settings() const { return {step.lr, step.weightDecay, momentum}; }
   void check() const {
     step.check("sgd");
     if (momentum != 0 || !m.empty()) step.checkState("sgd", "m", m);

@@ -1,6 +1,6 @@
 // A block a row: its threads sum in strides, then in a fixed tree. dweight: blocks sum a group of rows for some
 // columns, and the groups' sums are added in order.
-#include "cuda/device.h"
+#include "cuda/rows.h"
 #include "ops/rms_norm.h"
 
 namespace qlora::cuda {
@@ -8,12 +8,6 @@ namespace qlora::cuda {
 namespace {
 
 constexpr int64_t kMostGroups = 64;
-
-/// Calls f(first column) for packs of `count` of the row's columns, those of this thread.
-template <int count, class F>
-QLORA_DEVICE void forPacks(int64_t D, F&& f) {
-  for (int64_t d = int64_t{threadIdx.x} * count; d < D; d += int64_t{blockDim.x} * count) f(d);
-}
 
 template <int count, class T, class W>
 __global__ void forwardKernel(int64_t rows, int64_t D, const T* x, const W* weight, T* y, float* rstd, float eps,
@@ -87,15 +81,6 @@ __global__ void addGroupsKernel(int64_t groups, int64_t D, const float* partial,
   dweight[d] = sum;
 }
 
-/// Calls f with the pack that rows of D elements of T can be read in, as a type.
-template <class T, class F>
-void dispatchPack(int64_t D, F&& f) {
-  if (D % kPack<T> == 0) return f(std::integral_constant<int, kPack<T>>{});
-  f(std::integral_constant<int, 1>{});
-}
-
-int64_t rowBlocks(int64_t rows) { return std::min<int64_t>(rows, 65536); }
-
 }  // namespace
 
 void rmsNormForward(Context& context, const RmsNormForward& a) {
@@ -104,7 +89,7 @@ void rmsNormForward(Context& context, const RmsNormForward& a) {
     dispatchFloat(a.weight.dtype, [&](auto weight) {
       using T = decltype(x);
       using W = decltype(weight);
-      dispatchPack<T>(D, [&](auto pack) {
+      dispatchPack<kPack<T>>(D, [&](auto pack) {
         launch(context, forwardKernel<decltype(pack)::value, T, W>, rowBlocks(rows), kThreads, 0, rows, D,
                a.x.data<T>(), a.weight.data<W>(), a.y.data<T>(), a.rstd.data<float>(), a.eps, a.offset);
       });
@@ -121,7 +106,7 @@ void rmsNormBackward(Context& context, const RmsNormBackward& a) {
     if (a.dx.defined()) {
       dispatchFloat(a.weight.dtype, [&](auto weight) {
         using W = decltype(weight);
-        dispatchPack<T>(D, [&](auto pack) {
+        dispatchPack<kPack<T>>(D, [&](auto pack) {
           launch(context, inputKernel<decltype(pack)::value, T, W>, rowBlocks(rows), kThreads, 0, rows, D, dy, x,
                  a.weight.data<W>(), rstd, a.dx.data<T>(), a.offset);
         });

@@ -6,7 +6,6 @@
 // zero: a second moment of 0 would turn the next step into m / eps.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "core/codes.h"
@@ -43,16 +42,8 @@ struct ByteState {
     uint8_t* index = reinterpret_cast<uint8_t*>(memory[0]) + at;
     const float absmax = blockAbsmax(values, n), inverse = blockInverse(absmax);
     reinterpret_cast<float*>(memory[1])[at / kDynamicBlock] = absmax;
-    for (int64_t i = 0; i < n; ++i) index[i] = guarded(map, values[i], dynamicIndex(map, values[i] * inverse));
-  }
-
- private:
-  static QLORA_INLINE uint8_t guarded(const DynamicMap& map, float value, uint8_t index) {
-    if constexpr (kind == DynamicMapKind::unsignedMap) {
-      return index == 0 && value > 0 ? 1 : index;
-    } else {
-      const bool wrong = ((std::bit_cast<uint32_t>(map.code[index]) ^ std::bit_cast<uint32_t>(value)) >> 31) != 0;
-      return wrong ? static_cast<uint8_t>(value > 0 ? index + 1 : index - 1) : index;
+    for (int64_t i = 0; i < n; ++i) {
+      index[i] = guardedIndex<kind>(map, values[i], dynamicIndex(map, values[i] * inverse));
     }
   }
 };

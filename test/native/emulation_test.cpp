@@ -38,13 +38,26 @@ void sums() {
 }
 
 void mistakes() {
-  CHECK(has(complaint(64, 0, [] { if (threadIdx.x != 5) syncBlock(); }), "the block hangs: of 64 threads 63 wait"));
-  CHECK(has(complaint(32, 0, [] { if (laneIndex() > 0) syncWarp(); }), "31 at a warp operation"));
+  CHECK(has(complaint(64, 0,
+                      [] {
+                        if (threadIdx.x != 5) syncBlock();
+                      }),
+            "the block hangs: of 64 threads 63 wait"));
+  CHECK(has(complaint(32, 0,
+                      [] {
+                        if (laneIndex() > 0) syncWarp();
+                      }),
+            "31 at a warp operation"));
   CHECK(has(complaint(32, 0, [] { laneIndex() ? (void)shuffle(1, 0) : syncWarp(); }), "different operations"));
   CHECK(has(complaint(40, 0, [] {}), "whole warps"));
   CHECK(has(complaint(2048, 0, [] {}), "at most 1024"));
   CHECK(has(complaint(32, 300 << 10, [] {}), "at most 227 KiB"));
-  CHECK(has(complaint(32, 0, [] { QLORA_SHARED_ARRAY(float, large, 20000); large[0] = 0; }), "at most 48 KiB"));
+  CHECK(has(complaint(32, 0,
+                      [] {
+                        QLORA_SHARED_ARRAY(float, large, 20000);
+                        large[0] = 0;
+                      }),
+            "at most 48 KiB"));
   alignas(16) float values[8] = {};
   CHECK(has(complaint(32, 0, [&] { (void)loadPack<4>(values + 1); }), "not aligned"));
 }

@@ -195,7 +195,7 @@ if (process.env.QLORA_TEST_DIGEST) {
       for (const i of [1, 2])
         t.same(
           [...(scaled[i] as Float32Array)],
-          (plain[i] as Float32Array).map((g) => g * 1024),
+          [...(plain[i] as Float32Array)].map((g) => g * 1024),
         );
       t.ok(plain[1]?.some((g) => g !== 0));
       await stream.close();

@@ -34,7 +34,7 @@ size_t setting(const char* name, size_t otherwise) {
   return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{4} << 30); }
+size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{64} << 30); }
 
 }  // namespace
 
