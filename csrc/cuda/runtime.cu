@@ -94,7 +94,8 @@ class Graph : public DeviceGraph {
 
 class Queue : public CudaQueue {
  public:
-  explicit Queue(int device) : device_(chosen(device)) {
+  Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
+    capability = 10 * of.major + of.minor;
     checkCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
@@ -176,7 +177,7 @@ class CudaDevice : public Device {
     cudaFree(pointer);
   }
 
-  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index, description_); }
 
  private:
   const DeviceDescription description_;
