@@ -83,6 +83,16 @@ class GroupReader {
     return lookUp(_mm512_zextsi256_si512(halfGroup(flat)), Half{scale});
   }
 
+  struct ScalesAt {
+    const GroupReader& reader;
+    int64_t flat;
+
+    QLORA_INLINE float operator[](int i) const {
+      return reader.n_.template scale<kAbsmax>((flat + i * (kHalves ? 32 : 64)) >> reader.n_.shift);
+    }
+  };
+  QLORA_INLINE ScalesAt scalesAt(int64_t flat) const { return {*this, flat}; }
+
   /// Scales one by one, for who reads rows in memory's order. Those under double quantization are looked up among the
   /// 256 that the codes of their nested block stand for, which are made once a nested block: two roundings, as ever.
   class Scales {
