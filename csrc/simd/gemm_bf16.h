@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd/gemm_engine.h"
-#include "simd/groups_bf16.h"
+#include "simd/pieces_bf16.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -173,87 +173,17 @@ struct Bf16Operands {
   template <class Reader>
   static void rowsOfNibbles(const Reader& reader, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
                             int64_t stride) {
-    const int64_t K = reader.columns();
-    float scales[kChunk / 64 * Reader::kScales];
-    const auto put = [](bf16* to, const Group& group) {
-      for (int p = 0; p < kPiles; ++p) _mm512_storeu_si512(to + 32 * p, group.pile[p]);
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t flat = (i + r) * K + j;
-      bf16* line = out + r * stride;
-      reader.scales(flat, n, scales);
-      const float* scale = scales;
-      int64_t g = 0;
-      for (; g + kGroup <= n; g += kGroup, scale += 2 * Reader::kScales) {
-        reader.prefetch(flat + g + kAheadRows * K);
-        put(line + g, reader.read(flat + g, scale));
-      }
-      if (g < n) put(line + g, reader.readHalf(flat + g, scale));
-    }
+    RowPieces<Bf16Operands, Reader> pieces(reader, stride);
+    pieces.start(i, rows, j, n, out, 1);
+    pieces.finish();
   }
 
   template <class Reader>
   static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
-    LanePieces<Reader> pieces(reader);
+    LanePieces<Bf16Operands, Reader> pieces(reader);
     pieces.start(i, n, j, columns, strips, 1);
     pieces.finish();
   }
-
- public:
-  /// Decodes 4-bit rows into lanes in pieces: 64 columns of a pair of rows.
-  template <class Reader>
-  class LanePieces {
-   public:
-    explicit LanePieces(const Reader& reader) : reader_(reader), pairs_(reader_) {}
-    LanePieces(const LanePieces&) = delete;
-    LanePieces& operator=(const LanePieces&) = delete;
-
-    /// As lanes(); there will be `ticks`.
-    void start(int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips, int64_t ticks) {
-      flat_ = i * reader_.columns() + j;
-      rows_ = n;
-      columns_ = columns;
-      strips_ = strips;
-      wait_ = every_ = std::max<int64_t>(1, ticks / (ceilDivide(n, 2) * ceilDivide(columns, 64)));
-    }
-    QLORA_INLINE void tick() {
-      if (--wait_ > 0) return;
-      wait_ = every_;
-      if (rows_ > 0) decode();
-    }
-    void finish() {
-      while (rows_ > 0) decode();
-    }
-
-   private:
-    QLORA_INLINE void decode() {
-      const int64_t K = reader_.columns(), flat = flat_ + at_, below = rows_ > 1 ? K : 0;
-      if (at_ % 128 == 0) {
-        reader_.prefetch(flat + kAheadLanes * K);
-        reader_.prefetch(flat + (kAheadLanes + 1) * K);
-      }
-      // The last row's other half counts as zeros.
-      const RowPairs pairs =
-          pairs_.read(flat, below, reader_.scalesAt(flat), reader_.scalesAt(flat + below, below == 0));
-      bf16* to = strips_ + at_ * kChunk;
-      for (int half = 0; half < 2; ++half, to += kChunk * kStrip) {
-        _mm512_storeu_si512(to, pairs.even[half]);
-        _mm512_storeu_si512(to + 32, pairs.odd[half]);
-      }
-      at_ += 64;
-      if (at_ >= columns_) {
-        at_ = 0;
-        flat_ += 2 * K;
-        strips_ += 2 * kStrip;
-        rows_ -= 2;
-      }
-    }
-
-    const Reader reader_;
-    const typename Reader::Rows pairs_;
-    int64_t flat_ = 0, rows_ = 0, columns_ = 0, at_ = 0, wait_ = 1, every_ = 1;
-    bf16* strips_ = nullptr;
-  };
 };
 
 struct Bf16Engine : Bf16Operands<512> {
@@ -267,11 +197,13 @@ struct Bf16Engine : Bf16Operands<512> {
   static bool hasPieces(const GemmOperand& o) { return isNibbles(o) && hasGroups(*o.weight); }
   /// Calls f with what decodes a weight of such kind.
   template <class F>
-  static void withPieces(const GemmOperand& o, F&& f) {
-    withGroups(*o.weight, [&]<class Reader>(const Reader& reader) {
-      LanePieces<Reader> pieces(reader);
-      f(pieces);
-    });
+  static void withRowPieces(const GemmOperand& o, F&& f) {
+    withGroups(*o.weight,
+               [&]<class Reader>(const Reader& reader) { f(RowPieces<Bf16Engine, Reader>(reader, kStride)); });
+  }
+  template <class F>
+  static void withLanePieces(const GemmOperand& o, F&& f) {
+    withGroups(*o.weight, [&]<class Reader>(const Reader& reader) { f(LanePieces<Bf16Engine, Reader>(reader)); });
   }
 
   static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {

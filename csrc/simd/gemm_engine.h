@@ -10,7 +10,8 @@
 //            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
 //
 // An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below;
-// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session).
+// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session). One whose
+// tiles of kPieceRows rows leave registers for it decodes 4-bit weights between the steps of a product (pieces_bf16.h).
 //
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
@@ -137,7 +138,7 @@ class Engine {
     // end.
     constexpr int64_t kTasks = 4, kOwnRows = 128;
     if constexpr (kHasPieces) {
-      inPieces_ = !lanesShared_ && g.K > 0 && E::hasPieces(g.b);
+      inPieces_ = g.K > 0 && E::hasPieces(g.b);
       if (inPieces_) groupRows_ = E::kPieceRows;
     }
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = lanesShared_ ? kStrip : E::kLanesUnit;
@@ -186,7 +187,8 @@ class Engine {
       const Term& term = terms_[i];
       if constexpr (kHasPieces) {
         if (inPieces_ && E::hasPieces(term.b)) {
-          E::withPieces(term.b, [&](auto& pieces) { multiplyInPieces(block, term, m, n, panel, first, pieces); });
+          const auto multiplyWith = [&](auto&& pieces) { multiplyInPieces(block, term, m, n, panel, first, pieces); };
+          lanesShared_ ? E::withRowPieces(term.b, multiplyWith) : E::withLanePieces(term.b, multiplyWith);
           first = false;
           continue;
         }
@@ -233,26 +235,32 @@ class Engine {
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
 
-  /// The product of a term whose next chunk is decoded while one is multiplied: the processor does both at once, since
-  /// they want different ones of its units.
+  /// The product of a term, whose next chunk is decoded while one is multiplied.
   template <class Pieces>
   void multiplyInPieces(const Block& block, const Term& term, int64_t m, int64_t n, Element* panels, bool first,
                         Pieces& pieces) const {
     const auto sizeAt = [&](int64_t k) { return std::min<int64_t>(kChunk, term.K - k); };
     const auto panelAt = [&](int64_t k) { return panels + k / kChunk % 2 * (panelSize_ / 2); };
-    pieces.start(0, sizeAt(0), n, block.lanes, panelAt(0), 1);
+    const auto start = [&](int64_t k, int64_t ticks) {
+      if (lanesShared_) {
+        pieces.start(n, block.rows, k, sizeAt(k), panelAt(k), ticks);
+      } else {
+        pieces.start(k, sizeAt(k), n, block.lanes, panelAt(k), ticks);
+      }
+    };
+    start(0, 1);
     pieces.finish();
     for (int64_t k = 0; k < term.K; k += kChunk) {
-      const int64_t depth = roundUp(sizeAt(k), kDepth), next = k + kChunk;
-      if (next < term.K) {
-        const int64_t ticks = block.groups() * block.strips() * depth / 2;
-        pieces.start(next, sizeAt(next), n, block.lanes, panelAt(next), ticks);
-      }
-      const Element* rows = term.a + (k / kChunk * g_.M + m) * kStride;
+      const int64_t depth = roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth);
+      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * depth / 2);
+      const int64_t padded = roundUp(term.K, kGroup);
+      const Element* rows = lanesShared_ ? panelAt(k) : term.a + (k / kChunk * g_.M + m) * kStride;
+      const Element* strips = lanesShared_ ? term.a + stripOffset(term.strips, m / kStrip, k, padded) : panelAt(k);
+      const int64_t stripSize = lanesShared_ ? chunkDepth(k, padded) * kStrip : int64_t{kChunk} * kStrip;
       for (int64_t group = 0; group < block.groups(); ++group) {
-        const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
+        const int64_t from = block.groupStart(group), count = block.groupStart(group + 1) - from;
         for (int64_t strip = 0; strip < block.strips(); ++strip) {
-          E::tile(static_cast<int>(count), depth, rows + start * kStride, panelAt(k) + strip * kChunk * kStrip,
+          E::tile(static_cast<int>(count), depth, rows + from * kStride, strips + strip * stripSize,
                   block.tile(group, strip), first, pieces);
         }
       }
