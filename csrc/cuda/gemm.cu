@@ -18,8 +18,8 @@ bool hasPieces(const Gemm& g) {
   const int64_t rowA = g.form == GemmForm::tn ? g.M : g.K, rowB = g.form == GemmForm::nt ? g.K : g.N;
   const int64_t unitB = g.b.dtype == DType::u8 ? kCodes : kPiece;
   const bool alignedB = reinterpret_cast<uintptr_t>(g.b.data) % 16 == 0 || !isOf(g.b, g.compute);
-  return isOf(g.a, g.compute) && isAligned(g.a) && rowA % kPiece == 0 && rowB % unitB == 0 &&
-         g.b.stride % unitB == 0 && alignedB;
+  return isOf(g.a, g.compute) && isAligned(g.a) && rowA % kPiece == 0 && rowB % unitB == 0 && g.b.stride % unitB == 0 &&
+         alignedB;
 }
 
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {
@@ -50,16 +50,15 @@ __global__ void addPartsKernel(int64_t M, int64_t N, int parts, const float* sum
 void gemmTiles(Context& context, Gemm g) {
   g.b = withPlainScales(context, g);
   const int steps = static_cast<int>((g.K + kStep - 1) / kStep);
-  const int64_t side = g.M <= SmallTile::tileM || g.N <= SmallTile::tileN ? SmallTile::tileN : LargeTile::tileN;
+  const bool isSmall = g.M > FewRows::tileM && (g.M <= SmallTile::tileM || g.N <= SmallTile::tileN);
+  const int64_t side = isSmall ? SmallTile::tileN : LargeTile::tileN;
   const int64_t tiles = ((g.M + side - 1) / side) * ((g.N + side - 1) / side);
   const int wanted = static_cast<int>(std::min<int64_t>(kMostParts, kSplitBlocks / std::max<int64_t>(tiles, 1)));
   const int most = std::max(1, std::min(wanted, steps / kFewestSteps));
   TileSplit split{(steps + most - 1) / most, nullptr};
   const int parts = split.stepsPerPart > 0 ? (steps + split.stepsPerPart - 1) / split.stepsPerPart : 1;
   if (parts > 1) split.parts = context.scratch.take<float>(parts * g.M * g.N);
-  (g.form == GemmForm::nt   ? tilesNt
-   : g.form == GemmForm::nn ? tilesNn
-                            : tilesTn)(context, g, split, parts);
+  (g.form == GemmForm::nt ? tilesNt : g.form == GemmForm::nn ? tilesNn : tilesTn)(context, g, split, parts);
   if (parts > 1) {
     launch(context, addPartsKernel, blocksFor(g.M * g.N), kThreads, 0, g.M, g.N, parts, split.parts, g.out);
   }
@@ -77,7 +76,9 @@ __global__ void convertKernel(int64_t rows, int64_t columns, Elements b, int64_t
 
 /// Moves a product's columns on, so that they begin at `first`.
 void skipColumns(Gemm& g, int64_t first) {
-  const auto move = [&](const void* p, size_t bytes) { return p ? static_cast<const char*>(p) + first * bytes : nullptr; };
+  const auto move = [&](const void* p, size_t bytes) {
+    return p ? static_cast<const char*>(p) + first * bytes : nullptr;
+  };
   g.out.c = const_cast<char*>(move(g.out.c, sizeOf(g.out.dtype)));
   g.out.bias = move(g.out.bias, sizeOf(g.out.biasDtype));
   if (g.out.columnScale) g.out.columnScale += first;

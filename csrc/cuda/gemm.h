@@ -27,8 +27,8 @@ enum class GemmForm { nt, nn, tn };
 /// A product that is added in the same accumulators, of the same form, M and N.
 struct GemmExtra {
   Elements a, b;
-  int64_t K = 0;          // 0: there is none
-  DropoutMask dropout{};  // of its elements
+  int64_t K = 0;                        // 0: there is none
+  DropoutMask dropout{};                // of its elements
   int64_t maskRow = 0, maskColumn = 0;  // element (m, n) is m * maskRow + maskColumn + n; maskRow 0: N
 
   QLORA_DEVICE int64_t maskAt(int64_t m, int64_t n) const { return m * maskRow + maskColumn + n; }
@@ -84,6 +84,13 @@ void gemm(Context& context, const Gemm& g);
 constexpr int64_t kFewRows = 8;
 void gemmPlain(Context& context, const Gemm& g);
 void gemmFew(Context& context, const Gemm& g);
+
+/// The product of the leading dimensions.
+inline int64_t leading(const Tensor& t) {
+  int64_t n = 1;
+  for (int i = 0; i + 1 < t.rank; ++i) n *= t.shape[i];
+  return n;
+}
 
 inline void setBias(GemmOutput& out, const Tensor& bias) {
   if (!bias.defined()) return;

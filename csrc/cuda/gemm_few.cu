@@ -5,9 +5,9 @@
 // chunks; a warp's partial sums are added in order at the end.
 //
 // Which k an mma multiplies is free, if both operands agree. So a lane takes consecutive elements of its two rows, as
-// they lie in 16 bytes, and the same elements of its token: with lane = 4 g + c it has rows g and g + 8 and token g, and
-// of a chunk the c-th share of k. Of 4 bits that is a block of 64 weights, for which it makes one table; four lanes read
-// 128 bytes in a row. Of 16 bits it is 8 elements at a time; four lanes read 64 bytes.
+// they lie in 16 bytes, and the same elements of its token: with lane = 4 g + c it has rows g and g + 8 and token g,
+// and of a chunk the c-th share of k. Of 4 bits that is a block of 64 weights, for which it makes one table; four lanes
+// read 128 bytes in a row. Of 16 bits it is 8 elements at a time; four lanes read 64 bytes.
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
 #include "cuda/nibble_table.h"

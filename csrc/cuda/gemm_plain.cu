@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kTile = 64;  // of C, square
 constexpr int kDepth = 16;
-constexpr int kSide = 16;              // threads along a side of the tile
-constexpr int kOwn = kTile / kSide;    // rows and columns of a thread: `kSide` apart, so that no bank is asked twice
+constexpr int kSide = 16;            // threads along a side of the tile
+constexpr int kOwn = kTile / kSide;  // rows and columns of a thread: `kSide` apart, so that no bank is asked twice
 constexpr int kRow = kTile + 1;
 
 /// tile[k][i] = element (i, k) of an operand whose element (row, column) is (i, k), or if `transposed` (k, i); zeros
@@ -99,7 +99,7 @@ auto kernelOf(GemmForm form) {
 void gemmPlain(Context& context, const Gemm& g) {
   const dim3 grid(static_cast<unsigned>((g.N + kTile - 1) / kTile), static_cast<unsigned>((g.M + kTile - 1) / kTile));
   dispatchFloat(g.compute,
-                [&](auto zero) { launch(context, kernelOf<decltype(zero)>(g.form), grid, kSide* kSide, 0, g); });
+                [&](auto zero) { launch(context, kernelOf<decltype(zero)>(g.form), grid, kSide * kSide, 0, g); });
 }
 
 }  // namespace qlora::cuda

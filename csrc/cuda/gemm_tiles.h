@@ -1,17 +1,20 @@
 // Products of 16-bit types by matrix instructions.
 //
-// A block of 256 threads owns a tile of C and goes along K in steps of 64. A step's operands are copied to shared memory
-// two steps ahead, asynchronously, into one of three stages. A 4-bit weight is copied as it is stored, 32 codes a piece
-// of 16 bytes with its absmax; the thread that copied a piece decodes it (nibble_table.h) into one of two decoded tiles
-// while other warps multiply. With one barrier a step:
+// A block of 256 threads owns a tile of C and goes along K in steps of 64. A step's operands are copied to shared
+// memory two steps ahead, asynchronously, into one of three stages (of four, where a step is short). A 4-bit weight is
+// copied as it is stored, 32 codes a piece of 16 bytes with its absmax; the thread that copied a piece decodes it
+// (nibble_table.h) into one of two decoded tiles while other warps multiply. With one barrier a step:
 //
 //   barrier                    A of this step and the decoded B of this step are there; the last step has been read
 //   begin copying step + 2
 //   multiply this step
 //   wait for step + 1 to have been copied; decode it
 //
-// A tile of B holds rows of the weight as they are, so the forward (nt: rows are columns of C) and the backward (nn: rows
-// are steps of K) differ only in how fragments are read (tile.h).
+// A tile of B holds rows of the weight as they are, so the forward (nt: rows are columns of C) and the backward (nn:
+// rows are steps of K) differ only in how fragments are read (tile.h).
+//
+// On compute capability 9.0 large tiles are multiplied by wgmma, which reads the same tiles, and goes on while its
+// threads decode. Where a kernel was not compiled for just that GPU, mma takes its place.
 //
 // The extra product comes first, in the same accumulators, so that dropout can mask it before the main one is added.
 // Where C has fewer tiles than a large GPU has room for, K is split; the parts are summed in order by another kernel.
@@ -20,24 +23,29 @@
 #include "cuda/gemm.h"
 #include "cuda/nibble_table.h"
 #include "cuda/tile.h"
+#include "cuda/wgmma.h"
 
 namespace qlora::cuda {
 
 constexpr int kTileThreads = 256;
-constexpr int kStep = 64;  // of K
-constexpr int kStages = 3;
-constexpr int kCodes = 32;  // of 4 bits that a thread decodes at a time: no block ends within
+constexpr int kBlocksAtOnce = 2;  // of a multiprocessor: one decodes or waits while the other multiplies
+constexpr int kStep = 64;         // of K
+constexpr int kCodes = 32;        // of 4 bits that a thread decodes at a time: no block ends within
 
-/// Of C: tileM x tileN, by warpsM x warpsN warps.
-template <int m, int n, int wm, int wn>
+/// Of C: tileM x tileN, by warpsM x warpsN warps. `stages` of a 4-bit B, dense ones have three.
+template <int m, int n, int wm, int wn, int s = 3>
 struct TileShape {
-  static constexpr int tileM = m, tileN = n, warpsM = wm, warpsN = wn;
+  static constexpr int tileM = m, tileN = n, warpsM = wm, warpsN = wn, stages = s;
   static constexpr int warpM = m / wm, warpN = n / wn;  // of a warp
+  static constexpr bool groups = false;                 // of four warps multiply, by wgmma
   static_assert(wm * wn * kWarpSize == kTileThreads && warpM % 16 == 0 && warpN % 16 == 0);
 };
-using FewRows = TileShape<16, 128, 1, 8>;
+using FewRows = TileShape<16, 128, 1, 8, 4>;
 using SmallTile = TileShape<64, 64, 2, 4>;
 using LargeTile = TileShape<128, 128, 2, 4>;
+struct GroupTile : TileShape<2 * kGroupRows, kGroupColumns, 8, 1> {
+  static constexpr bool groups = true;
+};
 
 /// A part of K.
 struct TileSplit {
@@ -50,20 +58,31 @@ struct Tiles {
   static constexpr bool innerA = form != GemmForm::tn, innerB = form == GemmForm::nt;
   static constexpr int rowsA = innerA ? Shape::tileM : kStep, columnsA = innerA ? kStep : Shape::tileM;
   static constexpr int rowsB = innerB ? Shape::tileN : kStep, columnsB = innerB ? kStep : Shape::tileN;
+  static constexpr int stages = fourBit ? Shape::stages : 3;
   static constexpr int pieces = rowsB * columnsB / kCodes;
   static constexpr int m16 = Shape::warpM / 16, n8 = Shape::warpN / 8;
 
+  static constexpr int alignment = Shape::groups ? kSwizzledBytes : 16;
+
   struct Stage {
-    T a[rowsA * columnsA];
-    T b[fourBit ? kPiece : rowsB * columnsB];
+    alignas(alignment) T a[rowsA * columnsA];
+    alignas(fourBit ? 16 : alignment) T b[fourBit ? kPiece : rowsB * columnsB];
     uint4 codes[fourBit ? pieces : 1];
     float absmax[fourBit ? pieces : 4];
   };
   struct Shared {
-    Stage stage[kStages];
-    T decoded[fourBit ? 2 : 1][fourBit ? rowsB * columnsB : kPiece];
-    float code[16];
+    Stage stage[stages];
+    alignas(fourBit ? alignment : 16) T decoded[fourBit ? 2 : 1][fourBit ? rowsB * columnsB : kPiece];
+    alignas(16) float code[16];
   };
+  /// So that it can be moved to a multiple of its alignment.
+  static constexpr size_t sharedBytes = sizeof(Shared) + (Shape::groups ? alignment - 128 : 0);
+
+  QLORA_DEVICE static Shared& sharedOfBlock() {
+    auto* bytes = dynamicShared<unsigned char>();
+    if constexpr (Shape::groups) bytes += (alignment - sharedAddress(bytes) % alignment) % alignment;
+    return *reinterpret_cast<Shared*>(bytes);
+  }
 
   const Gemm& g;
   Shared& shared;
@@ -114,7 +133,7 @@ struct Tiles {
       for (int i = 0; i < 4; ++i) {
         uint32_t weights[4];
         table.decode(words[i], weights);
-        *reinterpret_cast<uint4*>(tile + place<columnsB>(rowOf(p), columnOf(p) / kPiece + i)) =
+        *reinterpret_cast<uint4*>(tile + place<rowsB, columnsB>(rowOf(p), columnOf(p) / kPiece + i)) =
             make_uint4(weights[0], weights[1], weights[2], weights[3]);
       }
     }
@@ -123,15 +142,41 @@ struct Tiles {
   QLORA_DEVICE int warpFirstM() const { return warpIndex() / Shape::warpsN * Shape::warpM; }
   QLORA_DEVICE int warpFirstN() const { return warpIndex() % Shape::warpsN * Shape::warpN; }
 
-  QLORA_DEVICE void multiply(const T* a, const T* b, int depth = kStep) {
+  /// Whether sums are those of a group, and wgmma makes them.
+  static constexpr bool byGroups = Shape::groups && kHasWgmma;
+
+  /// Begins sum += a b, which may be under way until endProduct(). Both tiles are there for all.
+  QLORA_DEVICE void beginProduct(const T* a, const T* b, int depth = kStep) {
+    if constexpr (byGroups) {
+      const T* own = a + warpIndex() / 4 * kGroupRows * kStep;
+      beginGroup();
+#pragma unroll
+      for (int k = 0; k < kStep; k += 16) {
+        const T* ofB = b + (innerB ? k : k * 64);
+        multiplyGroup<T, innerB>(sum[0], {own + k}, {ofB, innerB ? 0 : kStep * 128});
+      }
+      commitGroup();
+    } else {
+      multiply(a, b, depth);
+    }
+  }
+  QLORA_DEVICE void endProduct() {
+    if constexpr (byGroups) endGroup(sum[0]);
+  }
+  /// Before the barrier that lets others multiply what this thread has stored or copied.
+  QLORA_DEVICE void showTiles() {
+    if constexpr (byGroups) showToGroups();
+  }
+
+  QLORA_DEVICE void multiply(const T* a, const T* b, int depth) {
 #pragma unroll
     for (int k = 0; k < kStep; k += 16) {
       if (k >= depth) break;
       uint32_t ofA[m16][4], ofB[n8 / 2][4];
 #pragma unroll
-      for (int i = 0; i < m16; ++i) loadA<columnsA, innerA>(ofA[i], a, warpFirstM() + 16 * i, k);
+      for (int i = 0; i < m16; ++i) loadA<rowsA, columnsA, innerA>(ofA[i], a, warpFirstM() + 16 * i, k);
 #pragma unroll
-      for (int j = 0; j < n8 / 2; ++j) loadB<columnsB, innerB>(ofB[j], b, k, warpFirstN() + 16 * j);
+      for (int j = 0; j < n8 / 2; ++j) loadB<rowsB, columnsB, innerB>(ofB[j], b, k, warpFirstN() + 16 * j);
 #pragma unroll
       for (int i = 0; i < m16; ++i) {
 #pragma unroll
@@ -170,44 +215,48 @@ struct Tiles {
                                               innerA ? K : g.M);
       fillTile<rowsB, columnsB, kTileThreads>(b, g.extra.b, innerB ? firstN : k, innerB ? g.N : K, innerB ? k : firstN,
                                               innerB ? K : g.N);
+      showTiles();
       syncBlock();
-      multiply(a, b, static_cast<int>(min(int64_t{kStep}, K - k)));
+      beginProduct(a, b, static_cast<int>(min(int64_t{kStep}, K - k)));
+      endProduct();
       syncBlock();
     }
     if (g.extra.dropout.p > 0) {
-      forEach([&](int64_t m, int64_t n, float& value) { value *= dropoutFactor(g.extra.dropout, g.extra.maskAt(m, n)); });
+      forEach(
+          [&](int64_t m, int64_t n, float& value) { value *= dropoutFactor(g.extra.dropout, g.extra.maskAt(m, n)); });
     }
   }
 
   QLORA_DEVICE void addMain(int firstStep, int endStep) {
-    const auto stageOf = [&](int step) -> Stage& { return shared.stage[step % kStages]; };
+    const auto stageOf = [&](int step) -> Stage& { return shared.stage[step % stages]; };
     const auto copy = [&](int step) {
       if (step < endStep) copyStep(stageOf(step), int64_t{step} * kStep, g.K);
       commitCopies();
     };
     const auto decode = [&](int step) {
-      waitForCopies<kStages - 2>();
+      waitForCopies<stages - 2>();
       if constexpr (fourBit) {
         if (step < endStep) decodeStep(stageOf(step), shared.decoded[step % 2]);
       }
+      showTiles();
     };
-    for (int i = 0; i < kStages - 1; ++i) copy(firstStep + i);
+    for (int i = 0; i < stages - 1; ++i) copy(firstStep + i);
     syncBlock();  // shared.code
     decode(firstStep);
     for (int step = firstStep; step < endStep; ++step) {
       syncBlock();
-      copy(step + kStages - 1);
-      multiply(stageOf(step).a, fourBit ? shared.decoded[step % 2] : stageOf(step).b);
+      copy(step + stages - 1);
+      beginProduct(stageOf(step).a, fourBit ? shared.decoded[step % 2] : stageOf(step).b);
       decode(step + 1);
+      endProduct();
     }
   }
 };
 
 template <class Shape, class T, GemmForm form, bool fourBit>
-__global__ void __launch_bounds__(kTileThreads) tilesKernel(Gemm g, TileSplit split) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce) tilesKernel(Gemm g, TileSplit split) {
   using Own = Tiles<Shape, T, form, fourBit>;
-  auto& shared = *dynamicShared<typename Own::Shared>();
-  Own tiles(g, shared, int64_t{blockIdx.x} * Shape::tileM, int64_t{blockIdx.y} * Shape::tileN);
+  Own tiles(g, Own::sharedOfBlock(), int64_t{blockIdx.x} * Shape::tileM, int64_t{blockIdx.y} * Shape::tileN);
   const int part = static_cast<int>(blockIdx.z), steps = static_cast<int>((g.K + kStep - 1) / kStep);
   if (part == 0 && g.extra.K > 0) tiles.addExtra();
   tiles.addMain(min(steps, part * split.stepsPerPart), min(steps, (part + 1) * split.stepsPerPart));
@@ -228,19 +277,24 @@ template <class Shape, class T, GemmForm form, bool fourBit>
 void launchShape(Context& context, const Gemm& g, const TileSplit& split, int64_t parts) {
   const dim3 grid(static_cast<unsigned>((g.M + Shape::tileM - 1) / Shape::tileM),
                   static_cast<unsigned>((g.N + Shape::tileN - 1) / Shape::tileN), static_cast<unsigned>(parts));
-  launch(context, tilesKernel<Shape, T, form, fourBit>, grid, kTileThreads,
-         sizeof(typename Tiles<Shape, T, form, fourBit>::Shared), g, split);
+  launch(context, tilesKernel<Shape, T, form, fourBit>, grid, kTileThreads, Tiles<Shape, T, form, fourBit>::sharedBytes,
+         g, split);
 }
 
-/// Compute capability 7.5 has shared memory for the smaller tiles only.
-inline bool takesLargeTiles(const Context& context) {
-  return context.queue && static_cast<const CudaQueue*>(context.queue)->capability >= 80;
+/// Of the device; 0 in a rehearsal.
+inline int capabilityOf(const Context& context) {
+  return context.queue ? static_cast<const CudaQueue*>(context.queue)->capability : 0;
 }
 
 template <class T, GemmForm form, bool fourBit>
 void launchTiles(Context& context, const Gemm& g, const TileSplit& split, int64_t parts) {
   if (g.M <= FewRows::tileM) return launchShape<FewRows, T, form, fourBit>(context, g, split, parts);
-  if (g.M > SmallTile::tileM && g.N > SmallTile::tileN && takesLargeTiles(context)) {
+  const int capability = capabilityOf(context);
+  // 7.5 has shared memory for the smaller tiles only.
+  if (g.M > SmallTile::tileM && g.N > SmallTile::tileN && capability >= 80) {
+    if constexpr (form != GemmForm::tn) {
+      if (capability == 90) return launchShape<GroupTile, T, form, fourBit>(context, g, split, parts);
+    }
     return launchShape<LargeTile, T, form, fourBit>(context, g, split, parts);
   }
   launchShape<SmallTile, T, form, fourBit>(context, g, split, parts);

@@ -87,7 +87,7 @@ struct Same {
 
 void forwardInt8(Context& context, const Tensor& x, const Weight& weight, const GemmOutput& out,
                  const GemmExtra& extra) {
-  const int64_t M = x.rows(), N = weight.N, K = weight.K;
+  const int64_t M = leading(x), N = weight.N, K = weight.K;
   auto* codes = context.scratch.take<bf16>(M * K);
   auto* absmax = context.scratch.take<float>(M);
   auto* outlier = context.scratch.take<uint8_t>(K);
@@ -153,7 +153,7 @@ void linearForward(Context& context, const Tensor& x, const Weight& weight, cons
   if (weight.data.dtype == DType::i8) return forwardInt8(context, x, weight, out, extra);
   gemm(context, {.form = GemmForm::nt,
                  .compute = x.dtype,
-                 .M = x.rows(),
+                 .M = leading(x),
                  .N = weight.N,
                  .K = weight.K,
                  .a = elementsOf(x),

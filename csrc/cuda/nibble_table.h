@@ -1,11 +1,11 @@
 // Decoding 4-bit weights without a multiplication a weight.
 //
 // A block of weights has 16 possible values, so a thread that decodes 32 or more of a block makes the table of them
-// first: value[c] = round_T(code[c] * absmax), for T of 16 bits. It keeps the table in eight registers as two planes, of
-// lower and of upper bytes, since the instruction `prmt` picks four bytes at once out of eight by four numbers of three
-// bits each, which 4-bit codes nearly are: for four codes, a pick in the lower half of a plane, one in the upper half,
-// and a third that takes for each code the one that its fourth bit says; then lower and upper bytes are interleaved.
-// That is 2.6 instructions a weight, none of which asks memory.
+// first: value[c] = round_T(code[c] * absmax), for T of 16 bits. It keeps the table in eight registers as two planes,
+// of lower and of upper bytes, since the instruction `prmt` picks four bytes at once out of eight by four numbers of
+// three bits each, which 4-bit codes nearly are: for four codes, a pick in the lower half of a plane, one in the upper
+// half, and a third that takes for each code the one that its fourth bit says; then lower and upper bytes are
+// interleaved. That is 2.6 instructions a weight, none of which asks memory.
 #pragma once
 
 #include "cuda/device.h"

@@ -1,7 +1,6 @@
-#include "ops/dequantize.h"
-
 #include "cuda/device.h"
 #include "cuda/weight.h"
+#include "ops/dequantize.h"
 
 namespace qlora::cuda {
 

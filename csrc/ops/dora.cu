@@ -1,12 +1,11 @@
-#include "ops/dora.h"
-
 #include "cuda/weight.h"
+#include "ops/dora.h"
 
 namespace qlora::cuda {
 
 namespace {
 
-constexpr int kRows = 8;      // of a block: A is read once for them
+constexpr int kRows = 8;       // of a block: A is read once for them
 constexpr int kMostRank = 16;  // of B that is held at a time
 constexpr int64_t kMostGroups = 64;
 
@@ -76,8 +75,7 @@ __global__ void backwardKernel(int64_t rows, int64_t N, int64_t rowsPerGroup, co
   if (partial) partial[group * N + n] = sum;
 }
 
-__global__ void addGroupsKernel(int64_t groups, int64_t N, const float* partial, const float* norm,
-                                float* dmagnitude) {
+__global__ void addGroupsKernel(int64_t groups, int64_t N, const float* partial, const float* norm, float* dmagnitude) {
   const int64_t n = threadIndex();
   if (n >= N) return;
   float sum = 0;

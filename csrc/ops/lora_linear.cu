@@ -1,7 +1,6 @@
-#include "ops/lora_linear.h"
-
 #include "cuda/gemm.h"
 #include "cuda/map.h"
+#include "ops/lora_linear.h"
 
 namespace qlora::cuda {
 
@@ -26,7 +25,7 @@ Elements dropped(Context& context, const Tensor& x, const DropoutMask& dropout) 
 }  // namespace
 
 void loraLinearForward(Context& context, const LoraLinearForward& a) {
-  const int64_t M = a.x.rows(), K = a.weight.K, r = a.loraA.dim(0);
+  const int64_t M = leading(a.x), K = a.weight.K, r = a.loraA.dim(0);
   gemm(context, {.form = GemmForm::nt,
                  .compute = a.x.dtype,
                  .M = M,
@@ -35,18 +34,16 @@ void loraLinearForward(Context& context, const LoraLinearForward& a) {
                  .a = dropped(context, a.x, {a.dropout, a.seed, a.stream}),
                  .b = elementsOf(a.loraA),
                  .out = {.c = a.t.data<void>(), .dtype = a.t.dtype, .stride = r}});
-  linearForward(context, a.x, a.weight, a.bias, a.y,
-                {.a = elementsOf(a.t), .b = elementsOf(a.loraB, a.scale), .K = r});
+  linearForward(context, a.x, a.weight, a.bias, a.y, {.a = elementsOf(a.t), .b = elementsOf(a.loraB, a.scale), .K = r});
 }
 
 void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
-  const int64_t M = a.x.rows(), N = a.weight.N, K = a.weight.K, r = a.loraA.dim(0);
+  const int64_t M = leading(a.x), N = a.weight.N, K = a.weight.K, r = a.loraA.dim(0);
   const DType compute = a.x.dtype;
   const DropoutMask dropout{a.dropout, a.seed, a.stream};
   // Of the compute type, since every product that reads it rounds it to that.
-  const Elements u{.data = context.scratch.bytes(static_cast<size_t>(M * r) * sizeOf(compute)),
-                   .dtype = compute,
-                   .stride = r};
+  const Elements u{
+      .data = context.scratch.bytes(static_cast<size_t>(M * r) * sizeOf(compute)), .dtype = compute, .stride = r};
   gemm(context, {.form = GemmForm::nn,
                  .compute = compute,
                  .M = M,

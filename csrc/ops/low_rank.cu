@@ -1,8 +1,7 @@
 // Sums in fp64 and fixed trees. A row is orthogonalized by launches of its own: the matrices have some dozens of rows.
 // The small matrix of singularFactors is one block's work.
-#include "ops/low_rank.h"
-
 #include "cuda/device.h"
+#include "ops/low_rank.h"
 
 namespace qlora::cuda {
 

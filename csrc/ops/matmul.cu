@@ -1,6 +1,5 @@
-#include "ops/matmul.h"
-
 #include "cuda/gemm.h"
+#include "ops/matmul.h"
 
 namespace qlora::cuda {
 
@@ -29,15 +28,13 @@ __global__ void addGroupsKernel(int64_t groups, int64_t N, const float* partial,
 
 }  // namespace
 
-void matmulForward(Context& context, const MatmulForward& a) {
-  linearForward(context, a.x, a.weight, a.bias, a.y, {});
-}
+void matmulForward(Context& context, const MatmulForward& a) { linearForward(context, a.x, a.weight, a.bias, a.y, {}); }
 
 void matmulBackward(Context& context, const MatmulBackward& a) {
   const int64_t N = a.weight.N, K = a.weight.K;
   gemm(context, {.form = GemmForm::nn,
                  .compute = a.dy.dtype,
-                 .M = a.dy.rows(),
+                 .M = leading(a.dy),
                  .N = K,
                  .K = N,
                  .a = elementsOf(a.dy),
@@ -46,7 +43,7 @@ void matmulBackward(Context& context, const MatmulBackward& a) {
 }
 
 void matmulBackwardWeight(Context& context, const MatmulBackwardWeight& a) {
-  const int64_t rows = a.dy.rows(), N = a.dy.dim(-1), K = a.x.dim(-1);
+  const int64_t rows = leading(a.dy), N = a.dy.dim(-1), K = a.x.dim(-1);
   if (a.dweight.defined()) {
     gemm(context, {.form = GemmForm::tn,
                    .compute = a.x.dtype,

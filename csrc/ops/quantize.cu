@@ -1,8 +1,7 @@
 // Byte for byte what the CPU stores: each operation on its own, and fp64 sums in the order of quantize.cpp.
-#include "ops/quantize.h"
-
 #include "core/codes.h"
 #include "cuda/device.h"
+#include "ops/quantize.h"
 #include "simd/block_scale.h"
 
 namespace qlora::cuda {
@@ -39,8 +38,8 @@ __global__ void fourBitKernel(int64_t n, int64_t blockSize, const T* x, uint8_t*
     const float inverse = blockInverse(most);
     for (int64_t i = first; i < end; i += 2 * kWarpSize) {
       const float odd = i + 1 < end ? toFloat(x[i + 1]) : 0.0f;
-      packed[i / 2] = static_cast<uint8_t>(fourBitIndex<type>(toFloat(x[i]) * inverse) << 4 |
-                                           fourBitIndex<type>(odd * inverse));
+      packed[i / 2] =
+          static_cast<uint8_t>(fourBitIndex<type>(toFloat(x[i]) * inverse) << 4 | fourBitIndex<type>(odd * inverse));
     }
   }
 }
@@ -156,7 +155,7 @@ void quantize4bit(Context& context, const Quantize4bit& a) {
   dispatchFloat(a.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = a.type == static_cast<int>(FourBitType::nf4) ? fourBitKernel<FourBitType::nf4, T>
-                                                                      : fourBitKernel<FourBitType::fp4, T>;
+                                                                     : fourBitKernel<FourBitType::fp4, T>;
     launch(context, kernel, blocksFor(blocks * kWarpSize), kThreads, 0, n, a.blockSize, a.x.data<const T>(), packed,
            absmax);
   });
