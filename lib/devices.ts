@@ -45,7 +45,7 @@ export function backends(): Backends {
 export function chooseDevice(wanted: Device | 'auto'): Device {
   if (wanted === 'cpu') return 'cpu';
   if (wanted !== 'auto') {
-    guard(() => native.checkCudaDevice(Number(wanted.slice('cuda:'.length))));
+    freeBytes(wanted);
     return wanted;
   }
   if (!native.cudaDriver()) return 'cpu';
@@ -58,6 +58,12 @@ export function chooseDevice(wanted: Device | 'auto'): Device {
     log('warn', `computing on the CPU: ${message}`, { hint });
   }
   return 'cpu';
+}
+
+/** What a process may still take of a device at this moment. @throws as chooseDevice */
+export function freeBytes(device: Device): number {
+  if (device === 'cpu') return process.availableMemory();
+  return guard(() => native.cudaFreeBytes(Number(device.slice('cuda:'.length))));
 }
 
 /** Of the whole process: the CPU, and each device that was used. */

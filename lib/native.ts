@@ -62,8 +62,8 @@ interface Addon {
   cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };
   /** Throws where CUDA cannot be used. */
   cuda(): NativeCuda;
-  /** Throws where that device cannot be used. */
-  checkCudaDevice(index: number): void;
+  /** What the device has free at this moment. Throws where it cannot be used. */
+  cudaFreeBytes(index: number): number;
   /** Of the devices that this process has opened. */
   cudaMemory(): (NativeMemory & { index: number })[];
   /** Whether there is one, whether or not it can be used. */

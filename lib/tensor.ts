@@ -32,7 +32,7 @@ export class Stream {
    */
   constructor(
     readonly device: Device = 'cpu',
-    purpose?: 'rehearsal',
+    readonly purpose?: 'rehearsal',
   ) {
     const cuda = device === 'cpu' ? undefined : cudaIndex(device);
     this.#native = guard(() => new native.Stream(cuda, purpose));
@@ -105,8 +105,11 @@ export class Stream {
 
   async #close(): Promise<void> {
     for (const tensor of this.#shared.values()) tensor.dispose();
-    await this.sync();
-    this.#native.close();
+    try {
+      await this.sync();
+    } finally {
+      this.#native.close();
+    }
   }
 }
 

@@ -16,6 +16,7 @@ const { values, positionals } = parseArgs({
 process.env.QLORA_TEST_DEVICE = values.device;
 
 const files = [
+  'ops/device',
   'ops/recording',
   'ops/elementwise',
   'ops/rms-norm',
@@ -26,6 +27,7 @@ const files = [
   'ops/loss',
   'ops/logits',
   'optimizers',
+  'models/references',
 ];
 
 const { native } = await import('../lib/native.js');

@@ -49,7 +49,7 @@ const layers: Record<string, readonly string[]> = {
   report: ['errors.ts', 'logger.ts', 'format.ts', 'io', 'data'],
   train: [
     'errors.ts', 'options.ts', 'event-stream.ts', 'logger.ts', 'format.ts', 'tensor.ts', 'autograd.ts', 'ops', 'io', 'data',
-    'models', 'generate', 'quantized-model.ts', 'report',
+    'devices.ts', 'models', 'generate', 'quantized-model.ts', 'report',
   ],
   // Its tables and its parsing of files are below; what it runs is imported when it is asked for.
   cli: [

@@ -62,6 +62,16 @@ inline constexpr Thresholds kFp4Thresholds = {                 // of |x|
 /// The FP4 code of the c-th magnitude in rising order, c in [0, 8): 0 1 6 7 4 5 2 3.
 constexpr int32_t fp4CodeOfRank(int32_t c) { return (-(c & 6) & 6) | (c & 1); }
 
+/// The 4-bit code of x in [-1, 1].
+template <FourBitType type>
+QLORA_SHARED int32_t fourBitIndex(float x) {
+  constexpr Thresholds thresholds = type == FourBitType::nf4 ? kNf4Thresholds : kFp4Thresholds;
+  const float key = type == FourBitType::nf4 || x >= 0 ? x : -x;
+  int32_t rank = 0;
+  for (int t = 0; t < thresholds.count; ++t) rank += key > thresholds.value[t] ? 1 : 0;
+  return type == FourBitType::nf4 ? rank : fp4CodeOfRank(rank) | (x < 0 ? 8 : 0);
+}
+
 enum class DynamicMapKind : int { signedMap, unsignedMap };
 
 /// A dynamic map and what finding the nearest value needs: x takes index i where threshold[i - 1] < x <= threshold[i].

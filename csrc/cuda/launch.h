@@ -38,6 +38,7 @@ namespace qlora {
 class CudaQueue : public DeviceQueue {
  public:
   cudaStream_t stream = nullptr;
+  int capability = 0;  // 10 times the major number and the minor
 };
 
 inline void checkCuda(cudaError_t error, const char* what) {

@@ -94,7 +94,8 @@ class Graph : public DeviceGraph {
 
 class Queue : public CudaQueue {
  public:
-  explicit Queue(int device) : device_(chosen(device)) {
+  Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
+    capability = 10 * of.major + of.minor;
     checkCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
@@ -126,16 +127,15 @@ class Queue : public CudaQueue {
     capture_ = Capture::none;
     cudaGraph_t graph = nullptr;
     checkCuda(cudaStreamEndCapture(stream, &graph), "ending a graph");
-    std::unique_ptr<DeviceGraph> result;
-    if (whole) result = std::make_unique<Graph>(graph, stream);
-    cudaGraphDestroy(graph);
-    return result;
+    const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, cudaError_t (*)(cudaGraph_t)> owned(graph,
+                                                                                                cudaGraphDestroy);
+    return whole ? std::make_unique<Graph>(graph, stream) : nullptr;
   }
 
  private:
   enum class Capture { none, under_way, left };
 
-  /// What no graph can hold: the operation that asked for it fails, and the graph is given up.
+  /// What no graph can hold: the operation that asked for it is left, and the graph given up.
   void leaveCapture() {
     if (capture_ == Capture::none) return;
     capture_ = Capture::left;
@@ -177,7 +177,7 @@ class CudaDevice : public Device {
     cudaFree(pointer);
   }
 
-  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index, description_); }
 
  private:
   const DeviceDescription description_;

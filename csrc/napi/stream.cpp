@@ -267,11 +267,11 @@ static Napi::Value cudaMemory(const Napi::CallbackInfo& info) {
   return result;
 }
 
-/// checkCudaDevice(index) throws where it cannot be used.
-static Napi::Value checkCudaDevice(const Napi::CallbackInfo& info) {
+/// cudaFreeBytes(index): what the device has free at this moment. Throws where it cannot be used.
+static Napi::Value cudaFreeBytes(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    cudaDevice(info[0].ToNumber().Int32Value());
-    return info.Env().Undefined();
+    const uint64_t bytes = cudaDevice(info[0].ToNumber().Int32Value())->freeBytes();
+    return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   });
 }
 
@@ -289,7 +289,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("processMemory", Napi::Function::New(env, processMemoryOf));
   exports.Set("cpu", Napi::Function::New(env, cpuInformation));
   exports.Set("cuda", Napi::Function::New(env, cudaInformation));
-  exports.Set("checkCudaDevice", Napi::Function::New(env, checkCudaDevice));
+  exports.Set("cudaFreeBytes", Napi::Function::New(env, cudaFreeBytes));
   exports.Set("cudaMemory", Napi::Function::New(env, cudaMemory));
   exports.Set("cudaDriver", Napi::Function::New(env, cudaDriver));
 

@@ -12,6 +12,9 @@ namespace {
 
 // Keys a task, whose sums are kept apart and added in order.
 constexpr int64_t kSplitKeys = 512;
+// Memory is asked for a key so many keys ahead, and for its value with it at hand: those are read when all keys of the
+// split have scores. The rows of a head lie apart, which a processor does not foresee.
+constexpr int64_t kAheadKeys = 128;
 
 constexpr std::make_integer_sequence<int, kWidth> kLanes;
 
@@ -53,6 +56,13 @@ QLORA_INLINE void packRow(const T* x, int64_t D, int64_t depth, typename Math::E
   for (int64_t k = whole; k < depth; ++k) {
     to[k] = k * Math::kPack < D ? Math::element(x[k * Math::kPack], T{}) : typename Math::Element{};
   }
+}
+
+/// Into the second cache.
+template <class T>
+QLORA_INLINE void prefetchRow(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d, 0, 2);
 }
 
 QLORA_INLINE bool sees(const Visibility& rule, int64_t query, int64_t key) {
@@ -139,7 +149,10 @@ void decodeWith(Context& context, const AttentionForward& a) {
     for (int64_t j0 = 0; j0 < count; j0 += kWidth) {
       const int64_t n = std::min<int64_t>(kWidth, count - j0);
       for (int64_t j = 0; j < n; ++j) {
-        packRow<Math>(a.k.data<T>() + first + (j0 + j) * Hkv * D, D, depth, my.keys + j * depth);
+        const T* row = a.k.data<T>() + first + (j0 + j) * Hkv * D;
+        if (range.begin + j0 + j + kAheadKeys < rule.keyLength) prefetchRow(row + kAheadKeys * Hkv * D, D);
+        prefetchRow(a.v.data<T>() + first + (j0 + j) * Hkv * D, D);
+        packRow<Math>(row, D, depth, my.keys + j * depth);
       }
       for (int64_t r = 0; r < rows; ++r) {
         store(my.scores + r * kSplitKeys + j0, dots<Math>(my.queries + r * depth, my.keys, depth));

@@ -151,16 +151,9 @@ QLORA_INLINE int64_t decodeWhole(const uint8_t* packed, int64_t n, const float* 
 /// packed = codes of v * inverse, n elements: a multiple of 32.
 template <FourBitType type, class T>
 QLORA_INLINE void encodeFourBit(const T* v, int64_t n, float inverse, uint8_t* packed) {
-  constexpr Thresholds thresholds = type == FourBitType::nf4 ? kNf4Thresholds : kFp4Thresholds;
   for (int64_t i = 0; i < n; i += 32) {
     int32_t code[32];
-    for (int l = 0; l < 32; ++l) {
-      const float x = toFloat(v[i + l]) * inverse;
-      const float key = type == FourBitType::nf4 ? x : std::fabs(x);
-      int32_t rank = 0;
-      for (int t = 0; t < thresholds.count; ++t) rank += key > thresholds.value[t] ? 1 : 0;
-      code[l] = type == FourBitType::nf4 ? rank : fp4CodeOfRank(rank) | (x < 0 ? 8 : 0);
-    }
+    for (int l = 0; l < 32; ++l) code[l] = fourBitIndex<type>(toFloat(v[i + l]) * inverse);
     for (int l = 0; l < 16; ++l) packed[i / 2 + l] = static_cast<uint8_t>(code[2 * l] << 4 | code[2 * l + 1]);
   }
 }

@@ -194,32 +194,66 @@ struct Bf16Operands {
 
   template <class Reader>
   static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
-    const int64_t K = reader.columns();
-    const typename Reader::Rows rows(reader);
-    float scales[2][kMostLanes / 64 * Reader::kScales];
-    for (int64_t r = 0; r < n; r += 2) {
-      const int64_t flat = (i + r) * K + j, below = r + 1 < n ? K : 0;
-      reader.scales(flat, columns, scales[0]);
-      if (below) {
-        reader.scales(flat + K, columns, scales[1]);
-      } else {
-        std::fill(std::begin(scales[1]), std::end(scales[1]), 0.0f);  // the last row's other half counts as zeros
+    LanePieces<Reader> pieces(reader);
+    pieces.start(i, n, j, columns, strips, 1);
+    pieces.finish();
+  }
+
+ public:
+  /// Decodes 4-bit rows into lanes in pieces: 64 columns of a pair of rows.
+  template <class Reader>
+  class LanePieces {
+   public:
+    explicit LanePieces(const Reader& reader) : reader_(reader), pairs_(reader_) {}
+    LanePieces(const LanePieces&) = delete;
+    LanePieces& operator=(const LanePieces&) = delete;
+
+    /// As lanes(); there will be `ticks`.
+    void start(int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips, int64_t ticks) {
+      flat_ = i * reader_.columns() + j;
+      rows_ = n;
+      columns_ = columns;
+      strips_ = strips;
+      wait_ = every_ = std::max<int64_t>(1, ticks / (ceilDivide(n, 2) * ceilDivide(columns, 64)));
+    }
+    QLORA_INLINE void tick() {
+      if (--wait_ > 0) return;
+      wait_ = every_;
+      if (rows_ > 0) decode();
+    }
+    void finish() {
+      while (rows_ > 0) decode();
+    }
+
+   private:
+    QLORA_INLINE void decode() {
+      const int64_t K = reader_.columns(), flat = flat_ + at_, below = rows_ > 1 ? K : 0;
+      if (at_ % 128 == 0) {
+        reader_.prefetch(flat + kAheadLanes * K);
+        reader_.prefetch(flat + (kAheadLanes + 1) * K);
       }
-      for (int64_t c = 0; c < columns; c += 64) {
-        if (c % 128 == 0) {
-          reader.prefetch(flat + c + kAheadLanes * K);
-          reader.prefetch(flat + c + (kAheadLanes + 1) * K);
-        }
-        const int64_t scale = c / 64 * Reader::kScales;
-        const RowPairs pairs = rows.read(flat + c, below, scales[0] + scale, scales[1] + scale);
-        bf16* to = strips + c * kChunk + r * kStrip;
-        for (int half = 0; half < 2; ++half, to += kChunk * kStrip) {
-          _mm512_storeu_si512(to, pairs.even[half]);
-          _mm512_storeu_si512(to + 32, pairs.odd[half]);
-        }
+      // The last row's other half counts as zeros.
+      const RowPairs pairs =
+          pairs_.read(flat, below, reader_.scalesAt(flat), reader_.scalesAt(flat + below, below == 0));
+      bf16* to = strips_ + at_ * kChunk;
+      for (int half = 0; half < 2; ++half, to += kChunk * kStrip) {
+        _mm512_storeu_si512(to, pairs.even[half]);
+        _mm512_storeu_si512(to + 32, pairs.odd[half]);
+      }
+      at_ += 64;
+      if (at_ >= columns_) {
+        at_ = 0;
+        flat_ += 2 * K;
+        strips_ += 2 * kStrip;
+        rows_ -= 2;
       }
     }
-  }
+
+    const Reader reader_;
+    const typename Reader::Rows pairs_;
+    int64_t flat_ = 0, rows_ = 0, columns_ = 0, at_ = 0, wait_ = 1, every_ = 1;
+    bf16* strips_ = nullptr;
+  };
 };
 
 struct Bf16Engine : Bf16Operands<512> {
@@ -227,41 +261,84 @@ struct Bf16Engine : Bf16Operands<512> {
   static_assert(kDecoded <= kMostLanes);
   struct Session {};
 
+  // Tiles of so many rows leave registers for decoding.
+  static constexpr int kPieceRows = 8;
+
+  static bool hasPieces(const GemmOperand& o) { return isNibbles(o) && hasGroups(*o.weight); }
+  /// Calls f with what decodes a weight of such kind.
+  template <class F>
+  static void withPieces(const GemmOperand& o, F&& f) {
+    withGroups(*o.weight, [&]<class Reader>(const Reader& reader) {
+      LanePieces<Reader> pieces(reader);
+      f(pieces);
+    });
+  }
+
   static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    NoPieces none;
     switch (count) {
       case 1:
-        return tileOf<1>(depth, rows, strip, c, first);
+        return tileOf<1>(depth, rows, strip, c, first, none);
       case 2:
-        return tileOf<2>(depth, rows, strip, c, first);
+        return tileOf<2>(depth, rows, strip, c, first, none);
       case 3:
-        return tileOf<3>(depth, rows, strip, c, first);
+        return tileOf<3>(depth, rows, strip, c, first, none);
       case 4:
-        return tileOf<4>(depth, rows, strip, c, first);
+        return tileOf<4>(depth, rows, strip, c, first, none);
       case 5:
-        return tileOf<5>(depth, rows, strip, c, first);
+        return tileOf<5>(depth, rows, strip, c, first, none);
       case 6:
-        return tileOf<6>(depth, rows, strip, c, first);
+        return tileOf<6>(depth, rows, strip, c, first, none);
       case 7:
-        return tileOf<7>(depth, rows, strip, c, first);
+        return tileOf<7>(depth, rows, strip, c, first, none);
       case 8:
-        return tileOf<8>(depth, rows, strip, c, first);
+        return tileOf<8>(depth, rows, strip, c, first, none);
       case 9:
-        return tileOf<9>(depth, rows, strip, c, first);
+        return tileOf<9>(depth, rows, strip, c, first, none);
       case 10:
-        return tileOf<10>(depth, rows, strip, c, first);
+        return tileOf<10>(depth, rows, strip, c, first, none);
       case 11:
-        return tileOf<11>(depth, rows, strip, c, first);
+        return tileOf<11>(depth, rows, strip, c, first, none);
       default:
-        return tileOf<12>(depth, rows, strip, c, first);
+        return tileOf<12>(depth, rows, strip, c, first, none);
+    }
+  }
+
+  /// The same of up to kPieceRows rows; a tick a step.
+  template <class Pieces>
+  static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first,
+                   Pieces& pieces) {
+    switch (count) {
+      case 1:
+        return tileOf<1>(depth, rows, strip, c, first, pieces);
+      case 2:
+        return tileOf<2>(depth, rows, strip, c, first, pieces);
+      case 3:
+        return tileOf<3>(depth, rows, strip, c, first, pieces);
+      case 4:
+        return tileOf<4>(depth, rows, strip, c, first, pieces);
+      case 5:
+        return tileOf<5>(depth, rows, strip, c, first, pieces);
+      case 6:
+        return tileOf<6>(depth, rows, strip, c, first, pieces);
+      case 7:
+        return tileOf<7>(depth, rows, strip, c, first, pieces);
+      default:
+        return tileOf<kPieceRows>(depth, rows, strip, c, first, pieces);
     }
   }
 
  private:
-  template <int R>
-  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+  struct NoPieces {
+    QLORA_INLINE void tick() {}
+  };
+
+  template <int R, class Pieces>
+  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first, Pieces& pieces) {
     // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
     __m512 sum[R][2]{};
     for (int64_t k = 0; k < depth; k += 2) {
+      pieces.tick();
       const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
       const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
 #pragma GCC unroll 12

@@ -30,9 +30,10 @@ class FewTokens {
       default:
         break;
     }
-    if (g.M <= 8) return few.quads<2, 12>(context);
-    if (g.M <= 12) return few.quads<3, 8>(context);
-    few.quads<4, 6>(context);
+    // Sums leave room in the registers for decoding.
+    if (g.M <= 8) return few.quads<2, 10>(context);
+    if (g.M <= 12) return few.quads<3, 7>(context);
+    few.quads<4, 5>(context);
   }
 
  private:
@@ -248,31 +249,105 @@ class FewTokens {
     return out;
   }
 
+  /// Decodes panels of rows in pieces of a group.
+  template <class Reader>
+  class NibblePanel {
+   public:
+    explicit NibblePanel(const Reader& reader) : reader_(reader) {}
+
+    void start(int64_t row, int64_t rows, int64_t k, int64_t size, bf16* panel) {
+      flat_ = row * reader_.columns() + k;
+      rows_ = rows;
+      size_ = size;
+      panel_ = panel;
+    }
+    /// The next piece, until there is none.
+    QLORA_INLINE bool next() {
+      if (rows_ == 0) return false;
+      const auto scale = reader_.scalesAt(flat_ + at_);
+      reader_.prefetch(flat_ + at_ + Bf16Engine::kAheadRows * reader_.columns());
+      const Group group = at_ + 128 <= size_ ? reader_.read(flat_ + at_, scale) : reader_.readHalf(flat_ + at_, scale);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) _mm512_storeu_si512(panel_ + at_ + 32 * p, group.pile[p]);
+      at_ += 128;
+      if (at_ >= size_) {
+        at_ = 0;
+        flat_ += reader_.columns();
+        panel_ += kStride;
+        --rows_;
+      }
+      return true;
+    }
+
+   private:
+    const Reader reader_;
+    int64_t flat_ = 0, rows_ = 0, size_ = 0, at_ = 0;
+    bf16* panel_ = nullptr;
+  };
+
+  /// Panels of any other weight, read at once.
+  class WholePanel {
+   public:
+    WholePanel(const GemmOperand& b, DType compute) : b_(b), compute_(compute) {}
+
+    void start(int64_t row, int64_t rows, int64_t k, int64_t size, bf16* panel) {
+      Bf16Engine::rowsSplit(b_, compute_, row, rows, k, size, panel, kStride);
+    }
+    QLORA_INLINE bool next() { return false; }
+
+   private:
+    const GemmOperand b_;
+    const DType compute_;
+  };
+
+  /// sums += the product of rows [begin, begin + rows). While a panel is multiplied, the next one is decoded: the
+  /// processor does both at once, since they want different ones of its units.
+  template <int G, int R, class Panel>
+  void quadTerm(const Term& term, const bf16* x, int64_t begin, int64_t rows, Panel& panel, bf16* panels,
+                float* sums) const {
+    const int64_t groups = ceilDivide(rows, R), count = ceilDivide(term.K, kChunk) * groups;
+    const auto start = [&](int64_t step) {
+      const int64_t k = step / groups * kChunk, r = step % groups * R;
+      panel.start(begin + r, std::min<int64_t>(R, rows - r), k, std::min<int64_t>(kChunk, term.K - k),
+                  panels + step % 2 * R * kStride);
+    };
+    start(0);
+    while (panel.next()) {
+    }
+    for (int64_t step = 0; step < count; ++step) {
+      if (step + 1 < count) start(step + 1);
+      const int64_t k = step / groups * kChunk, r = step % groups * R;
+      // Of rows beyond the last one, whatever the panel holds is multiplied, and not stored.
+      quadTile<G, R>(roundUp(std::min<int64_t>(kChunk, term.K - k), Bf16Engine::kGroup),
+                     panels + step % 2 * R * kStride, x + k * 4 * G, sums + r * G * 16, panel);
+      while (panel.next()) {
+      }
+    }
+  }
+
   template <int G, int R>
   void quads(Context& context) const {
     const bf16* x[2] = {};
     for (int i = 0; i < termCount_; ++i) x[i] = interleave<G>(context, terms_[i]);
-    const int64_t perTask = rowsPerTask(48, R);
+    const int64_t perTask = rowsPerTask(48 / R * R, R);
     const int threads = context.pool.size();
-    const int64_t panelSize = R * kStride, sumsSize = perTask * G * 16;
+    const int64_t panelSize = 2 * R * kStride, sumsSize = perTask * G * 16;
     bf16* panels = context.scratch.take<bf16>(threads * panelSize);
     float* sumsBuffer = context.scratch.take<float>(threads * sumsSize);
     context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int thread) {
       const int64_t begin = task * perTask, rows = std::min(perTask, g_.N - begin);
-      bf16* panel = panels + thread * panelSize;
       float* sums = sumsBuffer + thread * sumsSize;
       std::memset(sums, 0, static_cast<size_t>(sumsSize) * sizeof(float));
       for (int i = 0; i < termCount_; ++i) {
         const Term& term = terms_[i];
-        for (int64_t k = 0; k < term.K; k += kChunk) {
-          const int64_t size = std::min<int64_t>(kChunk, term.K - k), depth = roundUp(size, Bf16Engine::kGroup);
-          // As many rows as the first cache has room for beside x. Of rows beyond the last one, whatever the panel
-          // holds is multiplied, and not stored.
-          for (int64_t r = 0; r < rows; r += R) {
-            Bf16Engine::rowsSplit(term.b, g_.compute, begin + r, std::min<int64_t>(R, rows - r), k, size, panel,
-                                  kStride);
-            quadTile<G, R>(depth, panel, x[i] + k * 4 * G, sums + r * G * 16);
-          }
+        const auto multiply = [&](auto&& panel) {
+          quadTerm<G, R>(term, x[i], begin, rows, panel, panels + thread * panelSize, sums);
+        };
+        if (Bf16Engine::isNibbles(term.b) && hasGroups(*term.b.weight)) {
+          withGroups(*term.b.weight,
+                     [&]<class Reader>(const Reader& reader) { multiply(NibblePanel<Reader>(reader)); });
+        } else {
+          multiply(WholePanel(term.b, g_.compute));
         }
       }
       float lines[4 * G][kStoreMost];
@@ -289,24 +364,30 @@ class FewTokens {
     });
   }
 
-  template <int G, int R>
-  static void quadTile(int64_t depth, const bf16* rows, const bf16* x, float* sums) {
+  /// Pieces of `next` are decoded in between.
+  template <int G, int R, class Panel>
+  static void quadTile(int64_t depth, const bf16* rows, const bf16* x, float* sums, Panel& next) {
+    constexpr int kStep = G == 2 ? 8 : 16;  // columns a piece: as many as decode all of a panel in time
     __m512 sum[R][G];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) sum[r][g] = _mm512_loadu_ps(sums + (r * G + g) * 16);
     }
-    for (int64_t k = 0; k < depth; k += 8) {
-      __m512bh lanes[G];
+    for (int64_t begin = 0; begin < depth; begin += kStep) {
+      next.next();
+#pragma GCC unroll 2
+      for (int64_t k = begin; k < begin + kStep; k += 8) {
+        __m512bh lanes[G];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) lanes[g] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + k * 4 * G + g * 32));
+        for (int g = 0; g < G; ++g) lanes[g] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + k * 4 * G + g * 32));
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * kStride + k));
-        const auto w = reinterpret_cast<__m512bh>(_mm512_broadcast_i32x4(pairs));
+        for (int r = 0; r < R; ++r) {
+          const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * kStride + k));
+          const auto w = reinterpret_cast<__m512bh>(_mm512_broadcast_i32x4(pairs));
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], lanes[g], w);
+          for (int g = 0; g < G; ++g) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], lanes[g], w);
+        }
       }
     }
 #pragma GCC unroll 12

@@ -2,22 +2,22 @@
 import { lengthOf, type Sequence } from '../data/batch.js';
 import { QLoRAError } from '../errors.js';
 import { bytes } from '../format.js';
-import { chooseMemory } from './memory-plan.js';
+import { budgetOf, chooseMemory } from './memory-plan.js';
 import { optimizerKinds } from './optimizer-kinds.js';
 import type { ResolvedTrainerOptions } from './options.js';
 import type { Heaviest, MemoryPlan, Rehearsal } from './rehearsal.js';
 import { packedLength } from './step-plan.js';
 
-/** @throws ERR_QLORA_MEMORY_PLAN where the plan is above maxMemory, with changes that would fit */
+/** @throws ERR_QLORA_MEMORY_PLAN where the plan is above its budget, with changes that would fit */
 export async function refuseAbove(run: Rehearsal, plan: MemoryPlan): Promise<void> {
-  const { maxMemory } = run.options;
-  if (maxMemory === undefined || plan.total <= maxMemory) return;
+  const budget = budgetOf(run);
+  if (!budget || plan.total <= budget.bytes) return;
   const { total, ...classes } = plan;
   const parts = Object.entries(classes).map(([name, n]) => `${name} ${bytes(n)}`);
   throw new QLoRAError(
     'ERR_QLORA_MEMORY_PLAN',
-    `training takes ${bytes(total)} of memory (${parts.join(', ')}), maxMemory is ${bytes(maxMemory)}`,
-    { hint: await advice(run, maxMemory), detail: { plan, maxMemory } },
+    `training takes ${bytes(total)} of memory (${parts.join(', ')}), ${budget.reason}`,
+    { hint: await advice(run, budget.bytes), detail: { plan, maxMemory: budget.bytes } },
   );
 }
 
@@ -27,7 +27,7 @@ interface Change {
   options: Partial<ResolvedTrainerOptions>;
 }
 
-/** Which changes would make the run fit: each alone, or else all together. */
+/** Which changes would make the run fit into so many bytes: each alone, or else all together. */
 async function advice(run: Rehearsal, maxMemory: number): Promise<string> {
   const { heaviest } = run;
   const totalWith = async (change: Partial<ResolvedTrainerOptions>) => {
@@ -53,7 +53,8 @@ async function advice(run: Rehearsal, maxMemory: number): Promise<string> {
     if (least <= maxMemory) return `These together would fit: ${all.map(({ text }) => text).join(', ')}.`;
   }
   const tried = all.length > 0 ? `Even with ${all.map(({ text }) => text).join(', ')} it takes ${bytes(least)}. ` : '';
-  return `${tried}Raise maxMemory, or take a smaller model or fewer bits.`;
+  const more = run.options.maxMemory === undefined ? 'Free memory of the device' : 'Raise maxMemory';
+  return `${tried}${more}, or take a smaller model or fewer bits.`;
 }
 
 /** What may be changed, kind by kind, each from the mildest change on. */

@@ -1,4 +1,6 @@
 /** How a run is made to fit in memory: what it computes again, and what it keeps on the disk. */
+import { freeBytes } from '../devices.js';
+import { bytes } from '../format.js';
 import { pageSlots } from '../io/page-file.js';
 import { defaultSlotBytes } from './optimizer.js';
 import { optimizerKinds } from './optimizer-kinds.js';
@@ -16,23 +18,41 @@ export interface MemoryChoice {
   paging: Rehearsal['paging'];
 }
 
+/** Bytes that a run may take, and what says so. */
+export interface Budget {
+  bytes: number;
+  reason: string;
+}
+
+/** maxMemory, or what a device has left, which beside it takes no swapping; undefined where the system may swap. */
+export function budgetOf({ core, options: { maxMemory } }: Pick<Rehearsal, 'core' | 'options'>): Budget | undefined {
+  if (maxMemory !== undefined) return { bytes: maxMemory, reason: `maxMemory is ${bytes(maxMemory)}` };
+  const { device } = core.stream;
+  if (device === 'cpu') return undefined;
+  // A model that is given is there already. What a rehearsal counts takes nothing.
+  const there = core.stream.purpose === 'rehearsal' ? 0 : core.stream.memory().liveBytes;
+  const free = freeBytes(device) + there;
+  return { bytes: free, reason: `${device} has ${bytes(free)} for it` };
+}
+
 /**
- * The plan of a run. Where it is above maxMemory, a paged optimizer's state goes to the disk, as much of it as must; with
- * `gradientCheckpointing: 'auto'` then as few layers are computed again as the budget allows: that is maxMemory or,
- * without it, what the system has left for this process.
+ * The plan of a run. Where it is above its budget, a paged optimizer's state goes out of the device's memory, as much of
+ * it as must; with `gradientCheckpointing: 'auto'` then as few layers are computed again as the budget allows, or where
+ * there is none, what the system has left for this process.
  */
 export async function chooseMemory(run: Rehearsal): Promise<MemoryChoice> {
   const { core, options } = run;
   const layers = core.config.numLayers;
-  const { gradientCheckpointing: wanted, maxMemory } = options;
-  const budget = maxMemory ?? (wanted === 'auto' ? process.availableMemory() : Number.POSITIVE_INFINITY);
+  const { gradientCheckpointing: wanted } = options;
+  const limit = budgetOf(run)?.bytes;
+  const budget = limit ?? (wanted === 'auto' ? freeBytes('cpu') : Number.POSITIVE_INFINITY);
   const [fewest, most] = wanted === 'auto' ? [0, layers] : [wanted, wanted].map((of) => layersOf(of, layers));
   const rehearseWith = (count: number, paging?: Rehearsal['paging']) =>
     rehearse({ ...run, options: { ...options, gradientCheckpointing: count }, paging });
   const whole = await rehearseWith(fewest as number);
   const slots = { residentBytes: 0, slotBytes: slotBytesOf(whole.stateBytes) };
   const saves = whole.stateBytes > pageSlots * slots.slotBytes && optimizerKinds[options.optimizer].pages;
-  const pages = maxMemory !== undefined && saves && whole.plan.total > budget;
+  const pages = limit !== undefined && saves && whole.plan.total > budget;
   const leastOf = async (count: number) => (await rehearseWith(count, pages ? slots : undefined)).plan;
   // More layers never take more memory: the fewest that fit are found by halving.
   let [least, count] = [fewest as number, most as number];

@@ -2,6 +2,7 @@
 import { givingWay } from '../data/give-way.js';
 import type { RowStore } from '../data/row-store.js';
 import { templateOf } from '../data/templates.js';
+import { chooseDevice } from '../devices.js';
 import { bytes } from '../format.js';
 import { locate } from '../io/hub.js';
 import { readTrainingRecord } from '../io/training-record.js';
@@ -21,16 +22,17 @@ export interface PlannedRun extends MemoryChoice {
   steps: StepPlan;
 }
 
-/** Whether a run cannot begin without a plan. */
-export function needsPlan({ maxMemory, gradientCheckpointing }: ResolvedTrainerOptions): boolean {
-  return maxMemory !== undefined || gradientCheckpointing === 'auto';
+/** Whether a run cannot begin without a plan: a device has no memory but its own. */
+export function needsPlan({ maxMemory, gradientCheckpointing, model, device }: ResolvedTrainerOptions): boolean {
+  if (maxMemory !== undefined || gradientCheckpointing === 'auto') return true;
+  return (typeof model === 'string' ? chooseDevice(device ?? 'auto') : model.device) !== 'cpu';
 }
 
 /**
  * Reads and encodes the data, and plans memory. Of the model only its configuration, its tokenizer and the headers of
  * its files are read.
  *
- * @param demand 'fit' makes a plan above maxMemory an error
+ * @param demand 'fit' makes a plan above its budget an error
  * @throws ERR_QLORA_MEMORY_PLAN, with changes that would fit
  */
 export async function planRun(options: ResolvedTrainerOptions, demand: 'fit' | 'any'): Promise<PlannedRun> {

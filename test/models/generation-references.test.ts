@@ -6,7 +6,7 @@ import { endsWithStop } from '../../lib/generate/stop-strings.js';
 import { generateIds } from '../../lib/generate/tokens.js';
 import { QuantizedModel } from '../../lib/index.js';
 import { packageRoot, readJson, referencesDir } from '../support/references.js';
-import t from '../support/testing.js';
+import t, { testDevice } from '../support/testing.js';
 
 interface Generated {
   model: string;
@@ -33,7 +33,11 @@ const { generated } = readJson<{ generated: Generated[] }>(folder, 'index.json')
 for (const name of new Set(generated.map(({ model }) => model))) {
   await t.test(name, async (t) => {
     const directory = join(referencesDir('models'), name);
-    await using model = await QuantizedModel.load(directory, { quantization: 'none', computeDtype: 'f32' });
+    await using model = await QuantizedModel.load(directory, {
+      quantization: 'none',
+      computeDtype: 'f32',
+      device: testDevice,
+    });
     for (const { about, prompt, endTokens, options, ids, score } of generated.filter((g) => g.model === name)) {
       const { minLength = 0, earlyStopping = false, ...given } = options;
       const resolved = resolveGenerateOptions(model.core, { doSample: false, ...given }, 'tokens');

@@ -13,7 +13,7 @@ import { Tensor } from '../../lib/tensor.js';
 import { forEachIsa, largestError } from '../support/op-harness.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, valuesOf } from '../support/safetensors.js';
-import t, { type Test } from '../support/testing.js';
+import t, { type Test, testDevice } from '../support/testing.js';
 
 const cases = ['llama', 'llama3', 'llama-bias', 'deepseek-coder', 'qwen2', 'qwen2-yarn'];
 /** How far bf16 may be off: 2.5e-2, and where transformers' own bf16 is further off than that, as far as it. */
@@ -120,7 +120,7 @@ async function checkCase(t: Test, name: string): Promise<void> {
     labels: shift(labels),
   }));
 
-  const plain: LoadOptions = { computeDtype: 'f32', quantization: 'none' };
+  const plain: LoadOptions = { computeDtype: 'f32', quantization: 'none', device: testDevice };
   await using model = await QuantizedModel.load(directory, plain);
   for (const i of [0, 1]) await checkLogits(model, `base.logits.${i}`, null);
   await checkLoss(model, 'base', null);
@@ -163,6 +163,7 @@ async function checkCase(t: Test, name: string): Promise<void> {
   await using quantized = await QuantizedModel.load(directory, {
     computeDtype: 'f32',
     quantization: { type: 'nf4', blockSize: 64, doubleQuant: true },
+    device: testDevice,
   });
   await checkQuantized(t, quantized, expected);
   await checkLogits(quantized, 'nf4.logits.0', null);
@@ -173,7 +174,7 @@ async function checkCase(t: Test, name: string): Promise<void> {
   checkGradients((await lossAndGradients(quantized, rows, targets, 'none')).gradients, 'nf4_adapter.grad');
 
   for (const computeDtype of ['bf16', 'f16'] as const) {
-    await using half = await QuantizedModel.load(directory, { computeDtype, quantization: 'none' });
+    await using half = await QuantizedModel.load(directory, { computeDtype, quantization: 'none', device: testDevice });
     await checkLogits(half, 'base.logits.0', null, computeDtype === 'bf16' ? bf16Error(name) : 2.5e-2);
   }
   await checkNewConfig(t, directory, (model) => checkLogits(model, 'base.logits.0', null));
@@ -230,7 +231,11 @@ async function checkNewConfig(
   t.teardown(() => rmSync(copy, { recursive: true }));
   cpSync(directory, copy, { recursive: true });
   cpSync(join(directory, 'config.transformers5.json'), join(copy, 'config.json'));
-  await using model = await QuantizedModel.load(copy, { computeDtype: 'f32', quantization: 'none' });
+  await using model = await QuantizedModel.load(copy, {
+    computeDtype: 'f32',
+    quantization: 'none',
+    device: testDevice,
+  });
   await check(model);
 }
 
