@@ -1,10 +1,9 @@
 // Head and loss on a GPU. The rows whose label counts are known to the host, which has the labels. They go through in
-// chunks: h's rows are gathered, logits = h W^T (cuda/tile_product.h), a block a row turns logits into the row's loss
-// and their gradient, and that gives dh and dweight while it is at hand. A weight that is not of h's type is decoded
-// slice by slice, once for the logits and once for dh, whose sums are in fp32 until the last slice is in.
+// chunks: h's rows are gathered, logits = h W^T (cuda/gemm.h), a block a row turns logits into the row's loss and their
+// gradient, and that gives dh and dweight while it is at hand.
 #include <cfloat>
 
-#include "cuda/tile_product.h"
+#include "cuda/gemm.h"
 #include "ops/linear_cross_entropy.h"
 
 namespace qlora::cuda {
@@ -12,64 +11,9 @@ namespace qlora::cuda {
 namespace {
 
 // Logits of a chunk: 256 MiB, but never more than about a third of all, nor fewer rows than a tile of the products has.
-constexpr int64_t kLogitsPerChunk = 64 << 20, kRowUnit = product::kTile, kLeastChunks = 3;
-constexpr int64_t kDecodedPerSlice = 16 << 20;
-
-/// A weight's elements in fp32, before they are rounded.
-struct WeightValues {
-  const void* data;
-  const void* absmax;
-  const float *code, *nestedAbsmax, *nestedCode;
-  int64_t K, blockSize;
-  float offset;
-  DType dtype, absmaxDtype;
-
-  explicit WeightValues(const Weight& w)
-      : data(w.data.data<void>()),
-        absmax(w.absmax.dataOrNull<void>()),
-        code(w.code.dataOrNull<float>()),
-        nestedAbsmax(w.nestedAbsmax.dataOrNull<float>()),
-        nestedCode(w.nestedCode.dataOrNull<float>()),
-        K(w.K),
-        blockSize(w.blockSize),
-        offset(w.offset),
-        dtype(w.data.dtype),
-        absmaxDtype(w.absmax.dtype) {}
-
-  QLORA_DEVICE float operator[](int64_t i) const {
-    switch (dtype) {
-      case DType::f32:
-        return static_cast<const float*>(data)[i];
-      case DType::bf16:
-        return toFloat(static_cast<const bf16*>(data)[i]);
-      case DType::f16:
-        return toFloat(static_cast<const f16*>(data)[i]);
-      case DType::i8: {
-        const float q = static_cast<float>(static_cast<const int8_t*>(data)[i]);
-        return q * static_cast<const float*>(absmax)[i / K] * (1.0f / 127);
-      }
-      default: {
-        const int64_t block = i / blockSize;
-        const float scale =
-            absmaxDtype == DType::f32
-                ? static_cast<const float*>(absmax)[block]
-                : nestedCode[static_cast<const uint8_t*>(absmax)[block]] * nestedAbsmax[block / 256] + offset;
-        const uint8_t both = static_cast<const uint8_t*>(data)[i / 2];
-        return code[i % 2 ? both & 15 : both >> 4] * scale;
-      }
-    }
-  }
-};
-
-template <class T>
-__global__ void decodeKernel(WeightValues weight, int64_t first, int64_t n, T* y) {
-  for (int64_t i = threadIndex(); i < n; i += threadCount()) y[i] = fromFloat<T>(weight[first + i]);
-}
-
-template <class T>
-__global__ void widenKernel(const T* x, int64_t n, float* y) {
-  for (int64_t i = threadIndex(); i < n; i += threadCount()) y[i] = toFloat(x[i]);
-}
+constexpr int64_t kLogitsPerChunk = 64 << 20, kRowUnit = 128, kLeastChunks = 3;
+// Of the vocabulary, what dh sums over at once in f32: sums of 100,000 terms would lose digits.
+constexpr int64_t kSumsAtOnce = 512;
 
 template <class T>
 __global__ void gatherKernel(int64_t rows, int64_t C, const int32_t* row, const T* h, T* y) {
@@ -91,32 +35,9 @@ __global__ void scatterKernel(int64_t rows, int64_t C, const int32_t* row, const
   }
 }
 
-struct StoreLogits {
-  float* logits;
-  int64_t stride;
-  const float* bias;  // null without
-  QLORA_DEVICE void operator()(int64_t i, int64_t v, float sum) const {
-    logits[i * stride + v] = bias ? sum + bias[v] : sum;
-  }
-};
-
-/// Overwrites with the first slice, adds the others.
-struct StoreSums {
-  float* sums;
-  int64_t stride;
-  bool first;
-  QLORA_DEVICE void operator()(int64_t i, int64_t c, float sum) const {
-    float& to = sums[i * stride + c];
-    to = first ? sum : to + sum;
-  }
-};
-
-struct AddScaled {
-  float* to;
-  int64_t stride;
-  GradientScale scale;
-  QLORA_DEVICE void operator()(int64_t v, int64_t c, float sum) const { to[v * stride + c] += sum * scale(); }
-};
+__global__ void repeatKernel(int64_t n, GradientScale scale, float* y) {
+  for (int64_t i = threadIndex(); i < n; i += threadCount()) y[i] = scale();
+}
 
 /// A sum of e^(z - largest), which may still rise.
 struct ExpSum {
@@ -200,18 +121,28 @@ std::vector<int32_t> countedRows(Context& context, const LinearCrossEntropy& a) 
   return rows;
 }
 
-/// Calls f(first row of the vocabulary, how many, their elements as T) for all of the weight: at once where it has
-/// them.
+/// A product whose scratch is handed back before the next one's is taken.
+void gemmAlone(Context& context, const Gemm& g) {
+  Scratch scratch = context.scratch.nested();
+  Context own{context.pool, scratch, context.queue};
+  gemm(own, g);
+}
+
+/// Calls f(first, how many) for parts of the vocabulary: in f32 those of one sum, in 16 bits what fills whole 16 bytes
+/// and the rest. A quantized weight, whose blocks cannot be told apart by rows, goes whole.
 template <class T, class F>
-void forSlices(Context& context, const LinearCrossEntropy& a, T* decoded, int64_t perSlice, F&& f) {
-  const int64_t V = a.weight.N, C = a.weight.K;
-  if (!decoded) return f(0, V, a.weight.data.data<const T>());
-  const WeightValues values(a.weight);
-  for (int64_t first = 0; first < V; first += perSlice) {
-    const int64_t n = std::min(perSlice, V - first);
-    launch(context, decodeKernel<T>, blocksFor(n * C), kThreads, 0, values, first * C, n * C, decoded);
-    f(first, n, decoded);
-  }
+void forSlices(const Weight& weight, F&& f) {
+  const int64_t V = weight.N, whole = V / kPack<T> * kPack<T>;
+  const bool isDense = isFloat(weight.data.dtype);
+  const int64_t most = !isDense ? V : std::is_same_v<T, float> ? kSumsAtOnce : std::max<int64_t>(whole, 1);
+  for (int64_t first = 0; first < V; first += most) f(first, std::min(most, V - first));
+}
+
+/// A dense weight's rows from `first` on, or all of another one.
+Elements rowsFrom(const Weight& weight, int64_t first) {
+  Elements rows = elementsOf(weight);
+  rows.data = static_cast<const char*>(rows.data) + static_cast<size_t>(first * weight.K) * sizeOf(rows.dtype);
+  return rows;
 }
 
 template <class T>
@@ -241,43 +172,61 @@ void lossOf(Context& context, const LinearCrossEntropy& a, const std::vector<int
     if (wantsGradient) gradient = context.scratch.take<T>(perChunk * stride);
   }
   float* sums = a.dh.defined() ? context.scratch.take<float>(perChunk * C) : nullptr;
-  const bool asItIs = a.weight.data.dtype == kTypeOf<T>;
-  const int64_t perSlice = std::min(V, units(kDecodedPerSlice / std::max<int64_t>(C, 1)));
-  T* decoded = asItIs ? nullptr : context.scratch.take<T>(perSlice * C);
-  float* bias = nullptr;
-  if (a.bias.defined()) {
-    bias = context.scratch.take<float>(V);
-    dispatchFloat(a.bias.dtype, [&](auto zero) {
-      using B = decltype(zero);
-      launch(context, widenKernel<B>, blocksFor(V), kThreads, 0, a.bias.data<B>(), V, bias);
-    });
-  }
+  float* scales = a.dweight.defined() ? context.scratch.take<float>(C) : nullptr;
   const GradientScale scale{a.scale, a.lossScale.dataOrNull<float>()};
   float* tokenLoss = a.tokenLoss.dataOrNull<float>();
   if (tokenLoss) setBytes(context, tokenLoss, 0, static_cast<size_t>(M) * sizeof(float));
   if (a.dh.defined()) setBytes(context, a.dh.data<void>(), 0, static_cast<size_t>(M * C) * sizeof(T));
+  if (scales) launch(context, repeatKernel, blocksFor(C), kThreads, 0, C, scale, scales);
   if (context.queue && count) context.queue->write(row, rows.data(), rows.size() * sizeof(int32_t));
 
   for (int64_t first = 0; first < count; first += perChunk) {
     const int64_t m = std::min(perChunk, count - first);
     launch(context, gatherKernel<T>, blocksFor(m * C), kThreads, 0, m, C, row + first, a.h.data<T>(), hRows);
-    const Factor<T, Along::k> h{hRows, C};
-    forSlices<T>(context, a, decoded, perSlice, [&](int64_t v, int64_t n, const T* weight) {
-      multiplyTiles(context, m, n, C, h, Factor<T, Along::k>{weight, C},
-                    StoreLogits{logits + v, stride, bias ? bias + v : nullptr});
-    });
+    const Elements h{.data = hRows, .dtype = kTypeOf<T>, .stride = C};
+    Gemm forward{.form = GemmForm::nt,
+                 .compute = kTypeOf<T>,
+                 .M = m,
+                 .N = V,
+                 .K = C,
+                 .a = h,
+                 .b = elementsOf(a.weight),
+                 .out = {.c = logits, .dtype = DType::f32, .stride = stride}};
+    setBias(forward.out, a.bias);
+    gemmAlone(context, forward);
     launch(context, lossKernel<T>, m, kThreads, 0, V, stride, logits, row + first, a.labels.data<int32_t>(), a.softCap,
            rowLoss + first, tokenLoss, gradient);
+    const auto gradientFrom = [&](int64_t v) {
+      return Elements{.data = gradient + v, .dtype = kTypeOf<T>, .stride = stride};
+    };
     if (a.dh.defined()) {
-      forSlices<T>(context, a, decoded, perSlice, [&](int64_t v, int64_t n, const T* weight) {
-        multiplyTiles(context, m, C, n, Factor<T, Along::k>{gradient + v, stride}, Factor<T, Along::other>{weight, C},
-                      StoreSums{sums, C, v == 0});
+      forSlices<T>(a.weight, [&](int64_t v, int64_t n) {
+        gemmAlone(context, {.form = GemmForm::nn,
+                            .compute = kTypeOf<T>,
+                            .M = m,
+                            .N = C,
+                            .K = n,
+                            .a = gradientFrom(v),
+                            .b = rowsFrom(a.weight, v),
+                            .out = {.c = sums, .dtype = DType::f32, .stride = C, .add = v > 0}});
       });
       launch(context, scatterKernel<T>, blocksFor(m * C), kThreads, 0, m, C, row + first, sums, scale, a.dh.data<T>());
     }
     if (a.dweight.defined()) {
-      multiplyTiles(context, V, C, m, Factor<T, Along::other>{gradient, stride}, Factor<T, Along::other>{hRows, C},
-                    AddScaled{a.dweight.data<float>(), C, scale});
+      forSlices<T>(a.weight, [&](int64_t v, int64_t n) {
+        gemmAlone(context, {.form = GemmForm::tn,
+                            .compute = kTypeOf<T>,
+                            .M = n,
+                            .N = C,
+                            .K = m,
+                            .a = gradientFrom(v),
+                            .b = h,
+                            .out = {.c = a.dweight.data<float>() + v * C,
+                                    .dtype = DType::f32,
+                                    .stride = C,
+                                    .add = true,
+                                    .columnScale = scales}});
+      });
     }
   }
   launch(context, sumKernel, 1, kThreads, 0, count, rowLoss, a.scale, a.loss.data<float>());

@@ -130,6 +130,55 @@ async function checkAll(stream: Stream, M: number, V: number, C: number, softCap
   ];
 }
 
+/** A head [V, C] in each form that a weight has, and its values. */
+const heads: Record<string, (stream: Stream, V: number, C: number) => { weight: Weight; values: number[] }> = {
+  f32: (s, V, C) => {
+    const values = Array.from({ length: V * C }, (_, i) => Math.sin(i));
+    return { weight: Weight.dense(tensorOf(s, 'f32', [V, C], values)), values };
+  },
+  f16: (s, V, C) => {
+    const values = Array.from({ length: V * C }, (_, i) => ((i * 37) % 101) / 64 - 0.75);
+    return { weight: Weight.dense(tensorOf(s, 'f16', [V, C], values)), values };
+  },
+  int8: (s, V, C) => {
+    const q = Int8Array.from({ length: V * C }, (_, i) => ((i * 37) % 255) - 127);
+    const absmax = Float32Array.from({ length: V }, (_, i) => 0.5 + (i % 3) / 4);
+    const data = Tensor.from(s, q, [V, C]);
+    const values = Array.from(q, (x, i) => (x * (absmax[Math.floor(i / C)] as number)) / 127);
+    return { weight: new Weight(V, C, { data, absmax: Tensor.from(s, absmax, [V]) }), values };
+  },
+  '4-bit': (s, V, C) => fourBitHead(s, V, C, false),
+  '4-bit, double quantization': (s, V, C) => fourBitHead(s, V, C, true),
+};
+
+/** Blocks of 32, which begin within rows. */
+function fourBitHead(s: Stream, V: number, C: number, isNested: boolean) {
+  const blocks = Math.ceil((V * C) / 32);
+  const packed = Uint8Array.from({ length: (V * C) / 2 }, (_, i) => (i * 57) % 256);
+  const code = Float32Array.from({ length: 16 }, (_, i) => i / 8 - 1);
+  const index = Uint8Array.from({ length: blocks }, (_, i) => (i * 19) % 256);
+  const nestedCode = Float32Array.from({ length: 256 }, (_, i) => i / 256);
+  const absmax = Float32Array.from(index, (i) => (nestedCode[i] as number) * 0.5 + 0.25);
+  const values = Array.from({ length: V * C }, (_, i) => {
+    const both = packed[i >> 1] as number;
+    return (code[i % 2 ? both & 15 : both >> 4] as number) * (absmax[i >> 5] as number);
+  });
+  const weight = new Weight(V, C, {
+    data: Tensor.from(s, packed, [packed.length]),
+    code: Tensor.from(s, code, [16]),
+    blockSize: 32,
+    ...(isNested
+      ? {
+          absmax: Tensor.from(s, index, [blocks]),
+          nestedAbsmax: Tensor.from(s, Float32Array.of(0.5), [1]),
+          nestedCode: Tensor.from(s, nestedCode, [256]),
+          offset: 0.25,
+        }
+      : { absmax: Tensor.from(s, absmax, [blocks]) }),
+  });
+  return { weight, values };
+}
+
 /** A hash of everything that is summed over many rows or tensors. */
 async function digest(): Promise<string> {
   const stream = new Stream(testDevice);
@@ -217,6 +266,34 @@ if (process.env.QLORA_TEST_DIGEST) {
         t.ok(tokenLoss < 1e-6, `tokenLoss ${tokenLoss}`);
         t.ok(dh < 1e-5, `dh ${dh}`);
         t.ok(dweight < 2e-5, `dweight ${dweight}, beside the 0.5 that was there`);
+      }
+      await stream.close();
+    });
+
+    await t.test('a head of every form', async (t) => {
+      const [M, V, C] = [9, 70, 12];
+      const stream = new Stream(testDevice);
+      const h = Array.from({ length: M * C }, (_, i) => ((i * 29) % 64) / 32 - 1);
+      const labels = Int32Array.from({ length: M }, (_, i) => everyThird(V)(i));
+      for (const [form, make] of Object.entries(heads)) {
+        for (const [dtype, allowed] of [
+          ['f32', 2e-6],
+          ['bf16', 1e-2],
+        ] as const) {
+          // biome-ignore format: a table
+          const { weight, values } = make(stream, V, C);
+          const expected = crossEntropy({ M, V, C, h, weight: values, labels, scale: 1, softCap: 0 });
+          const x = tensorOf(stream, dtype, [M, C], h);
+          x.requiresGrad = true;
+          const tape = new Tape();
+          const loss = linearCrossEntropy(tape, x, weight, Tensor.from(stream, labels, [M]), { scale: 1 });
+          const dh = tape.backward(loss, Tensor.from(stream, Float32Array.of(1), [1]), x) as Tensor;
+          const errors = [
+            largestError(await loss.read(), [expected.loss], expected.loss),
+            largestError(await dh.read(), expected.dh, 1),
+          ];
+          t.ok(Math.max(...errors) < allowed, `${form} for ${dtype}: ${errors}`);
+        }
       }
       await stream.close();
     });
