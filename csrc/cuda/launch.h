@@ -99,8 +99,7 @@ void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, di
 #else
   streamOf(context);
   checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
-  emulated::submit(
-      [=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
+  emulated::submit([=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
 #endif
 }
 
