@@ -107,8 +107,11 @@ export class Stream {
 
   async #close(): Promise<void> {
     for (const tensor of this.#shared.values()) tensor.dispose();
-    await this.sync();
-    this.#native.close();
+    try {
+      await this.sync();
+    } finally {
+      this.#native.close();
+    }
   }
 }
 

@@ -61,6 +61,26 @@ struct FindError {
   void value(const T&) {}
 };
 
+/// Of what is overwritten: an error that it has from before.
+struct FindOutputError {
+  bool found = false;
+
+  void in(const Tensor&) {}
+  void in(const std::vector<Tensor>&) {}
+  void optionalIn(const Tensor&) {}
+  void out(const Tensor& t) { found = found || t.storage->error; }
+  void optionalOut(const Tensor& t) {
+    if (t.defined()) out(t);
+  }
+  void accumulate(const Tensor&) {}
+  void optionalAccumulate(const Tensor&) {}
+  template <class T>
+  void update(const T&) {}
+  void state(const std::vector<Tensor>&) {}
+  template <class T>
+  void value(const T&) {}
+};
+
 struct AllocateOutputs {
   void in(const Tensor&) {}
   void in(const std::vector<Tensor>&) {}
@@ -128,29 +148,41 @@ class OperationOf : public Operation {
 
   void run(Context& context) override {
     const auto began = std::chrono::steady_clock::now();
-    std::shared_ptr<const Error> error = inputError();
-    if (!error) {
-      try {
-        detail::AllocateOutputs outputs;
-        args_.visit(outputs);
-        kernel_(context, args_);
-      } catch (...) {
-        error = currentError();
-      }
-    }
-    if (error) {
-      detail::PassOnError passOn{error};
-      args_.visit(passOn);
-    }
+    if (const auto error = start(context)) fail(error);
     OperationTime& time = stream_.times()[name_];
     ++time.calls;
     time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
 
-  std::shared_ptr<const Error> inputError() override {
+  std::shared_ptr<const Error> start(Context& context) override {
     detail::FindError inputs;
     args_.visit(inputs);
-    return std::move(inputs.error);
+    if (inputs.error) return inputs.error;
+    try {
+      prepare();
+      kernel_(context, args_);
+    } catch (...) {
+      return currentError();
+    }
+    return nullptr;
+  }
+
+  void prepare() override {
+    detail::AllocateOutputs outputs;
+    args_.visit(outputs);
+  }
+
+  bool hasError() override {
+    detail::FindError inputs;
+    args_.visit(inputs);
+    detail::FindOutputError outputs;
+    args_.visit(outputs);
+    return inputs.error || outputs.found;
+  }
+
+  void fail(const std::shared_ptr<const Error>& error) override {
+    detail::PassOnError passOn{error};
+    args_.visit(passOn);
   }
 
  private:

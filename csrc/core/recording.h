@@ -18,28 +18,35 @@ class Operation {
  public:
   virtual ~Operation() = default;
 
-  /// On the stream's thread, once or, of a recording, often. Does not throw: its outputs have what went wrong.
+  // On the stream's thread; none of them throws but prepare(), where there is no memory.
+
+  /// Once or, of a recording, often. Its outputs have what went wrong.
   virtual void run(Context& context) = 0;
-  /// What is wrong with its inputs at this moment.
-  virtual std::shared_ptr<const Error> inputError() = 0;
+  /// The same, but what went wrong is returned, and the outputs do not have it.
+  virtual std::shared_ptr<const Error> start(Context& context) = 0;
+  /// What run() does before its kernel: its outputs are allocated, and nothing is wrong with them any more.
+  virtual void prepare() = 0;
+  /// Whether there is an error in what it reads or writes.
+  virtual bool hasError() = 0;
+  /// Gives its outputs an error.
+  virtual void fail(const std::shared_ptr<const Error>& error) = 0;
 };
 
 struct Recording {
   explicit Recording(std::shared_ptr<Memory> memory) : scratch(std::move(memory)) {}
 
-  /// Whether an operation would pass on an error of what it reads, rather than run.
-  bool hasInputError() const {
-    for (const auto& operation : operations) {
-      if (operation->inputError()) return true;
-    }
-    return false;
-  }
-
   std::vector<std::shared_ptr<Operation>> operations;
 
-  /// On a device the first run allocates, the second makes a graph of the kernels, and the others launch it; none does
-  /// where an operation has to look at the device's memory before it can go on.
-  enum class Stage { new_, allocated, graph, noGraph } stage = Stage::new_;
+  /// Lets go of everything: the stream is closed.
+  void clear() {
+    graph.reset();
+    operations.clear();
+    scratch.clear();
+  }
+
+  /// On a device the first run allocates, the second makes a graph of the kernels, and the others launch it. There is
+  /// none where an operation has to look at the device's memory before it can go on.
+  enum class Stage { fresh, allocated, graph, noGraph } stage = Stage::fresh;
   ScratchStore scratch;
   std::unique_ptr<DeviceGraph> graph;  // goes before its scratch
 };

@@ -18,13 +18,18 @@ class ScratchStore {
   explicit ScratchStore(std::shared_ptr<Memory> memory) : memory_(std::move(memory)) {}
   ScratchStore(const ScratchStore&) = delete;
   ScratchStore& operator=(const ScratchStore&) = delete;
-  ~ScratchStore() {
+  ~ScratchStore() { clear(); }
+
+  void clear() {
     for (const auto& [pointer, bytes] : all_) memory_->release(pointer, bytes, MemoryClass::scratch);
+    all_.clear();
+    free_.clear();
   }
 
   void* take(size_t bytes) {
     const auto fit = free_.lower_bound(bytes);
-    if (fit != free_.end()) {
+    // Not a far larger one, which the next may need.
+    if (fit != free_.end() && fit->first <= 2 * bytes) {
       void* pointer = fit->second;
       free_.erase(fit);
       return pointer;

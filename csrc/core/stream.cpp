@@ -1,6 +1,9 @@
 #include "core/stream.h"
 
+#include <algorithm>
+
 #include "core/error.h"
+#include "core/operation.h"
 
 namespace qlora {
 
@@ -27,33 +30,61 @@ void Stream::postOperation(std::shared_ptr<Operation> operation) {
 void Stream::record() {
   if (recording_) fail("ERR_QLORA_INTERNAL", "a recording was begun within another");
   recording_ = std::make_shared<Recording>(memory_);
+  std::erase_if(recordings_, [](const auto& recording) { return recording.expired(); });
+  recordings_.push_back(recording_);
 }
 
 void Stream::run(std::shared_ptr<Recording> recording) {
+  if (recording_) fail("ERR_QLORA_INTERNAL", "a recording cannot run within another");
   post([this, recording = std::move(recording)](Context&) { runRecording(*recording); });
 }
 
 void Stream::runRecording(Recording& recording) {
   using Stage = Recording::Stage;
-  const auto runAll = [&](ScratchStore* store) {
+  const auto forEach = [&](ScratchStore* store, auto&& body) {
     for (const auto& operation : recording.operations) {
       Scratch scratch(*memory_, store);
       Context context = contextOf(scratch);
-      operation->run(context);
+      if (!body(*operation, context)) return;
     }
   };
-  // With an error among the inputs the operations pass it on one by one.
-  if (!queue_ || recording.stage == Stage::noGraph || recording.hasInputError()) return runAll(nullptr);
-  if (recording.stage == Stage::new_) {
+  const auto runAll = [&] {
+    forEach(nullptr, [](Operation& operation, Context& context) {
+      operation.run(context);
+      return true;
+    });
+  };
+  if (recording.stage == Stage::fresh && queue_) {
     recording.stage = Stage::allocated;
-    return runAll(nullptr);
+    return runAll();
   }
-  if (recording.stage == Stage::allocated) {
-    recording.graph = queue_->capture([&] { runAll(&recording.scratch); });
-    recording.stage = recording.graph ? Stage::graph : Stage::noGraph;
-    if (!recording.graph) return runAll(nullptr);
+  const auto hasError = [](const auto& operation) { return operation->hasError(); };
+  // An error goes from operation to operation, and is gone from one that runs again.
+  if (!queue_ || recording.stage == Stage::noGraph || std::ranges::any_of(recording.operations, hasError)) {
+    return runAll();
   }
-  recording.graph->launch();
+  try {
+    if (recording.stage == Stage::allocated) {
+      std::shared_ptr<const Error> error;
+      recording.graph = queue_->capture([&] {
+        forEach(&recording.scratch,
+                [&](Operation& operation, Context& context) { return !(error = operation.start(context)); });
+      });
+      // A graph of less than all is none. Where memory was short, there may be more next time.
+      if (!recording.graph) recording.stage = Stage::noGraph;
+      if (error) recording.graph.reset();
+      if (!recording.graph) {
+        recording.scratch.clear();
+        return runAll();
+      }
+      recording.stage = Stage::graph;
+    }
+    for (const auto& operation : recording.operations) operation->prepare();
+    recording.graph->launch();
+  } catch (...) {
+    const auto error = currentError();
+    for (const auto& operation : recording.operations) operation->fail(error);
+  }
 }
 
 void Stream::close() {
@@ -65,6 +96,10 @@ void Stream::close() {
   }
   wake_.notify_one();
   if (thread_.joinable()) thread_.join();
+  // What they hold of a model must not wait until somebody lets go of the recording.
+  for (const auto& weak : recordings_) {
+    if (const auto recording = weak.lock()) recording->clear();
+  }
 }
 
 void Stream::work() {

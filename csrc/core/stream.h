@@ -80,6 +80,7 @@ class Stream {
   bool closed_ = false;
   Times times_;
   std::shared_ptr<Recording> recording_;  // of the thread that enqueues
+  std::vector<std::weak_ptr<Recording>> recordings_;
   std::thread thread_;
 };
 

@@ -1,7 +1,127 @@
-#include "cuda/gemm.h"
+// Which kernel a product takes, and what has to be done before and after.
+#include "cuda/gemm_tiles.h"
 
 namespace qlora::cuda {
 
-void gemm(Context& context, const Gemm& g) { gemmPlain(context, g); }
+namespace {
+
+constexpr int64_t kSliceElements = int64_t{16} << 20;  // of a converted B: they stay in the second cache
+constexpr int64_t kSplitBlocks = 264;                  // two on each multiprocessor of a large GPU
+constexpr int kMostParts = 16, kFewestSteps = 4;
+
+bool isAligned(const Elements& e) { return reinterpret_cast<uintptr_t>(e.data) % 16 == 0 && e.stride % kPiece == 0; }
+
+bool isOf(const Elements& e, DType compute) { return e.dtype == compute && e.scale == 1; }
+
+/// Whether rows of A and of B can be read in whole pieces of 16 bytes, B of the compute type or of 4 bits.
+bool hasPieces(const Gemm& g) {
+  const int64_t rowA = g.form == GemmForm::tn ? g.M : g.K, rowB = g.form == GemmForm::nt ? g.K : g.N;
+  const int64_t unitB = g.b.dtype == DType::u8 ? kCodes : kPiece;
+  const bool alignedB = reinterpret_cast<uintptr_t>(g.b.data) % 16 == 0 || !isOf(g.b, g.compute);
+  return isOf(g.a, g.compute) && isAligned(g.a) && rowA % kPiece == 0 && rowB % unitB == 0 &&
+         g.b.stride % unitB == 0 && alignedB;
+}
+
+__global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {
+  for (int64_t b = threadIndex(); b < blocks; b += threadCount()) absmax[b] = scales[b];
+}
+
+/// B with the absmax of its blocks in fp32.
+Elements withPlainScales(Context& context, const Gemm& g) {
+  Elements b = g.b;
+  if (b.dtype != DType::u8 || b.scales.absmax) return b;
+  const int64_t elements = (g.form == GemmForm::nt ? g.N : g.K) * b.stride;
+  const int64_t blocks = ((elements - 1) >> b.blockShift) + 1;
+  auto* absmax = context.scratch.take<float>(blocks);
+  launch(context, scalesKernel, blocksFor(blocks), kThreads, 0, blocks, b.scales, absmax);
+  b.scales = {absmax, nullptr, nullptr, nullptr, 0};
+  return b;
+}
+
+/// c from the sums of the parts, in their order.
+__global__ void addPartsKernel(int64_t M, int64_t N, int parts, const float* sums, GemmOutput out) {
+  for (int64_t i = threadIndex(); i < M * N; i += threadCount()) {
+    float sum = sums[i];
+    for (int part = 1; part < parts; ++part) sum += sums[part * M * N + i];
+    out.store(i / N, i % N, sum);
+  }
+}
+
+void gemmTiles(Context& context, Gemm g) {
+  g.b = withPlainScales(context, g);
+  const int steps = static_cast<int>((g.K + kStep - 1) / kStep);
+  const int64_t side = g.M <= SmallTile::tileM || g.N <= SmallTile::tileN ? SmallTile::tileN : LargeTile::tileN;
+  const int64_t tiles = ((g.M + side - 1) / side) * ((g.N + side - 1) / side);
+  const int wanted = static_cast<int>(std::min<int64_t>(kMostParts, kSplitBlocks / std::max<int64_t>(tiles, 1)));
+  const int most = std::max(1, std::min(wanted, steps / kFewestSteps));
+  TileSplit split{(steps + most - 1) / most, nullptr};
+  const int parts = split.stepsPerPart > 0 ? (steps + split.stepsPerPart - 1) / split.stepsPerPart : 1;
+  if (parts > 1) split.parts = context.scratch.take<float>(parts * g.M * g.N);
+  (g.form == GemmForm::nt   ? tilesNt
+   : g.form == GemmForm::nn ? tilesNn
+                            : tilesTn)(context, g, split, parts);
+  if (parts > 1) {
+    launch(context, addPartsKernel, blocksFor(g.M * g.N), kThreads, 0, g.M, g.N, parts, split.parts, g.out);
+  }
+}
+
+/// to [rows, columns] = b from a row and column on. blockIdx.y has the row.
+template <class T>
+__global__ void convertKernel(int64_t rows, int64_t columns, Elements b, int64_t firstRow, int64_t firstColumn, T* to) {
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    for (int64_t c = threadIndex(); c < columns; c += threadCount()) {
+      to[row * columns + c] = fromFloat<T>(b.at(firstRow + row, firstColumn + c));
+    }
+  }
+}
+
+/// Moves a product's columns on, so that they begin at `first`.
+void skipColumns(Gemm& g, int64_t first) {
+  const auto move = [&](const void* p, size_t bytes) { return p ? static_cast<const char*>(p) + first * bytes : nullptr; };
+  g.out.c = const_cast<char*>(move(g.out.c, sizeOf(g.out.dtype)));
+  g.out.bias = move(g.out.bias, sizeOf(g.out.biasDtype));
+  if (g.out.columnScale) g.out.columnScale += first;
+  if (g.extra.K > 0) {
+    const int64_t elements = g.form == GemmForm::nt ? g.extra.b.stride : 1;
+    g.extra.b.data = move(g.extra.b.data, sizeOf(g.extra.b.dtype) * static_cast<size_t>(elements));
+    g.extra.maskColumn += first;
+  }
+}
+
+/// B is converted to the compute type, some columns of C at a time.
+void gemmConverted(Context& context, const Gemm& g) {
+  const bool rowsAreColumns = g.form == GemmForm::nt;
+  const int64_t depth = std::max<int64_t>(g.K, 1);
+  const int64_t columns = std::min(g.N, std::max(int64_t{128}, kSliceElements / depth / 128 * 128));
+  void* slice = context.scratch.bytes(static_cast<size_t>(columns * g.K) * sizeOf(g.compute));
+  for (int64_t first = 0; first < g.N; first += columns) {
+    Gemm part = g;
+    part.N = std::min(columns, g.N - first);
+    skipColumns(part, first);
+    const int64_t rows = rowsAreColumns ? part.N : g.K, width = rowsAreColumns ? g.K : part.N;
+    part.b = {.data = slice, .dtype = g.compute, .stride = width};
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocksFor(width), 16)),
+                    static_cast<unsigned>(std::min<int64_t>(rows, 32768)));
+    dispatchFloat(g.compute, [&](auto zero) {
+      using T = decltype(zero);
+      launch(context, convertKernel<T>, grid, kThreads, 0, rows, width, g.b, rowsAreColumns ? first : 0,
+             rowsAreColumns ? 0 : first, static_cast<T*>(slice));
+    });
+    gemm(context, part);
+  }
+}
+
+}  // namespace
+
+void gemm(Context& context, const Gemm& given) {
+  Gemm g = given;
+  if (g.M == 0 || g.N == 0) return;
+  if (g.extra.maskRow == 0) g.extra.maskRow = g.N;
+  if (g.compute == DType::f32 || !hasPieces(g)) return gemmPlain(context, g);
+  const bool fourBit = g.b.dtype == DType::u8;
+  if (!fourBit && !isOf(g.b, g.compute)) return gemmConverted(context, g);
+  if (g.form == GemmForm::nt && g.M <= kFewRows && (!fourBit || g.K % (2 * kCodes) == 0)) return gemmFew(context, g);
+  gemmTiles(context, g);
+}
 
 }  // namespace qlora::cuda

@@ -28,7 +28,10 @@ enum class GemmForm { nt, nn, tn };
 struct GemmExtra {
   Elements a, b;
   int64_t K = 0;          // 0: there is none
-  DropoutMask dropout{};  // of its elements m * N + n
+  DropoutMask dropout{};  // of its elements
+  int64_t maskRow = 0, maskColumn = 0;  // element (m, n) is m * maskRow + maskColumn + n; maskRow 0: N
+
+  QLORA_DEVICE int64_t maskAt(int64_t m, int64_t n) const { return m * maskRow + maskColumn + n; }
 };
 
 /// What becomes of the sums.
@@ -76,7 +79,11 @@ struct Gemm {
 };
 
 void gemm(Context& context, const Gemm& g);
+
+// The kernels by themselves, for gemm.cu.
+constexpr int64_t kFewRows = 8;
 void gemmPlain(Context& context, const Gemm& g);
+void gemmFew(Context& context, const Gemm& g);
 
 inline void setBias(GemmOutput& out, const Tensor& bias) {
   if (!bias.defined()) return;

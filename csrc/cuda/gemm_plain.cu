@@ -64,8 +64,8 @@ __global__ void plainKernel(Gemm g) {
       for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          sum[i][j] *=
-              dropoutFactor(g.extra.dropout, (firstM + y + i * kSide) * g.N + firstN + x + j * kSide);
+          const int64_t at = g.extra.maskAt(firstM + y + i * kSide, firstN + x + j * kSide);
+          sum[i][j] *= dropoutFactor(g.extra.dropout, at);
         }
       }
     }

@@ -41,6 +41,8 @@ inline void checkCuda(cudaError_t error, const char* what) {
 /// A queue of the plugin.
 class CudaQueue : public DeviceQueue {
  public:
+  int capability = 0;  // 10 times the major number and the minor
+
   /// Where launches and copies go. Throws where the stream's thread could not choose the device.
   cudaStream_t stream() const {
     checkCuda(begun_, "choosing the device");

@@ -95,6 +95,20 @@ QLORA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 #endif
 }
 
+/// 16 bytes that are read once, and so kept out of the first cache.
+QLORA_DEVICE uint4 loadOnce(const void* from) {
+  checkAligned(from, 16);
+#if defined(__CUDACC__)
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+
 /// The address of shared memory that instructions take.
 QLORA_DEVICE uint32_t sharedAddress(const void* p) {
 #if defined(__CUDACC__)
@@ -153,6 +167,20 @@ QLORA_DEVICE void copyAsync16(void* to, const void* from, bool valid = true) {
                : "memory");
 #else
   *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+/// The same of 4 bytes.
+QLORA_DEVICE void copyAsync4(void* to, const void* from, bool valid = true) {
+  checkAligned(to, 4);
+  if (valid) checkAligned(from, 4);
+#if !defined(__CUDACC__)
+  emulated::beginCopy(to, from, valid ? 4 : 0, valid ? 0 : 4);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(sharedAddress(to)), "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  *static_cast<uint32_t*>(to) = valid ? *static_cast<const uint32_t*>(from) : 0;
 #endif
 }
 

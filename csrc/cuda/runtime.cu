@@ -101,7 +101,8 @@ class Graph : public DeviceGraph {
 
 class Queue : public CudaQueue {
  public:
-  explicit Queue(int device) : device_(chosen(device)) {
+  Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
+    capability = 10 * of.major + of.minor;
     checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
@@ -133,16 +134,15 @@ class Queue : public CudaQueue {
     capture_ = Capture::none;
     cudaGraph_t graph = nullptr;
     checkCuda(cudaStreamEndCapture(stream(), &graph), "ending a graph");
-    std::unique_ptr<DeviceGraph> result;
-    if (whole) result = std::make_unique<Graph>(graph, stream());
-    cudaGraphDestroy(graph);
-    return result;
+    const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, cudaError_t (*)(cudaGraph_t)> owned(graph,
+                                                                                                  cudaGraphDestroy);
+    return whole ? std::make_unique<Graph>(graph, stream()) : nullptr;
   }
 
  private:
   enum class Capture { none, under_way, left };
 
-  /// What no graph can hold: the operation that asked for it fails, and the graph is given up.
+  /// What no graph can hold: the operation that asked for it is left, and the graph given up.
   void leaveCapture() {
     if (capture_ == Capture::none) return;
     capture_ = Capture::left;
@@ -189,7 +189,7 @@ class CudaDevice : public Device {
     cudaFree(pointer);
   }
 
-  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index, description_); }
 
  private:
   const DeviceDescription description_;
@@ -212,9 +212,9 @@ std::unique_ptr<Device> openDevice(int index) {
   checkCuda(cudaGetDeviceProperties(&found, index), "describing the device");
   if (found.major * 10 + found.minor < kLowestMajor * 10 + kLowestMinor) {
     throw Error("ERR_QLORA_DEVICE",
-                "cuda:" + std::to_string(index) + ", " + found.name + ", has compute capability " + std::to_string(found.major) + "." +
-                    std::to_string(found.minor) + ", at least " + std::to_string(kLowestMajor) + "." +
-                    std::to_string(kLowestMinor) + " is needed",
+                "cuda:" + std::to_string(index) + ", " + found.name + ", has compute capability " +
+                    std::to_string(found.major) + "." + std::to_string(found.minor) + ", at least " +
+                    std::to_string(kLowestMajor) + "." + std::to_string(kLowestMinor) + " is needed",
                 "Use a GPU of the Turing generation or later, or device: 'cpu'.");
   }
   return std::make_unique<CudaDevice>(

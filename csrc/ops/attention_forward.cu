@@ -167,7 +167,7 @@ void forward(Context& context, const AttentionForward& a) {
   if (blocks == 0) return;
   const int64_t most = std::max<int64_t>(1, std::min(kBlocksWanted / blocks, S / kFewestKeys));
   // Whole tiles, and as many parts as then have a key.
-  const int64_t keys = std::max<int64_t>(1, (S + most - 1) / most + 63) / 64 * 64;
+  const int64_t keys = std::max<int64_t>(64, ((S + most - 1) / most + 63) / 64 * 64);
   const int64_t count = std::max<int64_t>(1, (S + keys - 1) / keys);
   Parts parts{static_cast<int>(count), static_cast<int>(keys), nullptr, nullptr, nullptr};
   if (count > 1) {

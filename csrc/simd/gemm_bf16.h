@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd/gemm_engine.h"
-#include "simd/groups_bf16.h"
+#include "simd/pieces_bf16.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -173,52 +173,16 @@ struct Bf16Operands {
   template <class Reader>
   static void rowsOfNibbles(const Reader& reader, int64_t i, int64_t rows, int64_t j, int64_t n, bf16* out,
                             int64_t stride) {
-    const int64_t K = reader.columns();
-    float scales[kChunk / 64 * Reader::kScales];
-    const auto put = [](bf16* to, const Group& group) {
-      for (int p = 0; p < kPiles; ++p) _mm512_storeu_si512(to + 32 * p, group.pile[p]);
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t flat = (i + r) * K + j;
-      bf16* line = out + r * stride;
-      reader.scales(flat, n, scales);
-      const float* scale = scales;
-      int64_t g = 0;
-      for (; g + kGroup <= n; g += kGroup, scale += 2 * Reader::kScales) {
-        reader.prefetch(flat + g + kAheadRows * K);
-        put(line + g, reader.read(flat + g, scale));
-      }
-      if (g < n) put(line + g, reader.readHalf(flat + g, scale));
-    }
+    RowPieces<Bf16Operands, Reader> pieces(reader, stride);
+    pieces.start(i, rows, j, n, out, 1);
+    pieces.finish();
   }
 
   template <class Reader>
   static void lanesOfNibbles(const Reader& reader, int64_t i, int64_t n, int64_t j, int64_t columns, bf16* strips) {
-    const int64_t K = reader.columns();
-    const typename Reader::Rows rows(reader);
-    float scales[2][kMostLanes / 64 * Reader::kScales];
-    for (int64_t r = 0; r < n; r += 2) {
-      const int64_t flat = (i + r) * K + j, below = r + 1 < n ? K : 0;
-      reader.scales(flat, columns, scales[0]);
-      if (below) {
-        reader.scales(flat + K, columns, scales[1]);
-      } else {
-        std::fill(std::begin(scales[1]), std::end(scales[1]), 0.0f);  // the last row's other half counts as zeros
-      }
-      for (int64_t c = 0; c < columns; c += 64) {
-        if (c % 128 == 0) {
-          reader.prefetch(flat + c + kAheadLanes * K);
-          reader.prefetch(flat + c + (kAheadLanes + 1) * K);
-        }
-        const int64_t scale = c / 64 * Reader::kScales;
-        const RowPairs pairs = rows.read(flat + c, below, scales[0] + scale, scales[1] + scale);
-        bf16* to = strips + c * kChunk + r * kStrip;
-        for (int half = 0; half < 2; ++half, to += kChunk * kStrip) {
-          _mm512_storeu_si512(to, pairs.even[half]);
-          _mm512_storeu_si512(to + 32, pairs.odd[half]);
-        }
-      }
-    }
+    LanePieces<Bf16Operands, Reader> pieces(reader);
+    pieces.start(i, n, j, columns, strips, 1);
+    pieces.finish();
   }
 };
 
@@ -227,41 +191,86 @@ struct Bf16Engine : Bf16Operands<512> {
   static_assert(kDecoded <= kMostLanes);
   struct Session {};
 
+  // Tiles of so many rows leave registers for decoding.
+  static constexpr int kPieceRows = 8;
+
+  static bool hasPieces(const GemmOperand& o) { return isNibbles(o) && hasGroups(*o.weight); }
+  /// Calls f with what decodes a weight of such kind.
+  template <class F>
+  static void withRowPieces(const GemmOperand& o, F&& f) {
+    withGroups(*o.weight,
+               [&]<class Reader>(const Reader& reader) { f(RowPieces<Bf16Engine, Reader>(reader, kStride)); });
+  }
+  template <class F>
+  static void withLanePieces(const GemmOperand& o, F&& f) {
+    withGroups(*o.weight, [&]<class Reader>(const Reader& reader) { f(LanePieces<Bf16Engine, Reader>(reader)); });
+  }
+
   static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    NoPieces none;
     switch (count) {
       case 1:
-        return tileOf<1>(depth, rows, strip, c, first);
+        return tileOf<1>(depth, rows, strip, c, first, none);
       case 2:
-        return tileOf<2>(depth, rows, strip, c, first);
+        return tileOf<2>(depth, rows, strip, c, first, none);
       case 3:
-        return tileOf<3>(depth, rows, strip, c, first);
+        return tileOf<3>(depth, rows, strip, c, first, none);
       case 4:
-        return tileOf<4>(depth, rows, strip, c, first);
+        return tileOf<4>(depth, rows, strip, c, first, none);
       case 5:
-        return tileOf<5>(depth, rows, strip, c, first);
+        return tileOf<5>(depth, rows, strip, c, first, none);
       case 6:
-        return tileOf<6>(depth, rows, strip, c, first);
+        return tileOf<6>(depth, rows, strip, c, first, none);
       case 7:
-        return tileOf<7>(depth, rows, strip, c, first);
+        return tileOf<7>(depth, rows, strip, c, first, none);
       case 8:
-        return tileOf<8>(depth, rows, strip, c, first);
+        return tileOf<8>(depth, rows, strip, c, first, none);
       case 9:
-        return tileOf<9>(depth, rows, strip, c, first);
+        return tileOf<9>(depth, rows, strip, c, first, none);
       case 10:
-        return tileOf<10>(depth, rows, strip, c, first);
+        return tileOf<10>(depth, rows, strip, c, first, none);
       case 11:
-        return tileOf<11>(depth, rows, strip, c, first);
+        return tileOf<11>(depth, rows, strip, c, first, none);
       default:
-        return tileOf<12>(depth, rows, strip, c, first);
+        return tileOf<12>(depth, rows, strip, c, first, none);
+    }
+  }
+
+  /// The same of up to kPieceRows rows; a tick a step.
+  template <class Pieces>
+  static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first,
+                   Pieces& pieces) {
+    switch (count) {
+      case 1:
+        return tileOf<1>(depth, rows, strip, c, first, pieces);
+      case 2:
+        return tileOf<2>(depth, rows, strip, c, first, pieces);
+      case 3:
+        return tileOf<3>(depth, rows, strip, c, first, pieces);
+      case 4:
+        return tileOf<4>(depth, rows, strip, c, first, pieces);
+      case 5:
+        return tileOf<5>(depth, rows, strip, c, first, pieces);
+      case 6:
+        return tileOf<6>(depth, rows, strip, c, first, pieces);
+      case 7:
+        return tileOf<7>(depth, rows, strip, c, first, pieces);
+      default:
+        return tileOf<kPieceRows>(depth, rows, strip, c, first, pieces);
     }
   }
 
  private:
-  template <int R>
-  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+  struct NoPieces {
+    QLORA_INLINE void tick() {}
+  };
+
+  template <int R, class Pieces>
+  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first, Pieces& pieces) {
     // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
     __m512 sum[R][2]{};
     for (int64_t k = 0; k < depth; k += 2) {
+      pieces.tick();
       const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
       const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
 #pragma GCC unroll 12

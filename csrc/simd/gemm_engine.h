@@ -10,7 +10,8 @@
 //            transposition, except that tn swaps the operands where that makes the broadcast side the smaller one.
 //
 // An engine also says: kDepth, to whole ones of which K is padded with zeros on both sides; kRowUnit, see below;
-// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session).
+// kDecoded, the largest block that a task decodes; and what a thread holds while it multiplies (Session). One whose
+// tiles of kPieceRows rows leave registers for it decodes 4-bit weights between the steps of a product (pieces_bf16.h).
 //
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
@@ -34,6 +35,7 @@ class Engine {
   static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   static constexpr int64_t kTile = int64_t{kRows} * kStrip;
+  static constexpr bool kHasPieces = requires { E::kPieceRows; };
   // Tiles take whole units of rows: so many more than there are may be read, and are multiplied for nothing.
   static constexpr int64_t kRowsBeyond = E::kRowUnit - 1;
 
@@ -135,6 +137,10 @@ class Engine {
     // what another core wrote last costs more than decoding once more. Then enough tasks that no thread idles at the
     // end.
     constexpr int64_t kTasks = 4, kOwnRows = 128;
+    if constexpr (kHasPieces) {
+      inPieces_ = g.K > 0 && E::hasPieces(g.b);
+      if (inPieces_) groupRows_ = E::kPieceRows;
+    }
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = lanesShared_ ? kStrip : E::kLanesUnit;
     const int threads = context.pool.size();
     const int64_t own = std::clamp<int64_t>(g.M / kOwnRows, 1, threads);
@@ -145,7 +151,8 @@ class Engine {
     while (tasks() < kTasks * threads && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
     const int64_t rows = lanesShared_ ? decoded_ : shared_, lanes = lanesShared_ ? shared_ : decoded_;
     panelSize_ = lanesShared_ ? decoded_ * kStride : roundUp(decoded_, decodedUnit) * kChunk;
-    tilesSize_ = (rows / kRows + 1) * ceilDivide(lanes, kStrip) * kTile;
+    if (inPieces_) panelSize_ *= 2;
+    tilesSize_ = (rows / groupRows_ + 1) * ceilDivide(lanes, kStrip) * kTile;
     panelBuffer_ = context.scratch.take<Element>(threads * panelSize_);
     tilesBuffer_ = context.scratch.take<float>(threads * tilesSize_);
   }
@@ -174,10 +181,18 @@ class Engine {
     [[maybe_unused]] const typename E::Session session;
     Element* panel = panelBuffer_ + thread * panelSize_;
     const int64_t ms = std::min(shared_, g_.M - m), ns = std::min(decoded_, g_.N - n);
-    Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, tilesBuffer_ + thread * tilesSize_};
+    Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, groupRows_, tilesBuffer_ + thread * tilesSize_};
     bool first = true;
     for (int i = 0; i < termCount_; ++i) {
       const Term& term = terms_[i];
+      if constexpr (kHasPieces) {
+        if (inPieces_ && E::hasPieces(term.b)) {
+          const auto multiplyWith = [&](auto&& pieces) { multiplyInPieces(block, term, m, n, panel, first, pieces); };
+          lanesShared_ ? E::withRowPieces(term.b, multiplyWith) : E::withLanePieces(term.b, multiplyWith);
+          first = false;
+          continue;
+        }
+      }
       for (int64_t k = 0; k < term.K; k += kChunk) {
         const int64_t size = std::min<int64_t>(kChunk, term.K - k);
         if (lanesShared_) {
@@ -210,14 +225,49 @@ class Engine {
 
   struct Block {
     int64_t rows, lanes;
+    int groupRows;  // at most
     float* tiles;
 
-    int64_t groups() const { return ceilDivide(rows, kRows); }
+    int64_t groups() const { return ceilDivide(rows, groupRows); }
     int64_t strips() const { return ceilDivide(lanes, kStrip); }
     /// Rows fall into groups of nearly one size, in whole units.
     int64_t groupStart(int64_t group) const { return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit)); }
     float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
   };
+
+  /// The product of a term, whose next chunk is decoded while one is multiplied.
+  template <class Pieces>
+  void multiplyInPieces(const Block& block, const Term& term, int64_t m, int64_t n, Element* panels, bool first,
+                        Pieces& pieces) const {
+    const auto sizeAt = [&](int64_t k) { return std::min<int64_t>(kChunk, term.K - k); };
+    const auto panelAt = [&](int64_t k) { return panels + k / kChunk % 2 * (panelSize_ / 2); };
+    const auto start = [&](int64_t k, int64_t ticks) {
+      if (lanesShared_) {
+        pieces.start(n, block.rows, k, sizeAt(k), panelAt(k), ticks);
+      } else {
+        pieces.start(k, sizeAt(k), n, block.lanes, panelAt(k), ticks);
+      }
+    };
+    start(0, 1);
+    pieces.finish();
+    for (int64_t k = 0; k < term.K; k += kChunk) {
+      const int64_t depth = roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth);
+      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * depth / 2);
+      const int64_t padded = roundUp(term.K, kGroup);
+      const Element* rows = lanesShared_ ? panelAt(k) : term.a + (k / kChunk * g_.M + m) * kStride;
+      const Element* strips = lanesShared_ ? term.a + stripOffset(term.strips, m / kStrip, k, padded) : panelAt(k);
+      const int64_t stripSize = lanesShared_ ? chunkDepth(k, padded) * kStrip : int64_t{kChunk} * kStrip;
+      for (int64_t group = 0; group < block.groups(); ++group) {
+        const int64_t from = block.groupStart(group), count = block.groupStart(group + 1) - from;
+        for (int64_t strip = 0; strip < block.strips(); ++strip) {
+          E::tile(static_cast<int>(count), depth, rows + from * kStride, strips + strip * stripSize,
+                  block.tile(group, strip), first, pieces);
+        }
+      }
+      pieces.finish();
+      first = false;
+    }
+  }
 
   // Not inline: the tiles' loops within would come twice.
   __attribute__((noinline)) void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips,
@@ -305,6 +355,8 @@ class Engine {
   Term terms_[2];
   int termCount_ = 0;
   int64_t shared_ = 0, decoded_ = 0;  // block sizes along M and N
+  bool inPieces_ = false;             // see multiplyInPieces
+  int groupRows_ = kRows;
   int64_t panelSize_ = 0, tilesSize_ = 0;
   Element* panelBuffer_ = nullptr;
   float* tilesBuffer_ = nullptr;

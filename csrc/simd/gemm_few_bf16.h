@@ -1,6 +1,7 @@
 // The forward of few tokens (M <= 16) on AVX-512 with bf16, where tiles of 32 tokens would mostly multiply zeros.
 //
-//   M <= 4    dot products: lanes are K, W is decoded in registers and never stored. Limited by the reading of W.
+//   M <= 4    dot products: lanes are K, W is decoded in registers and never stored. Limited by the reading of W, which
+//             is asked for far ahead in memory's order.
 //   M <= 16   lanes are 4 tokens x 4 pairs of k; W is decoded to rows, of which 128 bits (4 pairs) are broadcast at a
 //             time. The 4 partial sums of a token are added when all of K is done.
 #pragma once
@@ -30,9 +31,10 @@ class FewTokens {
       default:
         break;
     }
-    if (g.M <= 8) return few.quads<2, 12>(context);
-    if (g.M <= 12) return few.quads<3, 8>(context);
-    few.quads<4, 6>(context);
+    // Sums leave room in the registers for decoding.
+    if (g.M <= 8) return few.quads<2, 10>(context);
+    if (g.M <= 12) return few.quads<3, 7>(context);
+    few.quads<4, 5>(context);
   }
 
  private:
@@ -248,31 +250,66 @@ class FewTokens {
     return out;
   }
 
+  /// Panels of any other weight, read at once.
+  class WholePanel {
+   public:
+    WholePanel(const GemmOperand& b, DType compute) : b_(b), compute_(compute) {}
+
+    void start(int64_t row, int64_t rows, int64_t k, int64_t size, bf16* panel, int64_t) {
+      Bf16Engine::rowsSplit(b_, compute_, row, rows, k, size, panel, kStride);
+    }
+    QLORA_INLINE void tick() {}
+    void finish() {}
+
+   private:
+    const GemmOperand b_;
+    const DType compute_;
+  };
+
+  /// sums += the product of rows [begin, begin + rows). While a panel is multiplied, the next one is decoded.
+  template <int G, int R, class Pieces>
+  void quadTerm(const Term& term, const bf16* x, int64_t begin, int64_t rows, Pieces& pieces, bf16* panels,
+                float* sums) const {
+    const int64_t groups = ceilDivide(rows, R), count = ceilDivide(term.K, kChunk) * groups;
+    const auto start = [&](int64_t step, int64_t ticks) {
+      const int64_t k = step / groups * kChunk, r = step % groups * R;
+      pieces.start(begin + r, std::min<int64_t>(R, rows - r), k, std::min<int64_t>(kChunk, term.K - k),
+                   panels + step % 2 * R * kStride, ticks);
+    };
+    start(0, 1);
+    pieces.finish();
+    for (int64_t step = 0; step < count; ++step) {
+      const int64_t k = step / groups * kChunk, r = step % groups * R;
+      const int64_t depth = roundUp(std::min<int64_t>(kChunk, term.K - k), Bf16Engine::kGroup);
+      if (step + 1 < count) start(step + 1, depth / 8);
+      // Of rows beyond the last one, whatever the panel holds is multiplied, and not stored.
+      quadTile<G, R>(depth, panels + step % 2 * R * kStride, x + k * 4 * G, sums + r * G * 16, pieces);
+      pieces.finish();
+    }
+  }
+
   template <int G, int R>
   void quads(Context& context) const {
     const bf16* x[2] = {};
     for (int i = 0; i < termCount_; ++i) x[i] = interleave<G>(context, terms_[i]);
-    const int64_t perTask = rowsPerTask(48, R);
+    const int64_t perTask = rowsPerTask(48 / R * R, R);
     const int threads = context.pool.size();
-    const int64_t panelSize = R * kStride, sumsSize = perTask * G * 16;
+    const int64_t panelSize = 2 * R * kStride, sumsSize = perTask * G * 16;
     bf16* panels = context.scratch.take<bf16>(threads * panelSize);
     float* sumsBuffer = context.scratch.take<float>(threads * sumsSize);
     context.pool.parallelFor(ceilDivide(g_.N, perTask), [&](int64_t task, int thread) {
       const int64_t begin = task * perTask, rows = std::min(perTask, g_.N - begin);
-      bf16* panel = panels + thread * panelSize;
       float* sums = sumsBuffer + thread * sumsSize;
       std::memset(sums, 0, static_cast<size_t>(sumsSize) * sizeof(float));
       for (int i = 0; i < termCount_; ++i) {
         const Term& term = terms_[i];
-        for (int64_t k = 0; k < term.K; k += kChunk) {
-          const int64_t size = std::min<int64_t>(kChunk, term.K - k), depth = roundUp(size, Bf16Engine::kGroup);
-          // As many rows as the first cache has room for beside x. Of rows beyond the last one, whatever the panel
-          // holds is multiplied, and not stored.
-          for (int64_t r = 0; r < rows; r += R) {
-            Bf16Engine::rowsSplit(term.b, g_.compute, begin + r, std::min<int64_t>(R, rows - r), k, size, panel,
-                                  kStride);
-            quadTile<G, R>(depth, panel, x[i] + k * 4 * G, sums + r * G * 16);
-          }
+        const auto multiply = [&](auto&& pieces) {
+          quadTerm<G, R>(term, x[i], begin, rows, pieces, panels + thread * panelSize, sums);
+        };
+        if (Bf16Engine::hasPieces(term.b)) {
+          Bf16Engine::withRowPieces(term.b, multiply);
+        } else {
+          multiply(WholePanel(term.b, g_.compute));
         }
       }
       float lines[4 * G][kStoreMost];
@@ -289,8 +326,8 @@ class FewTokens {
     });
   }
 
-  template <int G, int R>
-  static void quadTile(int64_t depth, const bf16* rows, const bf16* x, float* sums) {
+  template <int G, int R, class Pieces>
+  static void quadTile(int64_t depth, const bf16* rows, const bf16* x, float* sums, Pieces& pieces) {
     __m512 sum[R][G];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -298,6 +335,7 @@ class FewTokens {
       for (int g = 0; g < G; ++g) sum[r][g] = _mm512_loadu_ps(sums + (r * G + g) * 16);
     }
     for (int64_t k = 0; k < depth; k += 8) {
+      pieces.tick();
       __m512bh lanes[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) lanes[g] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + k * 4 * G + g * 32));

@@ -83,6 +83,19 @@ class GroupReader {
     return lookUp(_mm512_zextsi256_si512(halfGroup(flat)), Half{scale});
   }
 
+  struct ScalesAt {
+    const GroupReader& reader;
+    int64_t flat;
+
+    bool none;  // zeros in place of them
+
+    QLORA_INLINE float operator[](int i) const {
+      if (none) return 0;
+      return reader.n_.template scale<kAbsmax>((flat + i * (kHalves ? 32 : 64)) >> reader.n_.shift);
+    }
+  };
+  QLORA_INLINE ScalesAt scalesAt(int64_t flat, bool none = false) const { return {*this, flat, none}; }
+
   /// Scales one by one, for who reads rows in memory's order. Those under double quantization are looked up among the
   /// 256 that the codes of their nested block stand for, which are made once a nested block: two roundings, as ever.
   class Scales {
@@ -138,7 +151,8 @@ class GroupReader {
       index_[1] = _mm512_add_epi16(index_[0], _mm512_set1_epi16(16));
     }
 
-    QLORA_INLINE RowPairs read(int64_t flat, int64_t below, const float* first, const float* second) const {
+    template <class First, class Second>
+    QLORA_INLINE RowPairs read(int64_t flat, int64_t below, const First& first, const Second& second) const {
       const EvenOdd a = reader_.evenOdd(flat, first), b = reader_.evenOdd(flat + below, second);
       RowPairs pairs;
       for (int half = 0; half < 2; ++half) {
@@ -167,7 +181,8 @@ class GroupReader {
 
   /// 64 columns, a byte of two a word. The table stands twice in its register, so that bit 4 of an index, which is the
   /// other weight's, needs no mask.
-  QLORA_INLINE EvenOdd evenOdd(int64_t flat, const float* scale) const {
+  template <class Scale>
+  QLORA_INLINE EvenOdd evenOdd(int64_t flat, const Scale& scale) const {
     const __m512i w = _mm512_cvtepu8_epi16(halfGroup(flat)), even = _mm512_srli_epi16(w, 4);
     const __m512i tables = tablesOf(scale[0], scale[0]);
     if constexpr (kHalves) {

@@ -49,7 +49,7 @@ export async function* generateRows(
   using passes = new Passes(core, cache, pass);
   const seen = new SeenIds(prompts, longest, options.maxNewTokens);
   const going = new Set(prompts.keys());
-  let tokens = beforeFirstLogits(core, prompts, cache, pass);
+  let tokens = await beforeFirstLogits(core, prompts, cache, pass, options.signal);
   for (let step = 0; step < options.maxNewTokens; step++) {
     options.signal?.throwIfAborted();
     using logits = passes.logits(tokens);
@@ -75,23 +75,27 @@ function checkPrompt(core: ModelCore, prompt: ArrayLike<number>): void {
  * Ids whose pass gives the first logits: one prompt itself. Several are of different length: the cache gets all but the
  * last of each, one prompt after the other, and the last ones are returned.
  */
-function beforeFirstLogits(
+async function beforeFirstLogits(
   core: ModelCore,
   prompts: readonly ArrayLike<number>[],
   cache: KeyValueCache,
   pass: GenerationPass,
-): Int32Array {
+  signal: AbortSignal | undefined,
+): Promise<Int32Array> {
   const [first] = prompts;
   if (prompts.length === 1 && first) return Int32Array.from(first);
-  prompts.forEach((prompt, row) => {
+  for (const [row, prompt] of prompts.entries()) {
+    signal?.throwIfAborted();
     const length = prompt.length - 1;
-    if (length === 0) return;
+    if (length === 0) continue;
     using own = new KeyValueCache(core.stream, core.config, 1, length, core.computeDtype);
     const tokens = Int32Array.from({ length }, (_, i) => prompt[i] as number);
     const wanted = Int32Array.of(length - 1);
     hiddenStates(core, undefined, { tokens, batch: 1, length, wanted }, pass, own).dispose();
     cache.gather(own, new Int32Array(prompts.length).fill(-1).fill(0, row, row + 1), 0);
-  });
+    // Others who use the model take their turns.
+    await core.stream.sync();
+  }
   return Int32Array.from(prompts, (prompt) => prompt[prompt.length - 1] as number);
 }
 

@@ -210,3 +210,19 @@ await t.test('paged state gives the bits of state in memory', async (t) => {
     t.ok((results[0] as Buffer).equals(results[1] as Buffer), `${bits} bits`);
   }
 });
+
+await t.test(
+  'what it can do is measured',
+  { skip: testDevice === 'cpu' ? 'bench.test.ts looks at the CPU' : false },
+  async (t) => {
+    const stream = new Stream(testDevice);
+    for (const compute of [0, 1, 2]) {
+      const rates = new Tensor(stream, 'f32', [2]);
+      stream.run('roofline', rates, compute);
+      const [flops, bytes] = await rates.read();
+      t.ok(Number.isFinite(flops) && (flops as number) > 0, `${flops} GFLOP/s`);
+      t.ok(Number.isFinite(bytes) && (bytes as number) > 0, `${bytes} GB/s`);
+    }
+    await stream.close();
+  },
+);

@@ -202,13 +202,17 @@ const cases: OpCase[] = [
   ...frozenCases(fourBit(64, true), 65, 140, 576),
   ...frozenCases(dense('bf16'), 2, 37, 100),
   ...frozenCases(dense('f16'), 40, 19, 65),
+  ...frozenCases(dense('bf16'), 5, 37, 328),
+  ...frozenCases(dense('bf16'), 70, 72, 104),
   trainedCase(1, 1, 1),
   trainedCase(37, 50, 70),
   trainedCase(5, 130, 3),
+  trainedCase(80, 136, 72),
   ...loraCases(fourBit(64, true), 1, 64, 128, 8, 0),
   ...loraCases(fourBit(64, true), 37, 96, 192, 16, 0),
   ...loraCases(fourBit(64, false), 9, 50, 75, 5, 0.3),
   ...loraCases(dense('bf16'), 18, 40, 64, 64, 0.1),
+  ...loraCases(fourBit(64, true), 66, 72, 96, 72, 0.25),
   doraCase(3, 70),
 ];
 

@@ -63,6 +63,37 @@ t.test('recorded operations run when they are told to, as often as they are', as
   left[Symbol.dispose]();
 });
 
+t.test('errors come and go, whether or not there is a graph', async (t) => {
+  const stream = new Stream(testDevice);
+  const [x, sum] = [new Tensor(stream, 'f32', [1 << 16]), new Tensor(stream, 'f32', [1 << 16])];
+  const recording = stream.record(() => stream.run('add', x, x, sum));
+  recording.run();
+  await t.rejects(sum.read(), { code: 'ERR_QLORA_INTERNAL', message: /nothing has written/ });
+  for (const value of [1, 2, 3]) {
+    stream.run('fill', x, value);
+    recording.run();
+    t.equal((await sum.read())[9], 2 * value, 'gone with their cause');
+  }
+  // An input that fails when the graph is there already, in an operation of its own.
+  using never = new Tensor(stream, 'f32', [1 << 16]);
+  stream.run('add', never, never, x);
+  recording.run();
+  await t.rejects(sum.read(), { code: 'ERR_QLORA_INTERNAL' }, 'passed on');
+  for (const value of [4, 5]) {
+    stream.run('fill', x, value);
+    recording.run();
+    t.equal((await sum.read())[9], 2 * value, 'and gone again');
+  }
+  t.throws(() => stream.record(() => recording.run()), { code: 'ERR_QLORA_INTERNAL', message: /within another/ });
+  // A closed stream has let go of what its recordings held.
+  for (const tensor of [x, sum, never]) tensor.dispose();
+  await stream.sync();
+  t.ok(stream.memory().liveBytes > 0);
+  await stream.close();
+  t.equal(stream.memory().liveBytes, 0, 'though the recording is still there');
+  recording[Symbol.dispose]();
+});
+
 t.test('what a recording works in is its own', async (t) => {
   const stream = new Stream(testDevice);
   const [rows, D] = [128, 64];
