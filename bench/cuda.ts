@@ -259,6 +259,7 @@ function findDevice() {
   try {
     const { devices } = guard(() => native.cuda());
     const one = devices[Number(device.slice('cuda:'.length))];
+    if (one?.error) throw one.error;
     if (one) return one;
     throw new Error(`this machine has ${devices.length} devices`);
   } catch (error) {

@@ -1,13 +1,14 @@
 import { cpus, totalmem } from 'node:os';
-import type { QLoRAError } from './errors.js';
+import { QLoRAError } from './errors.js';
 import { log } from './logger.js';
-import { guard, native } from './native.js';
+import { guard, native, wrapError } from './native.js';
 import type { MemoryUse } from './quantized-model.js';
 import type { Device } from './tensor.js';
 
 export interface Backends {
   available: { device: Device; name: string; memoryBytes: number; features: string[] }[];
-  unavailable: { kind: 'cuda'; error: QLoRAError }[];
+  /** `device`: the one that cannot be used; left out where it is CUDA as a whole. */
+  unavailable: { kind: 'cuda'; device?: Device; error: QLoRAError }[];
 }
 
 /** What this machine can run on, and why not the rest. Never throws, never prints. */
@@ -26,7 +27,12 @@ export function backends(): Backends {
   };
   try {
     const { devices, lacks } = guard(() => native.cuda());
-    for (const [i, { name, memoryBytes, capability }] of devices.entries()) {
+    for (const [i, device] of devices.entries()) {
+      if (device.error) {
+        found.unavailable.push({ kind: 'cuda', device: `cuda:${i}`, error: wrapError(device.error) as QLoRAError });
+        continue;
+      }
+      const { name, memoryBytes, capability } = device;
       const features = [`capability:${capability}`, ...lacks.map((operation) => `lacks:${operation}`)];
       found.available.push({ device: `cuda:${i}`, name, memoryBytes, features });
     }
@@ -37,8 +43,8 @@ export function backends(): Backends {
 }
 
 /**
- * The device that an option means. 'cpu' asks for nothing, 'cuda:N' is never another, 'auto' is CUDA where a device can
- * run all operations; where there is a driver and it cannot be used, that is logged.
+ * The device that an option means. 'cpu' asks for nothing, 'cuda:N' is never another, 'auto' is the first CUDA device
+ * that can be used, where it can run all operations. Where there is a driver and none can, that is logged.
  *
  * @throws QLoRAError `ERR_QLORA_DEVICE` where 'cuda:N' cannot be used
  */
@@ -50,14 +56,36 @@ export function chooseDevice(wanted: Device | 'auto'): Device {
   }
   if (!native.cudaDriver()) return 'cpu';
   try {
-    const { lacks } = guard(() => native.cuda());
-    if (lacks.length === 0) return 'cuda:0';
-    log('warn', `computing on the CPU: CUDA does not have ${lacks.join(', ')} yet`);
+    return firstCudaDevice();
   } catch (error) {
-    const { message, hint } = error as QLoRAError;
-    log('warn', `computing on the CPU: ${message}`, { hint });
+    warnOnce(error as QLoRAError);
+    return 'cpu';
   }
-  return 'cpu';
+}
+
+/** @throws QLoRAError what is wrong with the first where none can be used */
+function firstCudaDevice(): Device {
+  const { devices, lacks } = guard(() => native.cuda());
+  if (lacks.length > 0) throw new QLoRAError('ERR_QLORA_DEVICE', `CUDA does not have ${lacks.join(', ')} yet`);
+  const errors: unknown[] = [];
+  for (const i of devices.keys()) {
+    try {
+      freeBytes(`cuda:${i}`);
+      return `cuda:${i}`;
+    } catch (error) {
+      errors.push(error);
+    }
+  }
+  throw errors[0];
+}
+
+const warned = new Set<string>();
+
+/** A training asks several times. */
+function warnOnce({ message, hint }: QLoRAError): void {
+  if (warned.has(message)) return;
+  warned.add(message);
+  log('warn', `computing on the CPU: ${message}`, { hint });
 }
 
 /** What a process may still take of a device at this moment. @throws as chooseDevice */

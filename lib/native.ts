@@ -11,15 +11,22 @@ export interface NativeMemory {
 }
 
 export interface NativeCuda {
-  devices: { name: string; memoryBytes: number; capability: string }[];
+  /** By their numbers. */
+  devices: NativeCudaDevice[];
   /** Operations that it does not have yet. */
   lacks: string[];
 }
 
+export type NativeCudaDevice =
+  | { name: string; memoryBytes: number; capability: string; error?: undefined }
+  /** One that cannot be used; the error as `wrapError` takes it. */
+  | { error: Error };
+
 export interface NativeStream {
   sync(): Promise<void>;
   close(): void;
-  memory(): NativeMemory;
+  /** mappedBytes: what the allocator has taken of the device, in use or kept. */
+  memory(): NativeMemory & { mappedBytes: number };
   setMemoryLimit(bytes: number): void;
   usage(): Promise<StreamUsage>;
   record(enqueue: () => void): NativeRecording;
@@ -94,7 +101,7 @@ function findAddon(require: NodeJS.Require): (root: string) => Addon {
 }
 
 /** An error of the addon as a QLoRAError; anything else as it is. */
-function wrapError(error: unknown): unknown {
+export function wrapError(error: unknown): unknown {
   const { code, hint, message } = error as { code?: unknown; hint?: string; message?: string };
   if (error instanceof QLoRAError || typeof code !== 'string' || !code.startsWith('ERR_QLORA_')) return error;
   return new QLoRAError(code as QLoRAError['code'], message ?? code, { hint, cause: error });

@@ -64,7 +64,8 @@ export class Stream {
   /** What its kernels are compiled for: another one may give other bits. */
   get instructionSet(): string {
     if (this.device === 'cpu') return native.cpu().inUse;
-    return `cuda ${guard(() => native.cuda()).devices[cudaIndex(this.device)]?.capability}`;
+    const device = guard(() => native.cuda()).devices[cudaIndex(this.device)];
+    return `cuda ${device?.error ? undefined : device?.capability}`;
   }
 
   /** Resolves when everything enqueued so far has run. */
@@ -72,7 +73,8 @@ export class Stream {
     return guard(() => this.#native.sync());
   }
 
-  memory(): NativeMemory {
+  /** `mappedBytes`: what the allocator has taken of the device, in use or kept. */
+  memory(): NativeMemory & { mappedBytes: number } {
     return this.#native.memory();
   }
 

@@ -13,9 +13,11 @@ const { values } = parseArgs({
 });
 const root = fileURLToPath(new URL('..', import.meta.url));
 const cmakeJs = join(dirname(createRequire(import.meta.url).resolve('cmake-js/package.json')), 'bin', 'cmake-js');
+// CMake would go on with the architectures of the last time.
+const architectures = values.arch ? `${values.arch}-real` : 'default';
 const settings = values.emulated
   ? ['--CDQLORA_CUDA_EMULATED=ON']
-  : ['--CDQLORA_CUDA=ON', ...(values.arch ? [`--CDQLORA_CUDA_ARCHITECTURES=${values.arch}-real`] : [])];
+  : ['--CDQLORA_CUDA=ON', `--CDQLORA_CUDA_ARCHITECTURES=${architectures}`];
 const run = (command, ...args) => execFileSync(command, args, { cwd: root, stdio: 'inherit' });
 run(process.execPath, cmakeJs, 'configure', ...settings);
 const plugin = values.emulated ? 'qlora_cuda_emulated' : 'qlora_cuda';

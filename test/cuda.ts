@@ -35,6 +35,7 @@ const { finished, outcome } = await import('./support/testing.js');
 try {
   const device = native.cuda().devices[Number(values.device.slice('cuda:'.length))];
   if (!device) throw new Error(`this machine has no device ${values.device}`);
+  if (device.error) throw device.error;
   console.log(`${values.device}: ${device.name}, compute capability ${device.capability}`);
 } catch (error) {
   const { message, hint } = error as Error & { hint?: string };

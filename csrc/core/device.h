@@ -52,8 +52,9 @@ class Device {
   virtual ~Device() = default;
 
   virtual const DeviceDescription& description() const = 0;
+  /// At this moment. Throws ERR_QLORA_DEVICE where the device cannot be used.
   virtual uint64_t freeBytes() const = 0;
-  /// Aligned to 256 bytes; null where the device has none.
+  /// Aligned to 256 bytes; null where the device has none. Throws ERR_QLORA_DEVICE where something else is wrong.
   virtual void* allocate(size_t bytes) = 0;
   /// Waits for what uses it.
   virtual void release(void* pointer) = 0;

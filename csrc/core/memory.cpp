@@ -119,6 +119,12 @@ void SegmentAllocator::release(void* pointer) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
+size_t SegmentAllocator::mappedBytes() const {
+  size_t sum = 0;
+  for (const auto& [start, bytes] : segments_) sum += bytes;
+  return sum;
+}
+
 void SegmentAllocator::trim() {
   for (auto segment = segments_.begin(); segment != segments_.end();) {
     const auto block = blocks_.find(segment->first);
@@ -169,7 +175,11 @@ void* Memory::fromSegments(size_t bytes, MemoryClass c) {
 
 std::string Memory::facts(int64_t limit) const {
   std::string text = limit ? ", the limit is " + std::to_string(limit) : "";
-  if (device_) text += ", the device has " + std::to_string(device_->freeBytes()) + " free";
+  try {
+    if (device_) text += ", the device has " + std::to_string(device_->freeBytes()) + " free";
+  } catch (const Error&) {
+    // What is reported is why memory is wanted.
+  }
   return text;
 }
 
@@ -205,6 +215,11 @@ void Memory::release(void* pointer, size_t bytes, MemoryClass c) {
 void Memory::trim() {
   std::lock_guard lock(mutex_);
   trimSegments();
+}
+
+int64_t Memory::mappedBytes() {
+  std::lock_guard lock(mutex_);
+  return static_cast<int64_t>(transient_.mappedBytes() + lasting_.mappedBytes());
 }
 
 void Memory::trimSegments() {

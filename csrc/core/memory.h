@@ -25,6 +25,9 @@ class Device;
 /// counts what a run would take without taking it: reading there gives zeros, and what is written costs a page.
 enum class Backing : uint8_t { pages, addresses, device };
 
+/// Where what a stream computes with is. A rehearsal for a device has addresses for it.
+enum class MemoryPlace : uint8_t { host, device };
+
 /// Bytes in use now and at most, in total and by class. Safe to read from any thread.
 class MemoryCounter {
  public:
@@ -61,6 +64,7 @@ class SegmentAllocator {
   void* allocate(size_t bytes);  // aligned to 64, on a device to 256; null where there is none
   void release(void* pointer);
   void trim();
+  size_t mappedBytes() const;  // in use or kept
 
  private:
   struct Block {
@@ -89,8 +93,8 @@ class SegmentAllocator {
 class Memory {
  public:
   /// Pages or addresses.
-  explicit Memory(Backing backing) : Memory(backing, nullptr) {}
-  explicit Memory(std::shared_ptr<Device> device) : Memory(Backing::device, std::move(device)) {}
+  explicit Memory(Backing backing, MemoryPlace place = MemoryPlace::host) : Memory(backing, place, nullptr) {}
+  explicit Memory(std::shared_ptr<Device> device) : Memory(Backing::device, MemoryPlace::device, std::move(device)) {}
   virtual ~Memory() = default;
 
   virtual void* allocate(size_t bytes, MemoryClass c);
@@ -99,12 +103,16 @@ class Memory {
   /// Allocations that would take the live bytes above it fail; 0 is no limit.
   void setLimit(int64_t bytes) { limit_.store(bytes, std::memory_order_relaxed); }
   void trim();
+  /// Bytes that segments have taken, whether or not tensors are in them.
+  int64_t mappedBytes();
   MemoryCounter& counter() { return counter_; }
   Backing backing() const { return backing_; }
+  MemoryPlace place() const { return place_; }
 
  private:
-  Memory(Backing backing, std::shared_ptr<Device> device)
+  Memory(Backing backing, MemoryPlace place, std::shared_ptr<Device> device)
       : backing_(backing),
+        place_(place),
         device_(std::move(device)),
         transient_(backing, FreedPages::kept, device_.get()),
         lasting_(backing, FreedPages::returned, device_.get()) {}
@@ -117,6 +125,7 @@ class Memory {
   std::string facts(int64_t limit) const;
 
   const Backing backing_;
+  const MemoryPlace place_;
   const std::shared_ptr<Device> device_;
   MemoryCounter counter_;
   std::atomic<int64_t> limit_{0};

@@ -37,13 +37,20 @@ int reserve(int descriptor, uint64_t bytes) {
 #endif
 }
 
+/// Slots of a device's state are the host's and count there, also in a rehearsal.
+std::shared_ptr<Memory> hostMemory(std::shared_ptr<Memory> memory) {
+  if (memory->place() == MemoryPlace::host) return memory;
+  const bool rehearsal = memory->backing() == Backing::addresses;
+  return std::make_shared<Memory>(rehearsal ? Backing::addresses : Backing::pages);
+}
+
 }  // namespace
 
 PageFile::PageFile(std::string path, uint64_t bytes, size_t slotBytes, std::shared_ptr<Memory> memory)
     : path_(std::move(path)),
       bytes_(bytes),
       slotBytes_(slotBytes),
-      memory_(memory->backing() == Backing::device ? std::make_shared<Memory>(Backing::pages) : std::move(memory)) {
+      memory_(hostMemory(std::move(memory))) {
   // A rehearsal takes the memory and leaves the disk alone.
   if (memory_->backing() == Backing::addresses) {
     slots_ = static_cast<char*>(memory_->allocate(kPageSlots * slotBytes_, MemoryClass::optimizer));

@@ -34,18 +34,27 @@
 
 namespace qlora {
 
-/// A queue of the plugin: its stream is where launches go.
-class CudaQueue : public DeviceQueue {
- public:
-  cudaStream_t stream = nullptr;
-  int capability = 0;  // 10 times the major number and the minor
-};
-
 inline void checkCuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail("ERR_QLORA_DEVICE", "CUDA: %s failed: %s", what, cudaGetErrorString(error));
 }
 
-inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream; }
+/// A queue of the plugin.
+class CudaQueue : public DeviceQueue {
+ public:
+  int capability = 0;  // 10 times the major number and the minor
+
+  /// Where launches and copies go. Throws where the stream's thread could not choose the device.
+  cudaStream_t stream() const {
+    checkCuda(begun_, "choosing the device");
+    return stream_;
+  }
+
+ protected:
+  cudaStream_t stream_ = nullptr;
+  cudaError_t begun_ = cudaSuccess;
+};
+
+inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
 /// Blocks of a launch, which knows where it stands.
 struct Grid : dim3 {
@@ -54,9 +63,19 @@ struct Grid : dim3 {
   Grid(int64_t blocks, const char* file = __builtin_FILE(), int line = __builtin_LINE())
       : dim3(static_cast<unsigned>(blocks)), file(file), line(line) {}
 
+  /// As rms_norm.cu:40.
+  std::string where() const {
+    const std::string path = file;
+    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+  }
+
   const char* file;
   int line;
 };
+
+inline void checkLaunch(cudaError_t error, const Grid& grid) {
+  if (error != cudaSuccess) checkCuda(error, grid.where().c_str());
+}
 
 /// Enqueues kernel(arguments...) on grid x block threads. Nothing in a rehearsal or where the grid is empty.
 template <class... Parameters, class... Arguments>
@@ -74,16 +93,15 @@ void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, di
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value..., nullptr};
-        checkCuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, sharedBytes,
-                                   streamOf(context)),
-                  grid.file);
+        checkLaunch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, sharedBytes,
+                                     streamOf(context)),
+                    grid);
       },
       values);
 #else
-  emulated::submit([=] {
-    emulated::run(std::string(grid.file) + ":" + std::to_string(grid.line), grid, block, sharedBytes,
-                  [&] { std::apply(kernel, values); });
-  });
+  streamOf(context);
+  checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
+  emulated::submit([=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
 #endif
 }
 

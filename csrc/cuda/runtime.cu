@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kLowestMajor = 7, kLowestMinor = 5;
 
-/// Pinned memory that copies between device and host go through, piece by piece: while one piece is on its way, the
-/// next is copied to or from the caller's memory.
+/// Pinned memory that copies between device and host go through: while what one piece holds is on its way, the next is
+/// filled or emptied. Small writes share a piece, so that they hardly ever wait for the device.
 class Staging {
  public:
   static constexpr size_t kPiece = size_t{4} << 20;
@@ -33,18 +33,21 @@ class Staging {
   }
 
   void write(cudaStream_t stream, char* device, const char* host, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += kPiece) {
-      Piece& piece = next();
-      const size_t n = std::min(kPiece, bytes - at);
-      std::memcpy(piece.data, host + at, n);
-      checkCuda(cudaMemcpyAsync(device + at, piece.data, n, cudaMemcpyHostToDevice, stream), "a copy to the device");
-      checkCuda(cudaEventRecord(piece.done, stream), "an event");
+    for (size_t at = 0; at < bytes;) {
+      if (used_ == kPiece) turn(stream);
+      const size_t n = std::min(kPiece - used_, bytes - at);
+      char* staged = static_cast<char*>(pieces_[current_].data) + used_;
+      std::memcpy(staged, host + at, n);
+      checkCuda(cudaMemcpyAsync(device + at, staged, n, cudaMemcpyHostToDevice, stream), "a copy to the device");
+      at += n;
+      used_ = std::min(kPiece, (used_ + n + kAlignment - 1) / kAlignment * kAlignment);
     }
   }
 
   void read(cudaStream_t stream, char* host, const char* device, size_t bytes) {
     const auto begin = [&](size_t at) {
-      Piece& piece = next();
+      turn(stream);
+      Piece& piece = pieces_[current_];
       checkCuda(cudaMemcpyAsync(piece.data, device + at, std::min(kPiece, bytes - at), cudaMemcpyDeviceToHost, stream),
                 "a copy from the device");
       checkCuda(cudaEventRecord(piece.done, stream), "an event");
@@ -60,20 +63,24 @@ class Staging {
   }
 
  private:
+  static constexpr size_t kAlignment = 64;
+
   struct Piece {
     void* data = nullptr;
     cudaEvent_t done = nullptr;
   };
 
-  /// The next piece, once what it last held has arrived.
-  Piece& next() {
-    Piece& piece = pieces_[at_++ % kPieces];
-    checkCuda(cudaEventSynchronize(piece.done), "waiting for the device");
-    return piece;
+  /// Leaves a piece for the next, once what that last held has arrived.
+  void turn(cudaStream_t stream) {
+    checkCuda(cudaEventRecord(pieces_[current_].done, stream), "an event");
+    current_ = (current_ + 1) % kPieces;
+    checkCuda(cudaEventSynchronize(pieces_[current_].done), "waiting for the device");
+    used_ = 0;
   }
 
   Piece pieces_[kPieces];
-  size_t at_ = 0;
+  int current_ = 0;
+  size_t used_ = 0;  // bytes of the current piece
 };
 
 class Graph : public DeviceGraph {
@@ -96,40 +103,40 @@ class Queue : public CudaQueue {
  public:
   Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
     capability = 10 * of.major + of.minor;
-    checkCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
     cudaSetDevice(device_);
-    cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
   }
 
-  void begin() override { cudaSetDevice(device_); }
+  void begin() override { begun_ = cudaSetDevice(device_); }
   void write(void* device, const void* host, size_t bytes) override {
     leaveCapture();
-    staging_.write(stream, static_cast<char*>(device), static_cast<const char*>(host), bytes);
+    staging_.write(stream(), static_cast<char*>(device), static_cast<const char*>(host), bytes);
   }
   void read(void* host, const void* device, size_t bytes) override {
     leaveCapture();
-    staging_.read(stream, static_cast<char*>(host), static_cast<const char*>(device), bytes);
+    staging_.read(stream(), static_cast<char*>(host), static_cast<const char*>(device), bytes);
   }
   void wait() override {
     leaveCapture();
-    checkCuda(cudaStreamSynchronize(stream), "a kernel");
+    checkCuda(cudaStreamSynchronize(stream()), "a kernel");
   }
 
   std::unique_ptr<DeviceGraph> capture(const std::function<void()>& body) override {
     // Relaxed: what an operation allocates meanwhile is no part of the graph.
-    checkCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "beginning a graph");
+    checkCuda(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed), "beginning a graph");
     capture_ = Capture::under_way;
     body();
     const bool whole = capture_ == Capture::under_way;
     capture_ = Capture::none;
     cudaGraph_t graph = nullptr;
-    checkCuda(cudaStreamEndCapture(stream, &graph), "ending a graph");
+    checkCuda(cudaStreamEndCapture(stream(), &graph), "ending a graph");
     const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, cudaError_t (*)(cudaGraph_t)> owned(graph,
-                                                                                                cudaGraphDestroy);
-    return whole ? std::make_unique<Graph>(graph, stream) : nullptr;
+                                                                                                  cudaGraphDestroy);
+    return whole ? std::make_unique<Graph>(graph, stream()) : nullptr;
   }
 
  private:
@@ -160,16 +167,21 @@ class CudaDevice : public Device {
 
   uint64_t freeBytes() const override {
     size_t free = 0, total = 0;
-    cudaSetDevice(index);
-    return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+    checkCuda(cudaSetDevice(index), "choosing the device");
+    checkCuda(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return free;
   }
 
   void* allocate(size_t bytes) override {
     void* pointer = nullptr;
-    cudaSetDevice(index);
-    if (cudaMalloc(&pointer, bytes) == cudaSuccess) return pointer;
-    cudaGetLastError();  // which would be reported to the next launch
-    return nullptr;
+    checkCuda(cudaSetDevice(index), "choosing the device");
+    const cudaError_t error = cudaMalloc(&pointer, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // which would be reported to the next launch
+      return nullptr;
+    }
+    checkCuda(error, "taking memory");
+    return pointer;
   }
 
   void release(void* pointer) override {
@@ -200,9 +212,9 @@ std::unique_ptr<Device> openDevice(int index) {
   checkCuda(cudaGetDeviceProperties(&found, index), "describing the device");
   if (found.major * 10 + found.minor < kLowestMajor * 10 + kLowestMinor) {
     throw Error("ERR_QLORA_DEVICE",
-                std::string(found.name) + " has compute capability " + std::to_string(found.major) + "." +
-                    std::to_string(found.minor) + ", at least " + std::to_string(kLowestMajor) + "." +
-                    std::to_string(kLowestMinor) + " is needed",
+                "cuda:" + std::to_string(index) + ", " + found.name + ", has compute capability " +
+                    std::to_string(found.major) + "." + std::to_string(found.minor) + ", at least " +
+                    std::to_string(kLowestMajor) + "." + std::to_string(kLowestMinor) + " is needed",
                 "Use a GPU of the Turing generation or later, or device: 'cpu'.");
   }
   return std::make_unique<CudaDevice>(

@@ -1,5 +1,7 @@
 #include <sys/resource.h>
 
+#include <limits>
+
 #include "napi/bind.h"
 #include "ops/cpu_choice.h"
 #include "ops/cuda_select.h"
@@ -66,14 +68,26 @@ Napi::Function StreamHandle::define(Napi::Env env) {
 
 namespace {
 
+/// The device of that number, which may be any.
+std::shared_ptr<Device> deviceOf(const Napi::Value& number) {
+  const double index = number.ToNumber().DoubleValue();
+  if (!(index >= 0 && index <= std::numeric_limits<int>::max())) {
+    fail("ERR_QLORA_DEVICE", "there is no device cuda:%.0f", index);
+  }
+  return cudaDevice(static_cast<int>(index));
+}
+
 /// `cuda` is the device's number, undefined on the CPU. A rehearsal has the device's operations and no queue.
 std::shared_ptr<Stream> makeStream(const Napi::Value& cuda, bool rehearsal) {
   if (cuda.IsUndefined()) {
     return std::make_shared<Stream>(std::make_shared<Memory>(rehearsal ? Backing::addresses : Backing::pages),
                                     cpuTable());
   }
-  if (rehearsal) return std::make_shared<Stream>(std::make_shared<Memory>(Backing::addresses), *cudaPlugin().ops);
-  const std::shared_ptr<Device> device = cudaDevice(cuda.ToNumber().Int32Value());
+  if (rehearsal) {
+    return std::make_shared<Stream>(std::make_shared<Memory>(Backing::addresses, MemoryPlace::device),
+                                    *cudaPlugin().ops);
+  }
+  const std::shared_ptr<Device> device = deviceOf(cuda);
   return std::make_shared<Stream>(std::make_shared<Memory>(device), *cudaPlugin().ops, device->makeQueue());
 }
 
@@ -120,7 +134,9 @@ Napi::Value StreamHandle::close(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) {
-  return counts(info.Env(), stream->memory().counter());
+  Napi::Object result = counts(info.Env(), stream->memory().counter());
+  result.Set("mappedBytes", static_cast<double>(stream->memory().mappedBytes()));
+  return result;
 }
 
 Napi::Value StreamHandle::setMemoryLimit(const Napi::CallbackInfo& info) {
@@ -228,8 +244,21 @@ static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
   });
 }
 
-/// What CUDA's plugin offers: {devices: [{name, memoryBytes, capability}], lacks: operations}; throws where it cannot
-/// be used.
+/// {name, memoryBytes, capability}, or {error} where this device cannot be used.
+static Napi::Object describe(Napi::Env env, int index) {
+  Napi::Object entry = Napi::Object::New(env);
+  try {
+    const DeviceDescription& description = cudaDevice(index)->description();
+    entry.Set("name", description.name);
+    entry.Set("memoryBytes", static_cast<double>(description.memoryBytes));
+    entry.Set("capability", std::to_string(description.major) + "." + std::to_string(description.minor));
+  } catch (const Error& error) {
+    entry.Set("error", toJavaScript(env, error).Value());
+  }
+  return entry;
+}
+
+/// What CUDA's plugin offers: {devices, lacks: operations}; throws where CUDA cannot be used at all.
 static Napi::Value cudaInformation(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const Napi::Env env = info.Env();
@@ -237,14 +266,7 @@ static Napi::Value cudaInformation(const Napi::CallbackInfo& info) {
     const int count = plugin.deviceCount();
     if (count == 0) cudaDevice(0);  // says why
     Napi::Array list = Napi::Array::New(env), lacks = Napi::Array::New(env);
-    for (int i = 0; i < count; ++i) {
-      const DeviceDescription& description = cudaDevice(i)->description();
-      Napi::Object entry = Napi::Object::New(env);
-      entry.Set("name", description.name);
-      entry.Set("memoryBytes", static_cast<double>(description.memoryBytes));
-      entry.Set("capability", std::to_string(description.major) + "." + std::to_string(description.minor));
-      list.Set(static_cast<uint32_t>(i), entry);
-    }
+    for (int i = 0; i < count; ++i) list.Set(static_cast<uint32_t>(i), describe(env, i));
 #define QLORA_ADD_LACKING(function, Args) \
   if (!plugin.ops->function) lacks.Set(lacks.Length(), #function);
     QLORA_OPS(QLORA_ADD_LACKING)
@@ -270,7 +292,7 @@ static Napi::Value cudaMemory(const Napi::CallbackInfo& info) {
 /// cudaFreeBytes(index): what the device has free at this moment. Throws where it cannot be used.
 static Napi::Value cudaFreeBytes(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const uint64_t bytes = cudaDevice(info[0].ToNumber().Int32Value())->freeBytes();
+    const uint64_t bytes = deviceOf(info[0])->freeBytes();
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   });
 }

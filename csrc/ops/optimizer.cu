@@ -124,6 +124,13 @@ Places<arrays> placesOfRuns(Context& context, const PagedArray (&lists)[arrays],
   return sendPlaces(context, places);
 }
 
+/// Bytes of a slot whose last run that is: its arrays follow each other.
+size_t usedBytes(const PagedArray* arrays, int count, const PagedRun& last) {
+  const PagedArray& array = arrays[count - 1];
+  const int64_t items = (last.count + array.elements - 1) / array.elements;
+  return last.at[count - 1] + static_cast<size_t>(items * array.itemBytes);
+}
+
 /// What every optimizer shares. `lists` has those of each state in turn.
 template <class Rule, class... States, size_t arrays>
 void runStep(Context& context, const OptimizerStep& a, const typename Rule::Settings& settings,
@@ -134,7 +141,11 @@ void runStep(Context& context, const OptimizerStep& a, const typename Rule::Sett
   launch(context, prepareKernel<Rule>, int64_t{1}, kWarpSize, 0, settings, a.maxNorm, a.norm.data<float>(),
          a.lossScale.data<float>(), a.counters.data<int32_t>(), prepared, a.applied.data<float>());
   if (a.params.empty()) return;
-  const Maps maps = {{sendMap(context, DynamicMapKind::signedMap), sendMap(context, DynamicMapKind::unsignedMap)}};
+  Maps maps;
+  // State of floats has no second array.
+  if constexpr (kArrays > 2 + sizeof...(States)) {
+    maps = {{sendMap(context, DynamicMapKind::signedMap), sendMap(context, DynamicMapKind::unsignedMap)}};
+  }
   const auto update = [&](Context& with, const Places<kArrays>& places) {
     void (*const kernel)(const Place<kArrays>*, const Prepared<Rule>*, Maps) = updateKernel<kArrays, Rule, States...>;
     launch(with, kernel, places.count, kThreads, 0, places.data, prepared, maps);
@@ -143,13 +154,20 @@ void runStep(Context& context, const OptimizerStep& a, const typename Rule::Sett
   if (!pages) return update(context, placesOf(context, lists));
 
   char* onDevice = context.scratch.take<char>(static_cast<int64_t>(pages->slotBytes()));
+  // Each batch waits anyway; a step that is skipped leaves the file alone.
+  if (context.queue) {
+    float finite = 0;
+    context.queue->read(&finite, a.norm.data<float>() + 1, sizeof finite);
+    if (finite == 0) return;
+  }
   auto updateSlot = [&](char* slot, const PagedRun* runs, int64_t count) {
     if (!context.queue) return;
     Scratch scratch = context.scratch.nested();
     Context with{context.pool, scratch, context.queue};
-    context.queue->write(onDevice, slot, pages->slotBytes());
+    const size_t used = usedBytes(lists + 2, kArrays - 2, runs[count - 1]);
+    context.queue->write(onDevice, slot, used);
     update(with, placesOfRuns(with, lists, onDevice, runs, count));
-    context.queue->read(slot, onDevice, pages->slotBytes());
+    context.queue->read(slot, onDevice, used);
   };
   pages->stream(
       a.params, lists + 2, kArrays - 2, kPiece,

@@ -29,8 +29,8 @@ export function budgetOf({ core, options: { maxMemory } }: Pick<Rehearsal, 'core
   if (maxMemory !== undefined) return { bytes: maxMemory, reason: `maxMemory is ${bytes(maxMemory)}` };
   const { device } = core.stream;
   if (device === 'cpu') return undefined;
-  // A model that is given is there already. What a rehearsal counts takes nothing.
-  const there = core.stream.purpose === 'rehearsal' ? 0 : core.stream.memory().liveBytes;
+  // A model that is given is there already, and what its allocator keeps is used again. A rehearsal takes nothing.
+  const there = core.stream.purpose === 'rehearsal' ? 0 : core.stream.memory().mappedBytes;
   const free = freeBytes(device) + there;
   return { bytes: free, reason: `${device} has ${bytes(free)} for it` };
 }

@@ -78,6 +78,8 @@ await t.test('bytes go to the device and come back', async (t) => {
 });
 
 await t.test('a rehearsal takes what a run takes', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'qlora-device-'));
+  t.teardown(() => rmSync(folder, { recursive: true }));
   const peaks = [];
   for (const purpose of [undefined, 'rehearsal'] as const) {
     const stream = new Stream(testDevice, purpose);
@@ -91,6 +93,7 @@ await t.test('a rehearsal takes what a run takes', async (t) => {
     const dy = zeros(stream, [70, 300], 'bf16');
     tape.backward(y, dy, x)?.dispose();
     gradNorm(stream, [weight.gradient]);
+    using _slots = await PageFile.create(stream, folder, 1_000_000, 300_000);
     await stream.sync();
     peaks.push(stream.memory().peakByClass);
     await stream.close();

@@ -17,5 +17,5 @@ const chosen = process.argv.slice(2).map((name) => {
   }
 });
 const { available, unavailable } = process.argv.includes('cpu') ? { available: [], unavailable: [] } : backends();
-const reasons = unavailable.map(({ error: { code, message, hint } }) => ({ code, message, hint }));
+const reasons = unavailable.map(({ device, error: { code, message, hint } }) => ({ device, code, message, hint }));
 process.stdout.write(JSON.stringify({ chosen, warnings, available, reasons }));

@@ -8,6 +8,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <vector>
 
 namespace {
 
@@ -28,17 +30,31 @@ DeviceMemory& deviceMemory() {
   return memory;
 }
 
-/// A number of the environment's: what tests want the device to be like.
-size_t setting(const char* name, size_t otherwise) {
+/// Numbers of the environment's.
+std::vector<size_t> setting(const char* name, size_t otherwise) {
   const char* text = std::getenv(name);
-  return text ? std::strtoull(text, nullptr, 10) : otherwise;
+  if (!text || !*text) return {otherwise};
+  std::vector<size_t> numbers;
+  for (char* end = nullptr; *text; text = *end ? end + 1 : end) numbers.push_back(std::strtoull(text, &end, 10));
+  return numbers;
 }
 
-size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{64} << 30); }
+size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{64} << 30)[0]; }
+std::vector<size_t> capabilities() { return setting("QLORA_CUDA_CAPABILITY", 90); }
 
 }  // namespace
 
 namespace qlora::emulated {
+
+cudaError_t answer(const char* name) {
+  static std::mutex mutex;
+  static const char* const wanted = std::getenv("QLORA_CUDA_FAIL");
+  static const std::string text = wanted ? wanted : "", function = text.substr(0, text.find(':'));
+  static size_t left = text.size() > function.size() ? std::stoul(text.substr(function.size() + 1)) : 0;
+  std::lock_guard lock(mutex);
+  if (left > 0 && function == name) --left;
+  return text.empty() || left > 0 ? cudaSuccess : cudaErrorIllegalAddress;
+}
 
 MemoryAccess::MemoryAccess() {
   DeviceMemory& memory = deviceMemory();
@@ -53,22 +69,28 @@ MemoryAccess::~MemoryAccess() {
 
 }  // namespace qlora::emulated
 
+using qlora::emulated::answer;
+
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  if (const cudaError_t error = answer(__func__)) return error;
+  *count = static_cast<int>(capabilities().size());
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (const cudaError_t error = answer(__func__)) return error;
   *properties = {};
   std::snprintf(properties->name, sizeof properties->name, "CUDA, emulated on the CPU");
   properties->totalGlobalMem = totalBytes();
-  properties->major = static_cast<int>(setting("QLORA_CUDA_CAPABILITY", 90) / 10);
-  properties->minor = static_cast<int>(setting("QLORA_CUDA_CAPABILITY", 90) % 10);
+  const size_t capability = capabilities()[static_cast<size_t>(device)];
+  properties->major = static_cast<int>(capability / 10);
+  properties->minor = static_cast<int>(capability % 10);
   properties->multiProcessorCount = 4;
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  if (const cudaError_t error = answer(__func__)) return error;
   DeviceMemory& memory = deviceMemory();
   std::lock_guard lock(memory.mutex);
   if (memory.used + bytes > totalBytes()) return cudaErrorMemoryAllocation;
@@ -82,6 +104,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
 }
 
 cudaError_t cudaFree(void* pointer) {
+  if (const cudaError_t error = answer(__func__)) return error;
   DeviceMemory& memory = deviceMemory();
   std::lock_guard lock(memory.mutex);
   const auto segment = memory.segments.find(pointer);
@@ -92,6 +115,7 @@ cudaError_t cudaFree(void* pointer) {
 }
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  if (const cudaError_t error = answer(__func__)) return error;
   DeviceMemory& memory = deviceMemory();
   std::lock_guard lock(memory.mutex);
   *total = totalBytes();
@@ -100,6 +124,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
+  if (const cudaError_t error = answer(__func__)) return error;
   *pointer = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
 }
@@ -110,11 +135,13 @@ cudaError_t cudaFreeHost(void* pointer) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (const cudaError_t error = answer(__func__)) return error;
   qlora::emulated::submit([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (const cudaError_t error = answer(__func__)) return error;
   qlora::emulated::submit([=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
@@ -127,18 +154,67 @@ thread_local std::unique_ptr<EmulatedGraph> captured;
 }  // namespace
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  if (const cudaError_t error = answer(__func__)) return error;
   captured = std::make_unique<EmulatedGraph>();
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  if (const cudaError_t error = answer(__func__)) return error;
   *graph = captured.release();
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+  if (const cudaError_t error = answer(__func__)) return error;
   for (const auto& work : *graph) qlora::emulated::submit(work);
   return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  if (const cudaError_t error = answer(__func__)) return error;
+  *executable = new EmulatedGraph(*graph);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = nullptr;
+  return answer(__func__);
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = nullptr;
+  return answer(__func__);
+}
+
+cudaError_t cudaSetDevice(int) { return answer(__func__); }
+cudaError_t cudaStreamDestroy(cudaStream_t) { return answer(__func__); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return answer(__func__); }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return answer(__func__); }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return answer(__func__); }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return answer(__func__); }
+cudaError_t cudaGetLastError() { return answer(__func__); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
+  }
+  return "unrecognized error code";
 }
 
 void qlora::emulated::submit(std::function<void()> work) {
