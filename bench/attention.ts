@@ -49,7 +49,7 @@ export default defineBench({
         using dv = new Tensor(stream, 'bf16', narrow);
         // Scale, causal, no window, no cap of the scores.
         const rules = [headSize ** -0.5, 1, 0, 0];
-        const forward = () => stream.run('attentionForward', q, k, v, null, null, out, logSumExp, ...rules, sequence);
+        const forward = () => stream.run('attentionForward', q, k, v, null, null, null, out, logSumExp, ...rules);
         const backward = () =>
           stream.run('attentionBackward', dout, q, k, v, out, logSumExp, null, null, dq, dk, dv, ...rules);
         const flop = 2 * sequence * (sequence + 1) * heads * headSize;

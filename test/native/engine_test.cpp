@@ -159,7 +159,7 @@ std::vector<std::vector<char>> runLayer(Stream& stream, const OpTable& ops, DTyp
     return view;
   };
   const Tensor out = make(dtype, {1, T, H, D}), logSumExp = make(DType::f32, {1, H, T});
-  enqueue(stream, AttentionForward{heads(y), heads(y), heads(y), {}, {}, out, logSumExp, 0.2f, 1, 0, 0, T},
+  enqueue(stream, AttentionForward{heads(y), heads(y), heads(y), {}, {}, {}, out, logSumExp, 0.2f, 1, 0, 0},
           ops.attentionForward, "attentionForward");
   Tensor hidden = out;
   hidden.rank = 2;

@@ -187,7 +187,7 @@ std::vector<char> attended(int64_t T, int threads) {
   const Tensor q = make(DType::bf16, {1, T, H, D}), k = make(DType::bf16, {1, S, Hkv, D});
   const Tensor v = make(DType::bf16, {1, S, Hkv, D}), out = make(DType::bf16, {1, T, H, D});
   const Tensor logSumExp = make(DType::f32, {1, H, T});
-  attentionForward(engine.context, {q, k, v, {}, {}, out, logSumExp, 0.2f, 1, 0, 0, S});
+  attentionForward(engine.context, {q, k, v, {}, {}, {}, out, logSumExp, 0.2f, 1, 0, 0});
   keep(out);
   if (T != S) return results;
   const Tensor dout = make(DType::bf16, {1, T, H, D}), dq = make(DType::bf16, {1, T, H, D});
