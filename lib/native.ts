@@ -16,6 +16,12 @@ export interface NativeStream {
   memory(): NativeMemory;
   setMemoryLimit(bytes: number): void;
   usage(): Promise<StreamUsage>;
+  record(enqueue: () => void): NativeRecording;
+}
+
+export interface NativeRecording {
+  run(): void;
+  dispose(): void;
 }
 
 /** What a stream has done. */

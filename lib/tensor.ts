@@ -1,7 +1,14 @@
 /** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
 
 import { QLoRAError } from './errors.js';
-import type { NativeArgument, NativeMemory, NativeStream, NativeTensor, StreamUsage } from './native.js';
+import type {
+  NativeArgument,
+  NativeMemory,
+  NativeRecording,
+  NativeStream,
+  NativeTensor,
+  StreamUsage,
+} from './native.js';
 import { guard, native } from './native.js';
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
@@ -36,6 +43,14 @@ export class Stream {
       return Array.isArray(a) ? a.map((t: Tensor) => t.handle) : (a as number | null | undefined);
     });
     guard(() => call(this.#native, ...natives));
+  }
+
+  /**
+   * The operations that `enqueue` enqueues, without running them. They read and write the same tensors each time, which
+   * stay allocated, disposed of or not; reads and writes cannot be recorded.
+   */
+  record(enqueue: () => void): Recording {
+    return new Recording(guard(() => this.#native.record(enqueue)));
   }
 
   /** What its kernels are compiled for: another one may give other bits. */
@@ -83,6 +98,23 @@ export class Stream {
     for (const tensor of this.#shared.values()) tensor.dispose();
     await this.sync();
     this.#native.close();
+  }
+}
+
+/** Operations that are enqueued again by one call. To be disposed of. */
+export class Recording implements Disposable {
+  readonly #native: NativeRecording;
+
+  constructor(native: NativeRecording) {
+    this.#native = native;
+  }
+
+  run(): void {
+    guard(() => this.#native.run());
+  }
+
+  [Symbol.dispose](): void {
+    this.#native.dispose();
   }
 }
 

@@ -43,6 +43,52 @@ t.test('operations are enqueued, and only a read waits', async (t) => {
   await stream.close();
 });
 
+t.test('recorded operations run when they are told to, as often as they are', async (t) => {
+  const stream = new Stream();
+  const [x, sum] = [Tensor.from(stream, Float32Array.of(1, 2), [2]), Tensor.from(stream, new Float32Array(2), [2])];
+  let twice: Tensor | undefined;
+  const recording = stream.record(() => {
+    using between = new Tensor(stream, 'f32', [2]);
+    twice = new Tensor(stream, 'f32', [2]);
+    stream.run('add', x, x, between);
+    stream.run('add', between, sum, twice);
+  });
+  await t.rejects((twice as Tensor).read(), { code: 'ERR_QLORA_INTERNAL' }, 'nothing has run');
+  recording.run();
+  t.same([...(await (twice as Tensor).read())], [2, 4]);
+  x.write(Float32Array.of(10, 20));
+  recording.run();
+  recording.run();
+  t.same([...(await (twice as Tensor).read())], [20, 40], 'of what is there now, whatever was disposed of');
+
+  using broken = new Tensor(stream, 'f32', [1 << 20]);
+  stream.setMemoryLimit(1);
+  stream.run('fill', broken, 0);
+  const failing = stream.record(() => stream.run('add', broken, broken, broken));
+  failing.run();
+  await t.rejects(broken.read(), { code: 'ERR_QLORA_OUT_OF_MEMORY' }, 'errors travel through it');
+  stream.setMemoryLimit(0);
+
+  const refused = (enqueue: () => void, message: RegExp) =>
+    t.throws(() => stream.record(enqueue), { code: 'ERR_QLORA_INTERNAL', message });
+  refused(() => void x.readBits(), /no reads and writes/);
+  refused(() => void x.write(Float32Array.of(0, 0)), /no reads and writes/);
+  refused(() => void stream.record(() => {}), /within another/);
+  stream.run('add', x, x, sum);
+  t.same([...(await sum.read())], [20, 40], 'after a recording that failed operations run again');
+
+  recording[Symbol.dispose]();
+  t.throws(() => recording.run(), { code: 'ERR_QLORA_DISPOSED' });
+  for (const tensor of [x, sum, twice, broken]) tensor?.dispose();
+  failing[Symbol.dispose]();
+  await stream.sync();
+  t.equal(stream.memory().liveBytes, 0, 'what it held went with it');
+  const left = stream.record(() => {});
+  await stream.close();
+  t.throws(() => left.run(), { code: 'ERR_QLORA_DISPOSED' });
+  left[Symbol.dispose]();
+});
+
 t.test('timers and promises run while a model trains', async (t) => {
   const rows = Array.from({ length: 4 }, (_, i) => ({
     inputIds: Array.from({ length: 64 }, (_, k) => (i + 3 * k) % 500),

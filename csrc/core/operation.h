@@ -119,7 +119,7 @@ inline std::shared_ptr<const Error> currentError() {
 template <class Args>
 void enqueue(Stream& stream, Args args, void (*kernel)(Context&, const Args&), std::string_view name) {
   args.check();
-  stream.post([args = std::move(args), kernel, name, &stream](Context& context) mutable {
+  stream.postOperation([args = std::move(args), kernel, name, &stream](Context& context) mutable {
     const auto began = std::chrono::steady_clock::now();
     detail::FindError inputs;
     args.visit(inputs);

@@ -16,6 +16,25 @@ void Stream::post(Task task) {
   wake_.notify_one();
 }
 
+void Stream::postOperation(Task task) {
+  if (recording_) {
+    recording_->push_back(std::move(task));
+  } else {
+    post(std::move(task));
+  }
+}
+
+void Stream::record() {
+  if (recording_) fail("ERR_QLORA_INTERNAL", "a recording was begun within another");
+  recording_ = std::make_shared<Recording>();
+}
+
+void Stream::run(std::shared_ptr<const Recording> recording) {
+  post([this, recording = std::move(recording)](Context&) {
+    for (const Task& task : *recording) runTask(task);
+  });
+}
+
 void Stream::close() {
   std::deque<Task> dropped;
   {
@@ -29,7 +48,6 @@ void Stream::close() {
 
 void Stream::work() {
   yieldToEventLoop();
-  ThreadPool& pool = memory_->backing() == Backing::pages ? threadPool() : idlePool();
   while (true) {
     Task task;
     {
@@ -39,10 +57,14 @@ void Stream::work() {
       task = std::move(queue_.front());
       queue_.pop_front();
     }
-    Scratch scratch(*memory_);
-    Context context{pool, scratch};
-    task(context);
+    runTask(task);
   }
+}
+
+void Stream::runTask(const Task& task) {
+  Scratch scratch(*memory_);
+  Context context{memory_->backing() == Backing::pages ? threadPool() : idlePool(), scratch};
+  task(context);
 }
 
 }  // namespace qlora

@@ -58,9 +58,15 @@ struct OperationTime {
   double seconds = 0;
 };
 
+/// May be called again: a recorded operation is.
+using Task = std::function<void(Context&)>;
+
+/// Operations that were enqueued once, to be run in the same order, on the same tensors, as often as one likes. What
+/// they wrote on the way stays allocated, so that running them again allocates scratch alone.
+using Recording = std::vector<Task>;
+
 class Stream {
  public:
-  using Task = std::function<void(Context&)>;
   using Times = std::map<std::string_view, OperationTime>;
 
   Stream(std::shared_ptr<Memory> memory, const OpTable& ops);
@@ -70,6 +76,13 @@ class Stream {
 
   /// Throws ERR_QLORA_DISPOSED after close. A task may not throw.
   void post(Task task);
+  /// As post, but for operations, which a recording keeps instead of running them.
+  void postOperation(Task task);
+  /// On the caller's thread; until takeRecording() its operations are recorded.
+  void record();
+  bool recording() const { return recording_ != nullptr; }
+  std::shared_ptr<const Recording> takeRecording() { return std::move(recording_); }
+  void run(std::shared_ptr<const Recording> recording);
   /// Drops what was not started, waits for what was. Idempotent.
   void close();
 
@@ -81,6 +94,7 @@ class Stream {
 
  private:
   void work();
+  void runTask(const Task& task);
 
   const std::shared_ptr<Memory> memory_;
   const OpTable& ops_;
@@ -89,6 +103,7 @@ class Stream {
   std::deque<Task> queue_;
   bool closed_ = false;
   Times times_;
+  std::shared_ptr<Recording> recording_;  // of the thread that enqueues
   std::thread thread_;
 };
 

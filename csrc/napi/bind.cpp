@@ -75,6 +75,7 @@ void Completions::shutDown() {
 
 Napi::Promise onStream(Napi::Env env, const std::shared_ptr<Stream>& stream, std::function<void(Context&)> task,
                        Completions::Value value) {
+  if (stream->recording()) fail("ERR_QLORA_INTERNAL", "only operations can be recorded, no reads and writes");
   std::shared_ptr<Completions::Settle> settle;
   const auto& completions = env.GetInstanceData<AddonData>()->completions;
   Napi::Promise promise = completions->add(env, stream, std::move(value), settle);

@@ -89,7 +89,7 @@ struct AddonData {
   explicit AddonData(Napi::Env env) : completions(std::make_shared<Completions>(env)) {}
 
   std::shared_ptr<Completions> completions;
-  Napi::FunctionReference tensorClass, streamClass;
+  Napi::FunctionReference tensorClass, streamClass, recordingClass;
   std::vector<std::weak_ptr<Stream>> streams;
 };
 
@@ -107,6 +107,24 @@ class StreamHandle : public Napi::ObjectWrap<StreamHandle> {
   Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value setMemoryLimit(const Napi::CallbackInfo& info);
   Napi::Value usage(const Napi::CallbackInfo& info);
+  Napi::Value record(const Napi::CallbackInfo& info);
+};
+
+/// Made by stream.record(f): what f enqueued.
+class RecordingHandle : public Napi::ObjectWrap<RecordingHandle> {
+ public:
+  static Napi::Function define(Napi::Env env);
+  explicit RecordingHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RecordingHandle>(info) {}
+  ~RecordingHandle() override { release(); }
+  static Napi::Object wrap(Napi::Env env, std::shared_ptr<Stream> stream, std::shared_ptr<const Recording> recording);
+
+ private:
+  Napi::Value run(const Napi::CallbackInfo& info);
+  Napi::Value dispose(const Napi::CallbackInfo& info);
+  void release();
+
+  std::shared_ptr<Stream> stream_;
+  std::shared_ptr<const Recording> recording_;
 };
 
 class TensorHandle : public Napi::ObjectWrap<TensorHandle> {

@@ -54,7 +54,7 @@ Napi::Function StreamHandle::define(Napi::Env env) {
       env, "Stream",
       {InstanceMethod<&StreamHandle::sync>("sync"), InstanceMethod<&StreamHandle::close>("close"),
        InstanceMethod<&StreamHandle::memory>("memory"), InstanceMethod<&StreamHandle::setMemoryLimit>("setMemoryLimit"),
-       InstanceMethod<&StreamHandle::usage>("usage")});
+       InstanceMethod<&StreamHandle::usage>("usage"), InstanceMethod<&StreamHandle::record>("record")});
 }
 
 /// new Stream() computes; new Stream('rehearsal') only counts the memory that computing would take.
@@ -134,6 +134,58 @@ Napi::Value StreamHandle::usage(const Napi::CallbackInfo& info) {
   });
 }
 
+/// record(f): calls f and returns, as a Recording, the operations that it enqueued; none of them has run.
+Napi::Value StreamHandle::record(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    stream->record();
+    try {
+      info[0].As<Napi::Function>().Call({});
+    } catch (...) {
+      stream->takeRecording();
+      throw;
+    }
+    return RecordingHandle::wrap(info.Env(), stream, stream->takeRecording());
+  });
+}
+
+Napi::Function RecordingHandle::define(Napi::Env env) {
+  return DefineClass(
+      env, "Recording",
+      {InstanceMethod<&RecordingHandle::run>("run"), InstanceMethod<&RecordingHandle::dispose>("dispose")});
+}
+
+Napi::Object RecordingHandle::wrap(Napi::Env env, std::shared_ptr<Stream> stream,
+                                   std::shared_ptr<const Recording> recording) {
+  Napi::Object object = env.GetInstanceData<AddonData>()->recordingClass.New({});
+  RecordingHandle& handle = *Unwrap(object);
+  handle.stream_ = std::move(stream);
+  handle.recording_ = std::move(recording);
+  return object;
+}
+
+Napi::Value RecordingHandle::run(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    if (!recording_) fail("ERR_QLORA_DISPOSED", "this recording was disposed of");
+    stream_->run(recording_);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value RecordingHandle::dispose(const Napi::CallbackInfo& info) {
+  release();
+  return info.Env().Undefined();
+}
+
+void RecordingHandle::release() {
+  if (!recording_) return;
+  // What it holds goes in the stream's order, after the last run; at once where the stream is closed.
+  try {
+    stream_->post([recording = std::move(recording_)](Context&) {});
+  } catch (const Error&) {
+  }
+  recording_ = nullptr;
+}
+
 static Napi::Value processMemoryOf(const Napi::CallbackInfo& info) { return counts(info.Env(), processMemory()); }
 
 static Napi::Value cpuInformation(const Napi::CallbackInfo& info) {
@@ -155,6 +207,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData(env);
   env.SetInstanceData(data);
   Napi::Function streamClass = StreamHandle::define(env), tensorClass = TensorHandle::define(env);
+  data->recordingClass = Napi::Persistent(RecordingHandle::define(env));
   data->streamClass = Napi::Persistent(streamClass);
   data->tensorClass = Napi::Persistent(tensorClass);
   exports.Set("Stream", streamClass);

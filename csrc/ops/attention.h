@@ -17,8 +17,9 @@
 // dk and dv are sums over the query heads of their group too.
 //
 // q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, S, Hkv, D], all of one floating-point type; segment ids i32 [B, Tq]
-// and [B, S], both or neither; logSumExp f32 [B, H, Tq]. keyLength <= S: a cache has spare room; backward takes all S
-// keys. out, logSumExp, dq, dk, dv are overwritten. All sums are in fp32, in an order that depends on shapes alone.
+// and [B, S], both or neither; logSumExp f32 [B, H, Tq]. keyLength is S, or where k and v are a cache with spare room,
+// pastLength[b] + Tq: pastLength i32 [B] is a tensor, so that a recording can go ever further on; too long a one fails
+// with ERR_QLORA_SHAPE. Backward takes all S keys. out, logSumExp, dq, dk, dv are overwritten. All sums are in fp32, in an order that depends on shapes alone.
 // Products are of fp32 values, but on processors with bf16 dot products bf16 tensors keep p and ds in bf16 too.
 #pragma once
 
@@ -69,12 +70,11 @@ inline void checkAttentionOptions(const char* op, float scale, int causal, int64
 }  // namespace detail
 
 struct AttentionForward {
-  Tensor q, k, v, querySegments, keySegments, out, logSumExp;
+  Tensor q, k, v, querySegments, keySegments, pastLength, out, logSumExp;
   float scale;
   int causal;
   int64_t window;
   float softCap;
-  int64_t keyLength;
 
   template <class V>
   void visit(V& visitor) {
@@ -83,21 +83,20 @@ struct AttentionForward {
     visitor.in(v);
     visitor.optionalIn(querySegments);
     visitor.optionalIn(keySegments);
+    visitor.optionalIn(pastLength);
     visitor.out(out);
     visitor.out(logSumExp);
     visitor.value(scale);
     visitor.value(causal);
     visitor.value(window);
     visitor.value(softCap);
-    visitor.value(keyLength);
   }
   void check() const {
     detail::checkAttention("attention", q, k, v, querySegments, keySegments, out, logSumExp);
     detail::checkAttentionOptions("attention", scale, causal, window, softCap);
-    if (keyLength < 0 || keyLength > k.dim(1)) {
-      fail("ERR_QLORA_SHAPE", "attention: keyLength must be from 0 to %lld, got %lld", static_cast<long long>(k.dim(1)),
-           static_cast<long long>(keyLength));
-    }
+    if (!pastLength.defined()) return;
+    checkDType("attention", "pastLength", pastLength, {DType::i32});
+    checkShape("attention", "pastLength", pastLength, {q.dim(0)});
   }
 };
 

@@ -122,7 +122,8 @@ template <class Math, class T>
 void decodeWith(Context& context, const AttentionForward& a) {
   using Element = typename Math::Element;
   const int64_t B = a.q.dim(0), Tq = a.q.dim(1), H = a.q.dim(2), D = a.q.dim(3), S = a.k.dim(1), Hkv = a.k.dim(2);
-  const int64_t group = H / Hkv, rows = group * Tq, splits = std::max<int64_t>(1, divideUp(a.keyLength, kSplitKeys));
+  const int64_t group = H / Hkv, rows = group * Tq,
+                splits = std::max<int64_t>(1, divideUp(longestKeyLength(a), kSplitKeys));
   const int64_t depth = roundUp(divideUp(D, Math::kPack), kWidth), paddedD = roundUp(D, kPanel);
   // A row is (query, head of the group). Of each a split leaves the sums of out and of weights, and the maximum.
   const int64_t stride = paddedD + kWidth;
@@ -135,14 +136,9 @@ void decodeWith(Context& context, const AttentionForward& a) {
     [[maybe_unused]] const typename Math::Session session;
     const DecodeScratch<Math>& my = threads[thread];
     const int64_t split = task % splits, kvHead = task / splits % Hkv, b = task / splits / Hkv;
-    const Visibility rule{Tq,
-                          a.keyLength,
-                          a.causal,
-                          a.window,
-                          a.querySegments.defined() ? a.querySegments.data<int32_t>() + b * Tq : nullptr,
-                          a.keySegments.defined() ? a.keySegments.data<int32_t>() + b * S : nullptr};
+    const Visibility rule = visibilityOf(a, b);
     const KeyRange range =
-        visibleByPosition(rule, 0, Tq, split * kSplitKeys, std::min(a.keyLength, (split + 1) * kSplitKeys));
+        visibleByPosition(rule, 0, Tq, split * kSplitKeys, std::min(rule.keyLength, (split + 1) * kSplitKeys));
     const int64_t count = std::max<int64_t>(0, range.end - range.begin), padded = roundUp(count, kPanel);
     const int64_t first = ((b * S + range.begin) * Hkv + kvHead) * D;
     float* sums = partial + task * rows * stride;
@@ -155,7 +151,7 @@ void decodeWith(Context& context, const AttentionForward& a) {
       const int64_t n = std::min<int64_t>(kWidth, count - j0);
       for (int64_t j = 0; j < n; ++j) {
         const T* row = a.k.data<T>() + first + (j0 + j) * Hkv * D;
-        if (range.begin + j0 + j + kAheadKeys < a.keyLength) prefetchRow(row + kAheadKeys * Hkv * D, D);
+        if (range.begin + j0 + j + kAheadKeys < rule.keyLength) prefetchRow(row + kAheadKeys * Hkv * D, D);
         prefetchRow(a.v.data<T>() + first + (j0 + j) * Hkv * D, D);
         packRow<Math>(row, D, depth, my.keys + j * depth);
       }

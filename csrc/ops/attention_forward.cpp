@@ -67,13 +67,14 @@ void forward(Context& context, const AttentionForward& a) {
   using Element = typename Math::Element;
   const int64_t B = a.q.dim(0), Tq = a.q.dim(1), H = a.q.dim(2), D = a.q.dim(3), S = a.k.dim(1), Hkv = a.k.dim(2);
   const int64_t depth = divideUp(D, Math::kPack), paddedD = roundUp(D, kPanel);
-  const int64_t keyBlocks = divideUp(a.keyLength, kKeys), queryBlocks = divideUp(Tq, kQueries);
+  const int64_t keyBlocks = divideUp(longestKeyLength(a), kKeys), queryBlocks = divideUp(Tq, kQueries);
   const int64_t keyBlockSize = roundUp(depth, kChunk) * kKeys, valueBlockSize = paddedD * (kKeys / Math::kPack);
   Element* keys = context.scratch.take<Element>(B * Hkv * keyBlocks * keyBlockSize);
   Element* values = context.scratch.take<Element>(B * Hkv * keyBlocks * valueBlockSize);
   context.pool.parallelFor(B * Hkv * keyBlocks, [&](int64_t task, int) {
     const int64_t head = task / keyBlocks % Hkv, b = task / keyBlocks / Hkv, j0 = task % keyBlocks * kKeys;
-    const int64_t at = ((b * S + j0) * Hkv + head) * D, rows = std::min<int64_t>(kKeys, a.keyLength - j0);
+    const int64_t at = ((b * S + j0) * Hkv + head) * D, rows = std::min<int64_t>(kKeys, keyLengthOf(a, b) - j0);
+    if (rows <= 0) return;
     packAlongRow<Math>(a.k.data<T>() + at, Hkv * D, rows, D, kKeys, keys + task * keyBlockSize);
     packLanesOfColumns<Math>(a.v.data<T>() + at, Hkv * D, rows, D, kKeys, values + task * valueBlockSize);
   });
@@ -88,26 +89,21 @@ void forward(Context& context, const AttentionForward& a) {
     // The last block of queries, which sees most keys where attention is causal, first.
     const int64_t head = task % H, b = task / H / queryBlocks, block = queryBlocks - 1 - task / H % queryBlocks;
     const int64_t q0 = block * kQueries, q1 = std::min(Tq, q0 + kQueries);
-    const Visibility rule{Tq,
-                          a.keyLength,
-                          a.causal,
-                          a.window,
-                          a.querySegments.defined() ? a.querySegments.data<int32_t>() + b * Tq : nullptr,
-                          a.keySegments.defined() ? a.keySegments.data<int32_t>() + b * S : nullptr};
+    const Visibility rule = visibilityOf(a, b);
     const int64_t firstBlock = (b * Hkv + head / (H / Hkv)) * keyBlocks;
     packLanesOfRows<Math>(a.q.data<T>() + ((b * Tq + q0) * H + head) * D, H * D, q1 - q0, D, my.queries);
     std::fill(my.out, my.out + kQueries * paddedD, 0.0f);
     std::fill(my.maximum, my.maximum + kQueries, -kInfinity);
     std::fill(my.sum, my.sum + kQueries, 0.0f);
 
-    const KeyRange all = visibleByPosition(rule, q0, q1, 0, a.keyLength);
+    const KeyRange all = visibleByPosition(rule, q0, q1, 0, rule.keyLength);
     for (int64_t j = all.begin / kKeys; j < divideUp(all.end, kKeys); ++j) {
       const int64_t j0 = j * kKeys;
       const Element* blockKeys = keys + (firstBlock + j) * keyBlockSize;
       const Element* blockValues = values + (firstBlock + j) * valueBlockSize;
       for (int64_t p0 = q0; p0 < q1; p0 += kPanel) {
         const int64_t p1 = std::min<int64_t>(q1, p0 + kPanel);
-        KeyRange range = visibleKeys(rule, p0, p1, j0, std::min(a.keyLength, j0 + kKeys));
+        KeyRange range = visibleKeys(rule, p0, p1, j0, std::min(rule.keyLength, j0 + kKeys));
         if (range.begin >= range.end) continue;
         if ((range.begin - j0) % Math::kPack) range = {range.begin - 1, range.end, true};
         const int64_t offset = range.begin - j0, n = range.end - range.begin;
@@ -143,11 +139,24 @@ void forward(Context& context, const AttentionForward& a) {
   });
 }
 
+void checkPastLength(const AttentionForward& a) {
+  if (!a.pastLength.defined()) return;
+  const int64_t most = a.k.dim(1) - a.q.dim(1);
+  for (int64_t b = 0; b < a.q.dim(0); ++b) {
+    const int32_t past = a.pastLength.data<int32_t>()[b];
+    if (past < 0 || past > most) {
+      fail("ERR_QLORA_SHAPE", "attention: pastLength[%lld] must be from 0 to %lld, got %d", static_cast<long long>(b),
+           static_cast<long long>(most), past);
+    }
+  }
+}
+
 }  // namespace
 
 }  // namespace attention
 
 void attentionForward(Context& context, const AttentionForward& a) {
+  attention::checkPastLength(a);
   if (a.q.dim(1) <= attention::kDecodeQueries) return attention::decode(context, a);
   attention::dispatchMath(
       a.q.dtype, [&](auto math, auto zero) { attention::forward<decltype(math), decltype(zero)>(context, a); });

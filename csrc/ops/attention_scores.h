@@ -39,6 +39,28 @@ struct Visibility {
   QLORA_INLINE int64_t position(int64_t query) const { return keyLength - Tq + query; }
 };
 
+/// How many keys batch row b has.
+QLORA_INLINE int64_t keyLengthOf(const AttentionForward& a, int64_t b) {
+  return a.pastLength.defined() ? a.pastLength.data<int32_t>()[b] + a.q.dim(1) : a.k.dim(1);
+}
+
+inline int64_t longestKeyLength(const AttentionForward& a) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < a.q.dim(0); ++b) longest = std::max(longest, keyLengthOf(a, b));
+  return longest;
+}
+
+/// Of batch row b.
+inline Visibility visibilityOf(const AttentionForward& a, int64_t b) {
+  const int64_t Tq = a.q.dim(1), S = a.k.dim(1);
+  return {Tq,
+          keyLengthOf(a, b),
+          a.causal,
+          a.window,
+          a.querySegments.defined() ? a.querySegments.data<int32_t>() + b * Tq : nullptr,
+          a.keySegments.defined() ? a.keySegments.data<int32_t>() + b * S : nullptr};
+}
+
 /// Keys [begin, end) that queries of a panel may see; `partial` where not each of them sees each.
 struct KeyRange {
   int64_t begin, end;

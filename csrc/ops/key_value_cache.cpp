@@ -17,12 +17,18 @@ int64_t bytesOfToken(const Tensor& cache) {
 }  // namespace
 
 void appendKeyValue(Context& context, const AppendKeyValue& a) {
-  const int64_t token = bytesOfToken(a.rows);
-  const int64_t bytes = a.rows.dim(1) * token, cacheBytes = a.cache.dim(1) * token;
+  const int64_t B = a.rows.dim(0), T = a.rows.dim(1), S = a.cache.dim(1), token = bytesOfToken(a.rows);
+  const int32_t* at = a.at.data<int32_t>();
+  for (int64_t b = 0; b < B; ++b) {
+    if (at[b] < 0 || at[b] + T > S) {
+      fail("ERR_QLORA_SHAPE", "appendKeyValue: %lld rows at %d do not fit into a cache of %lld",
+           static_cast<long long>(T), at[b], static_cast<long long>(S));
+    }
+  }
   const char* rows = a.rows.data<char>();
-  char* cache = a.cache.data<char>() + a.at * token;
-  context.pool.parallelFor(a.rows.dim(0),
-                           [&](int64_t b, int) { std::memcpy(cache + b * cacheBytes, rows + b * bytes, bytes); });
+  char* cache = a.cache.data<char>();
+  context.pool.parallelFor(
+      B, [&](int64_t b, int) { std::memcpy(cache + (b * S + at[b]) * token, rows + b * T * token, T * token); });
 }
 
 void gatherKeyValue(Context& context, const GatherKeyValue& a) {
@@ -30,8 +36,8 @@ void gatherKeyValue(Context& context, const GatherKeyValue& a) {
   const int64_t sourceBytes = a.source.dim(1) * token, cacheBytes = a.cache.dim(1) * token;
   const int32_t* from = a.from.data<int32_t>();
   for (int64_t b = 0; b < B; ++b) {
-    if (from[b] < 0 || from[b] >= a.source.dim(0)) {
-      fail("ERR_QLORA_ARGUMENT", "gatherKeyValue: from[%lld] must be from 0 to %lld, got %d", static_cast<long long>(b),
+    if (from[b] < -1 || from[b] >= a.source.dim(0)) {
+      fail("ERR_QLORA_ARGUMENT", "gatherKeyValue: from[%lld] must be from -1 to %lld, got %d", static_cast<long long>(b),
            static_cast<long long>(a.source.dim(0) - 1), from[b]);
     }
   }
@@ -44,9 +50,12 @@ void gatherKeyValue(Context& context, const GatherKeyValue& a) {
     // All rows are read before the first is written: source may be the cache.
     char* held = heldOfThread + thread * B * stride;
     for (int64_t b = 0; b < B; ++b) {
+      if (from[b] < 0) continue;
       std::memcpy(held + b * stride, source + from[b] * sourceBytes + first * token, bytes);
     }
-    for (int64_t b = 0; b < B; ++b) std::memcpy(cache + b * cacheBytes + first * token, held + b * stride, bytes);
+    for (int64_t b = 0; b < B; ++b) {
+      if (from[b] >= 0) std::memcpy(cache + b * cacheBytes + first * token, held + b * stride, bytes);
+    }
   });
 }
 

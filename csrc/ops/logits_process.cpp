@@ -75,6 +75,17 @@ void forbidRepeats(const int32_t* seen, int64_t length, int64_t n, float* z) {
   }
 }
 
+struct Seen {
+  const int32_t* ids;
+  int64_t length;
+};
+
+Seen seenBy(const ConstrainLogits& a, int64_t row) {
+  Seen seen{a.seen.data<int32_t>() + row * a.seen.dim(1), a.seenLength};
+  for (; seen.length > 0 && *seen.ids == -1; --seen.length) ++seen.ids;
+  return seen;
+}
+
 void checkTokenIds(const char* what, const int32_t* ids, int64_t n, int64_t V) {
   for (int64_t i = 0; i < n; ++i) {
     if (ids[i] < 0 || ids[i] >= V) {
@@ -101,7 +112,7 @@ void logSoftmax(Context& context, const LogSoftmax& a) {
 }
 
 void constrainLogits(Context& context, const ConstrainLogits& a) {
-  const int64_t B = a.logits.dim(0), V = a.logits.dim(1), length = a.seenLength;
+  const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
   checkLogits("constrainLogits", logits, B, V);
@@ -109,14 +120,15 @@ void constrainLogits(Context& context, const ConstrainLogits& a) {
     checkTokenIds("forbidden", a.forbidden.data<int32_t>(), a.forbidden.dim(0), V);
   }
   for (int64_t row = 0; a.seen.defined() && row < B; ++row) {
-    checkTokenIds("seen", a.seen.data<int32_t>() + row * a.seen.dim(1), length, V);
+    const Seen seen = seenBy(a, row);
+    checkTokenIds("seen", seen.ids, seen.length, V);
   }
   context.pool.parallelFor(B, [&](int64_t row, int) {
     const float* x = logits + row * V;
     float* z = out + row * V;
     std::copy(x, x + V, z);
     if (a.seen.defined()) {
-      const int32_t* seen = a.seen.data<int32_t>() + row * a.seen.dim(1);
+      const auto [seen, length] = seenBy(a, row);
       // From x, so that a token that was seen twice is penalized once.
       for (int64_t i = 0; i < length && a.repetitionPenalty != 1; ++i) {
         const float score = x[seen[i]];

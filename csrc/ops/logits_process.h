@@ -14,7 +14,7 @@
 //                    each of the three keeps at least `keep`
 //
 // logits and out f32 [B, V]; -infinity is a forbidden or dropped token. seen i32 [B, S], of which the first seenLength
-// columns count; forbidden i32 [E]. NaN and +infinity fail with ERR_QLORA_NON_FINITE, an id outside [0, V) with
+// columns count, those of a row that is shorter behind a beginning of -1; forbidden i32 [E]. NaN and +infinity fail with ERR_QLORA_NON_FINITE, an id outside [0, V) with
 // ERR_QLORA_TOKEN_ID, and a row of which constrainLogits leaves nothing with ERR_QLORA_NO_TOKEN_LEFT. Probabilities in
 // fp32, their sums in fp64. Sources: Keskar et al., "CTRL", 2019 (penalty); Holtzman et al., "The curious case of
 // neural text degeneration", 2020 (top-p); Meister et al., "Locally typical sampling", 2023.

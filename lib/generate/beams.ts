@@ -1,12 +1,12 @@
 /** Beam search: several texts grow side by side, each token sharing one pass, and the best whole one is given. */
 import { QLoRAError } from '../errors.js';
-import { hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
+import type { ModelCore } from '../models/core.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
 import { beamCandidates } from '../ops/logits-choose.js';
 import { logSoftmax } from '../ops/logits-process.js';
 import { Tensor } from '../tensor.js';
-import { processScores, type ScoreOptions } from './scores.js';
-import type { GenerationPass, SamplingOptions } from './tokens.js';
+import { type GenerationPass, Passes } from './passes.js';
+import { processScores, type SamplingOptions, type ScoreOptions } from './scores.js';
 
 export interface Hypothesis {
   /** New ids, without the one that ended it. */
@@ -111,13 +111,17 @@ export async function beamSearch(
   {
     signal?.throwIfAborted();
     using promptCache = new KeyValueCache(stream, config, 1, prompt.length, computeDtype);
-    const beams = await step(core, Int32Array.from(prompt), promptCache, prompt, search, pass, options);
+    using passes = new Passes(core, promptCache, pass);
+    using logits = passes.logits(Int32Array.from(prompt));
+    const beams = await step(logits, prompt, search, options);
     cache.gather(promptCache, padded(beams, numBeams), 0);
   }
+  using passes = new Passes(core, cache, pass);
   while (!search.done) {
     signal?.throwIfAborted();
     const last = search.growing.map(({ ids }) => ids.at(-1) as number);
-    const beams = await step(core, padded(last, numBeams), cache, prompt, search, pass, options);
+    using logits = passes.logits(padded(last, numBeams));
+    const beams = await step(logits, prompt, search, options);
     cache.gather(cache, padded(beams, numBeams), prompt.length);
   }
   return search.best;
@@ -128,29 +132,21 @@ function padded(values: readonly number[], length: number): Int32Array {
   return Int32Array.from({ length }, (_, i) => values[i] ?? values[0] ?? 0);
 }
 
-/** One token more for each row of the cache; which row each of the new beams goes on. */
+/** One token more for each row of the logits [B, V]; which row each of the new beams goes on. */
 async function step(
-  core: ModelCore,
-  tokens: Int32Array,
-  cache: KeyValueCache,
+  logits: Tensor,
   prompt: ArrayLike<number>,
   search: BeamSearch,
-  pass: GenerationPass,
   options: SamplingOptions & ScoreOptions,
 ): Promise<number[]> {
   const { numBeams, endTokens, temperature, seed } = options;
-  const { batch } = cache;
-  const length = tokens.length / batch;
-  const wanted = Int32Array.from({ length: batch }, (_, b) => (b + 1) * length - 1);
-  const rows = { tokens, batch, length, wanted };
-  using hidden = hiddenStates(core, undefined, rows, pass, cache);
-  using logits = logitsOf(core, pass.adapter, hidden);
+  const [batch, vocabSize] = logits.shape as [number, number];
   using logProbs = logSoftmax(logits);
   const made = (search.growing[0] as Hypothesis).ids.length;
   const seen = seenBy(search.growing, batch, prompt);
   using scores = processScores(logProbs, seen, made, Math.max(2, endTokens.size + 1), options);
   const running = Float32Array.from({ length: batch }, (_, b) => search.growing[b]?.score ?? Number.NEGATIVE_INFINITY);
-  using runningScores = Tensor.from(core.stream, running, [batch]);
+  using runningScores = Tensor.from(logits.stream, running, [batch]);
   // So many that numBeams go on even if every beam could end in every way.
   const count = Math.max(2, endTokens.size + 1) * numBeams;
   const noise = temperature > 0 ? 1 : 0;
@@ -158,7 +154,6 @@ async function step(
   using places = chosen.places;
   using chosenScores = chosen.scores;
   const [at, score] = await Promise.all([places.readBits(), chosenScores.read()]);
-  const { vocabSize } = core.config;
   const continuations = Array.from(score, (s, i) => {
     const place = at[i] as number;
     return { beam: Math.floor(place / vocabSize), id: place % vocabSize, score: s };

@@ -3,7 +3,7 @@ import { QLoRAError } from '../errors.js';
 import { log } from '../logger.js';
 import type { ModelCore } from '../models/core.js';
 import { checkOptions } from '../options.js';
-import type { SamplingOptions } from './tokens.js';
+import type { SamplingOptions } from './scores.js';
 
 /** An option given here wins over generation_config.json; what neither says is greedy decoding. */
 export interface GenerateOptions {

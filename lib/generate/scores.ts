@@ -21,6 +21,25 @@ export interface ScoreOptions {
   endTokens: ReadonlySet<number>;
 }
 
+export interface SamplingOptions extends Omit<ScoreOptions, 'minNewTokens'> {
+  maxNewTokens: number;
+  /** Left out: what minLength asks for. */
+  minNewTokens: number | undefined;
+  /** As minNewTokens, with the prompt counted. */
+  minLength: number;
+  /** 1 keeps one text; more search for the likeliest. */
+  numBeams: number;
+  /** A finished beam's score is divided by its length to this power. */
+  lengthPenalty: number;
+  /** When beams stop: see BeamSearch. */
+  earlyStopping: boolean | 'never';
+  seed: number;
+  /** Whether these new ids are a whole text although none of endTokens ended it; beams ask it. */
+  isWhole?: (ids: readonly number[]) => boolean;
+  adapter: string | undefined;
+  signal?: AbortSignal;
+}
+
 /**
  * @param logits f32 [B, V]
  * @param seen the ids of each row so far, prompts and all, [B, length] row-major

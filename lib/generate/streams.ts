@@ -26,6 +26,8 @@ const promptSchema = z.union([
   z.strictObject({ instruction: z.string(), input: z.string().optional() }),
 ]);
 
+export const promptsSchema = z.strictObject({ prompts: z.array(promptSchema) });
+
 export function textStream(core: ModelCore, prompt: unknown, options: GenerateOptions): TextStream {
   const abort = new AbortController();
   return eventStream(
@@ -94,7 +96,7 @@ export function tokenStream(
   );
 }
 
-function tokenizerOf({ tokenizer, directory }: ModelCore): Tokenizer {
+export function tokenizerOf({ tokenizer, directory }: ModelCore): Tokenizer {
   if (tokenizer) return tokenizer;
   throw new QLoRAError('ERR_QLORA_TOKENIZER_MISSING', `${directory} has no tokenizer.json, which text needs`, {
     hint: 'Copy tokenizer.json and tokenizer_config.json into the model folder, or use generateTokens() with ids, without stop.',

@@ -1,33 +1,12 @@
-/** From ids to ids: the prompt at once, then a token a pass over a cache of keys and values. */
+/** From ids to ids: prompts at once, then a token a row and pass over a cache of keys and values. */
 import { QLoRAError } from '../errors.js';
-import { checkIds, FrozenAdapter, hiddenStates, logitsOf, type ModelCore } from '../models/core.js';
-import type { DecoderPass } from '../models/decoder.js';
+import { checkIds, FrozenAdapter, hiddenStates, type ModelCore } from '../models/core.js';
 import { KeyValueCache } from '../models/key-value-cache.js';
 import { argmax, sample } from '../ops/logits-choose.js';
+import type { Tensor } from '../tensor.js';
 import { beamSearch } from './beams.js';
-import { processScores, type ScoreOptions } from './scores.js';
-
-export interface SamplingOptions extends Omit<ScoreOptions, 'minNewTokens'> {
-  maxNewTokens: number;
-  /** Left out: what minLength asks for. */
-  minNewTokens: number | undefined;
-  /** As minNewTokens, with the prompt counted. */
-  minLength: number;
-  /** 1 keeps one text; more search for the likeliest. */
-  numBeams: number;
-  /** A finished beam's score is divided by its length to this power. */
-  lengthPenalty: number;
-  /** When beams stop: see BeamSearch. */
-  earlyStopping: boolean | 'never';
-  seed: number;
-  /** Whether these new ids are a whole text although none of endTokens ended it; beams ask it. */
-  isWhole?: (ids: readonly number[]) => boolean;
-  adapter: string | undefined;
-  signal?: AbortSignal;
-}
-
-/** How every pass of a generation is made. */
-export type GenerationPass = Omit<DecoderPass, 'computeDtype'>;
+import { type GenerationPass, Passes, passOf } from './passes.js';
+import { processScores, type SamplingOptions, type ScoreOptions } from './scores.js';
 
 /** New ids, one by one; those of beams when the search is over. */
 export async function* generateIds(
@@ -35,47 +14,131 @@ export async function* generateIds(
   prompt: ArrayLike<number>,
   options: SamplingOptions,
 ): AsyncGenerator<number, void, undefined> {
-  checkIds(prompt, core.config.vocabSize);
-  if (prompt.length === 0) {
-    throw new QLoRAError('ERR_QLORA_ARGUMENT', 'a prompt must have at least one token, got none', {
-      hint: 'A tokenizer without BOS makes nothing of an empty text.',
-    });
-  }
-  const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - prompt.length);
-  using frozen = new FrozenAdapter(core, options.adapter);
-  const pass = { adapter: options.adapter, frozen: frozen.layers, checkpointing: 'none' } as const;
-  if (options.numBeams > 1) {
-    yield* (await beamSearch(core, prompt, pass, { ...options, minNewTokens })).ids;
+  if (options.numBeams === 1) {
+    for await (const [id] of generateRows(core, [prompt], options)) yield id as number;
     return;
   }
-  const capacity = prompt.length + options.maxNewTokens;
-  using cache = new KeyValueCache(core.stream, core.config, 1, capacity, core.computeDtype);
-  const ids = new Int32Array(capacity);
-  ids.set(prompt);
-  for (let length = prompt.length; length < capacity; length++) {
+  checkPrompt(core, prompt);
+  using frozen = new FrozenAdapter(core, options.adapter);
+  const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - prompt.length);
+  yield* (await beamSearch(core, prompt, passOf(options.adapter, frozen), { ...options, minNewTokens })).ids;
+}
+
+export interface RowOptions extends Omit<SamplingOptions, 'numBeams' | 'lengthPenalty' | 'earlyStopping' | 'isWhole'> {
+  /** Whether enough of this row was made; asked after each token. */
+  isOver?: (row: number) => boolean;
+}
+
+/**
+ * One text a prompt, all of them a token further with each pass, which reads the weights once: the new id of each row,
+ * undefined where it has ended. minLength counts the longest prompt, as transformers counts a padded batch.
+ */
+export async function* generateRows(
+  core: ModelCore,
+  prompts: readonly ArrayLike<number>[],
+  options: RowOptions,
+): AsyncGenerator<readonly (number | undefined)[], void, undefined> {
+  for (const prompt of prompts) checkPrompt(core, prompt);
+  const longest = Math.max(...prompts.map((prompt) => prompt.length));
+  const minNewTokens = options.minNewTokens ?? Math.max(0, options.minLength - longest);
+  using frozen = new FrozenAdapter(core, options.adapter);
+  const pass = passOf(options.adapter, frozen);
+  const batch = prompts.length;
+  const capacity = longest + options.maxNewTokens;
+  using cache = new KeyValueCache(core.stream, core.config, batch, capacity, core.computeDtype);
+  using passes = new Passes(core, cache, pass);
+  const seen = new SeenIds(prompts, longest, options.maxNewTokens);
+  const going = new Set(prompts.keys());
+  let tokens = beforeFirstLogits(core, prompts, cache, pass);
+  for (let step = 0; step < options.maxNewTokens; step++) {
     options.signal?.throwIfAborted();
-    const step = length - prompt.length;
-    const id = await nextId(core, ids.subarray(0, length), cache, step, pass, { ...options, minNewTokens });
-    if (options.endTokens.has(id)) return;
-    yield id;
-    ids[length] = id;
+    using logits = passes.logits(tokens);
+    tokens = await chooseIds(logits, seen.before(step), step, { ...options, minNewTokens });
+    for (const row of going) if (options.endTokens.has(tokens[row] as number)) going.delete(row);
+    if (going.size === 0) return;
+    yield Array.from(tokens, (id, row) => (going.has(row) ? id : undefined));
+    for (const row of going) if (options.isOver?.(row)) going.delete(row);
+    if (going.size === 0) return;
+    seen.add(step, tokens);
   }
 }
 
-/** @param ids all so far; those that the cache does not hold yet go through the model */
-async function nextId(
+function checkPrompt(core: ModelCore, prompt: ArrayLike<number>): void {
+  checkIds(prompt, core.config.vocabSize);
+  if (prompt.length > 0) return;
+  throw new QLoRAError('ERR_QLORA_ARGUMENT', 'a prompt must have at least one token, got none', {
+    hint: 'A tokenizer without BOS makes nothing of an empty text.',
+  });
+}
+
+/**
+ * Ids whose pass gives the first logits: one prompt itself. Several are of different length: the cache gets all but the
+ * last of each, one prompt after the other, and the last ones are returned.
+ */
+function beforeFirstLogits(
   core: ModelCore,
-  ids: Int32Array,
+  prompts: readonly ArrayLike<number>[],
   cache: KeyValueCache,
-  step: number,
   pass: GenerationPass,
-  options: SamplingOptions & ScoreOptions,
-): Promise<number> {
-  const tokens = ids.subarray(cache.length);
-  const rows = { tokens, batch: 1, length: tokens.length, wanted: Int32Array.of(tokens.length - 1) };
-  using hidden = hiddenStates(core, undefined, rows, pass, cache);
-  using logits = logitsOf(core, pass.adapter, hidden);
-  using scores = processScores(logits, ids, step, 1, options);
-  using id = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
-  return (await id.readBits())[0] as number;
+): Int32Array {
+  const [first] = prompts;
+  if (prompts.length === 1 && first) return Int32Array.from(first);
+  prompts.forEach((prompt, row) => {
+    const length = prompt.length - 1;
+    if (length === 0) return;
+    using own = new KeyValueCache(core.stream, core.config, 1, length, core.computeDtype);
+    const tokens = Int32Array.from({ length }, (_, i) => prompt[i] as number);
+    const wanted = Int32Array.of(length - 1);
+    hiddenStates(core, undefined, { tokens, batch: 1, length, wanted }, pass, own).dispose();
+    cache.gather(own, new Int32Array(prompts.length).fill(-1).fill(0, row, row + 1), 0);
+  });
+  return Int32Array.from(prompts, (prompt) => prompt[prompt.length - 1] as number);
+}
+
+/** The ids of each row so far, those of a shorter prompt behind a beginning of -1. */
+class SeenIds {
+  readonly #capacity: number;
+  readonly #ids: Int32Array;
+
+  constructor(
+    private readonly prompts: readonly ArrayLike<number>[],
+    private readonly longest: number,
+    maxNewTokens: number,
+  ) {
+    this.#capacity = longest + maxNewTokens;
+    this.#ids = new Int32Array(prompts.length * this.#capacity).fill(-1);
+    prompts.forEach((prompt, row) => {
+      this.#ids.set(prompt, row * this.#capacity + longest - prompt.length);
+    });
+  }
+
+  /** [B, longest + step], before the token of this step. */
+  before(step: number): Int32Array {
+    const length = this.longest + step;
+    const rows = this.prompts.map((_, row) => this.#ids.subarray(row * this.#capacity, row * this.#capacity + length));
+    if (rows.length === 1) return rows[0] as Int32Array;
+    const all = new Int32Array(rows.length * length);
+    rows.forEach((row, b) => {
+      all.set(row, b * length);
+    });
+    return all;
+  }
+
+  add(step: number, ids: Int32Array): void {
+    ids.forEach((id, row) => {
+      this.#ids[row * this.#capacity + this.longest + step] = id;
+    });
+  }
+}
+
+/** @param seen all ids so far, [B, length]; returns the next of each row */
+async function chooseIds(
+  logits: Tensor,
+  seen: Int32Array,
+  step: number,
+  options: RowOptions & ScoreOptions,
+): Promise<Int32Array> {
+  using scores = processScores(logits, seen, step, 1, options);
+  using ids = options.temperature > 0 ? sample(scores, { seed: options.seed, stream: step }) : argmax(scores);
+  return (await ids.readBits()) as Int32Array;
 }

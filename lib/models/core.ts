@@ -8,7 +8,6 @@ import type { TrainingRecord } from '../io/training-record.js';
 import type { Linear } from '../nn/linear.js';
 import type { FrozenLora } from '../nn/lora.js';
 import { matmul } from '../ops/matmul.js';
-import { type RopeTable, ropeTable } from '../ops/rope.js';
 import { type FloatDType, type Stream, Tensor } from '../tensor.js';
 import type { Tokenizer } from '../tokenizer/tokenizer.js';
 import type { DecoderConfig, Family } from './config.js';
@@ -16,7 +15,7 @@ import { type DecoderPass, type DecoderWeights, decode } from './decoder.js';
 import type { KeyValueCache } from './key-value-cache.js';
 import type { LoraAdapter } from './lora-adapter.js';
 import { noiseMagnitudes, noiseStream } from './neftune.js';
-import { dependsOnLength, ropeFrequencies } from './rope.js';
+import { RopeInput } from './rope-input.js';
 import type { LoadedWeights } from './weights.js';
 
 export interface ModelCore {
@@ -44,7 +43,7 @@ export interface TokenRows {
   tokens: Int32Array;
   batch: number;
   length: number;
-  /** Default: 0, 1, ... in each row, after what the cache holds. */
+  /** Default: 0, 1, ... in each row, after what the cache holds of it. */
   positions?: Int32Array;
   /** Below 0 in padding. Default: each row is one sequence. */
   segmentIds?: Int32Array;
@@ -65,6 +64,14 @@ export function checkIds(ids: ArrayLike<number>, vocabSize: number, what = 'inpu
   }
 }
 
+/** Throws where the adapter in use was removed meanwhile. */
+export function checkAdapter(core: ModelCore, adapter: string | undefined): void {
+  if (adapter === undefined || core.adapters.has(adapter)) return;
+  throw new QLoRAError('ERR_QLORA_ADAPTER_UNKNOWN', `adapter '${adapter}' was removed while it was in use`, {
+    hint: 'Let what uses an adapter finish before removeLora().',
+  });
+}
+
 /** The hidden states after the last norm, of the wanted positions or of all, [positions, hiddenSize]. */
 export function hiddenStates(
   core: ModelCore,
@@ -74,11 +81,7 @@ export function hiddenStates(
   cache?: KeyValueCache,
 ): Tensor {
   const { batch, length } = rows;
-  if (pass.adapter !== undefined && !core.adapters.has(pass.adapter)) {
-    throw new QLoRAError('ERR_QLORA_ADAPTER_UNKNOWN', `adapter '${pass.adapter}' was removed while it was in use`, {
-      hint: 'Let what uses an adapter finish before removeLora().',
-    });
-  }
+  checkAdapter(core, pass.adapter);
   using tokens = Tensor.from(core.stream, rows.tokens, [batch, length]);
   using segments = rows.segmentIds && Tensor.from(core.stream, rows.segmentIds, [batch, length]);
   const fewer = rows.wanted && rows.wanted.length < batch * length ? rows.wanted : undefined;
@@ -87,49 +90,15 @@ export function hiddenStates(
   using magnitude =
     neftune && Tensor.from(core.stream, noiseMagnitudes(neftune.alpha, core.config.hiddenSize, rows), [batch, length]);
   const noise = neftune && magnitude && { magnitude, seed: neftune.seed, stream: noiseStream(neftune.microStep) };
-  const start = cache?.length ?? 0;
-  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, (_, i) => start + (i % length));
-  const table = makeRopeTable(core, positions, length);
-  try {
-    const input = { tokens, rope: table, segments, cache, wanted, noise };
-    return decode(tape, core.config, decoderOf(core, pass.adapter), input, {
-      ...pass,
-      computeDtype: core.computeDtype,
-    });
-  } finally {
-    table.cos.dispose();
-    table.sin.dispose();
-  }
-}
-
-/** Where the frequencies depend on the sequence's length, each sequence turns by its own. */
-function makeRopeTable(core: ModelCore, positions: Int32Array, length: number): RopeTable {
-  const { rope } = core.config;
-  if (!dependsOnLength(rope)) {
-    const { inverseFrequencies, factor } = ropeFrequencies(rope, length);
-    using p = Tensor.from(core.stream, positions, [positions.length]);
-    return ropeTable(p, inverseFrequencies, factor);
-  }
-  const half = rope.rotaryDim / 2;
-  const cos = new Float32Array(positions.length * half);
-  const sin = new Float32Array(positions.length * half);
-  for (let begin = 0; begin < positions.length; ) {
-    // A sequence ends where positions start again, and at the end of its row.
-    let end = begin + 1;
-    while (end < positions.length && end % length !== 0 && (positions[end] as number) > (positions[end - 1] as number))
-      end++;
-    const { inverseFrequencies, factor } = ropeFrequencies(rope, (positions[end - 1] as number) + 1);
-    for (let i = begin; i < end; i++) {
-      inverseFrequencies.forEach((f, j) => {
-        const angle = Math.fround((positions[i] as number) * f);
-        cos[i * half + j] = Math.cos(angle) * factor;
-        sin[i * half + j] = Math.sin(angle) * factor;
-      });
-    }
-    begin = end;
-  }
-  const shape = [positions.length, half];
-  return { cos: Tensor.from(core.stream, cos, shape), sin: Tensor.from(core.stream, sin, shape) };
+  const follow = (_: unknown, i: number) => (cache?.lengths[Math.floor(i / length)] ?? 0) + (i % length);
+  const positions = rows.positions ?? Int32Array.from({ length: batch * length }, follow);
+  using rope = new RopeInput(core.stream, core.config.rope, positions.length);
+  rope.write(positions, length);
+  const input = { tokens, rope, segments, cache, wanted, noise };
+  const { computeDtype } = core;
+  const hidden = decode(tape, core.config, decoderOf(core, pass.adapter), input, { ...pass, computeDtype });
+  cache?.advance(length);
+  return hidden;
 }
 
 /** An adapter for passes that do not train it; disposing of it leaves the adapter itself alone. */

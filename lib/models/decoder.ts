@@ -48,6 +48,7 @@ export interface DecoderInput {
   rope: RopeTable;
   /** i32 [B, T]: tokens attend within equal ids only; left out where each row is one sequence. */
   segments?: Tensor;
+  /** It gets the keys and values of the tokens; to be advanced by T after that. */
   cache?: KeyValueCache;
   /** i32 [R], ascending: the positions whose hidden states are wanted; left out where all are. */
   wanted?: Tensor;
@@ -74,7 +75,7 @@ export function decode(
   input: DecoderInput,
   pass: DecoderPass,
 ): Tensor {
-  const { tokens, cache, noise, wanted } = input;
+  const { tokens, noise, wanted } = input;
   const [B, T] = tokens.shape as [number, number];
   const embedded = embedding(tape, weights.embedding, tokens, { dtype: pass.computeDtype });
   const start = noise ? neftune(tape, embedded, noise.magnitude, noise) : embedded;
@@ -91,7 +92,6 @@ export function decode(
     x.dispose();
     x = y;
   });
-  cache?.advance(T);
   using last = x;
   const y = rmsNorm(tape, last, weights.norm, config.norm.eps, config.norm.offset);
   pass.inspect?.(weights.norm, y);
@@ -162,9 +162,9 @@ function attend(
   const options = { scale, causal: true, window: windows?.[layer] };
   if (cache) {
     const { keys, values } = cache.layer(layer);
-    appendKeyValue(k, keys, cache.length);
-    appendKeyValue(v, values, cache.length);
-    using out = attention(tape, q, keys, values, { ...options, keyLength: cache.length + T });
+    appendKeyValue(k, keys, cache.ends);
+    appendKeyValue(v, values, cache.ends);
+    using out = attention(tape, q, keys, values, { ...options, pastLength: cache.ends });
     return reshape(tape, out, [B * T, H * D]);
   }
   using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });

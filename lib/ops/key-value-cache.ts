@@ -1,12 +1,13 @@
 import type { Tensor } from '../tensor.js';
 
 /**
- * Writes rows into a cache of keys or values, in place: cache[b, at + t] = rows[b, t]. Not differentiable.
+ * Writes rows into a cache of keys or values, in place: cache[b, at[b] + t] = rows[b, t]. Not differentiable.
  *
  * @param rows [B, T, Hkv, D]
- * @param cache [B, S, Hkv, D] of the same dtype, at + T <= S
+ * @param cache [B, S, Hkv, D] of the same dtype
+ * @param at i32 [B]; at[b] + T > S fails with ERR_QLORA_SHAPE
  */
-export function appendKeyValue(rows: Tensor, cache: Tensor, at: number): void {
+export function appendKeyValue(rows: Tensor, cache: Tensor, at: Tensor): void {
   rows.stream.run('appendKeyValue', rows, cache, at);
 }
 
@@ -15,7 +16,7 @@ export function appendKeyValue(rows: Tensor, cache: Tensor, at: number): void {
  * source may be the cache itself. Not differentiable.
  *
  * @param source [B', S', Hkv, D]
- * @param from i32 [B], each in [0, B')
+ * @param from i32 [B], each in [0, B'), or -1, which leaves the row as it is
  * @param cache [B, S, Hkv, D] of the same dtype
  */
 export function gatherKeyValue(source: Tensor, from: Tensor, cache: Tensor, begin: number, end: number): void {

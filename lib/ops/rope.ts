@@ -8,19 +8,19 @@ export interface RopeTable {
 }
 
 /**
- * The table for `rope`: cos and sin of fp32(position * inverse frequency), times factor.
+ * Fills the table for `rope`: cos and sin of fp32(position * inverse frequency), times factor.
  *
  * @param positions i32 [M]
- * @param inverseFrequencies R / 2 of them, radians a position
+ * @param inverseFrequencies f32 [R / 2], radians a position
  * @param factor scales both; 1 but for some long-context variants
  */
-export function ropeTable(positions: Tensor, inverseFrequencies: Float32Array, factor = 1): RopeTable {
-  const { stream } = positions;
-  using frequencies = Tensor.from(stream, inverseFrequencies, [inverseFrequencies.length]);
-  const shape = [positions.size, inverseFrequencies.length];
-  const table = { cos: new Tensor(stream, 'f32', shape), sin: new Tensor(stream, 'f32', shape) };
-  stream.run('ropeTable', positions, frequencies, table.cos, table.sin, factor);
-  return table;
+export function ropeTable(
+  positions: Tensor,
+  inverseFrequencies: Tensor,
+  factor: number,
+  { cos, sin }: RopeTable,
+): void {
+  positions.stream.run('ropeTable', positions, inverseFrequencies, cos, sin, factor);
 }
 
 /**

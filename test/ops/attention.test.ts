@@ -26,6 +26,8 @@ interface Shape {
   Hkv: number;
   D: number;
   keyLength?: number;
+  /** By how many keys each batch row has fewer than the one before. */
+  fewer?: number;
   causal?: boolean;
   window?: number;
   softCap?: number;
@@ -33,12 +35,12 @@ interface Shape {
   segment?: (j: number, b: number) => number;
 }
 
-const keyLengthOf = (s: Shape) => s.keyLength ?? s.S;
+const keyLengthOf = (s: Shape, b: number) => (s.keyLength ?? s.S) - b * (s.fewer ?? 0);
 const querySegment = (s: Shape, i: number, b: number) =>
-  (s.segment as (j: number, b: number) => number)(keyLengthOf(s) - s.Tq + i, b);
+  (s.segment as (j: number, b: number) => number)(keyLengthOf(s, b) - s.Tq + i, b);
 
 function sees(s: Shape, b: number, i: number, j: number): boolean {
-  const position = keyLengthOf(s) - s.Tq + i;
+  const position = keyLengthOf(s, b) - s.Tq + i;
   if (s.causal && j > position) return false;
   if (s.window && j <= position - s.window) return false;
   return !s.segment || (s.segment(j, b) >= 0 && s.segment(j, b) === querySegment(s, i, b));
@@ -46,10 +48,11 @@ function sees(s: Shape, b: number, i: number, j: number): boolean {
 
 function reference(s: Shape) {
   const { B, Tq, S, H, Hkv, D, softCap } = s;
-  const keys = keyLengthOf(s);
-  const mask = Array.from({ length: B * Tq }, (_, row) =>
-    Uint8Array.from({ length: keys }, (_, j) => Number(sees(s, Math.floor(row / Tq), row % Tq, j))),
-  );
+  const keys = keyLengthOf(s, 0);
+  const mask = Array.from({ length: B * Tq }, (_, row) => {
+    const b = Math.floor(row / Tq);
+    return Uint8Array.from({ length: keys }, (_, j) => Number(j < keyLengthOf(s, b) && sees(s, b, row % Tq, j)));
+  });
   return (values: Values): Float64Array => {
     const [q, k, v] = [values.q, values.k, values.v] as [Float64Array, Float64Array, Float64Array];
     const out = new Float64Array(q.length);
@@ -81,12 +84,12 @@ function reference(s: Shape) {
   };
 }
 
-function optionsOf(s: Shape, { querySegments, keySegments }: Record<string, Tensor>) {
+function optionsOf(s: Shape, { querySegments, keySegments, pastLength }: Record<string, Tensor>) {
   return {
     causal: s.causal ?? true,
     window: s.window,
     softCap: s.softCap,
-    keyLength: s.keyLength,
+    pastLength,
     querySegments,
     keySegments,
   };
@@ -103,6 +106,9 @@ function attentionCase(shape: Shape): OpCase {
         keySegments: { shape: [B, S], dtype: 'i32', value: (n) => s.segment?.(n % S, Math.floor(n / S)) as number },
       }
     : {};
+  const { keyLength } = s;
+  const past: Record<string, OpInput> =
+    keyLength === undefined ? {} : { pastLength: { shape: [B], dtype: 'i32', value: (b) => keyLengthOf(s, b) - Tq } };
   const { segment, ...numbers } = shape;
   return {
     name: `attention ${JSON.stringify(numbers)}${segment ? ' with segments' : ''}`,
@@ -111,6 +117,7 @@ function attentionCase(shape: Shape): OpCase {
       k: { shape: [B, S, Hkv, D], ...gradient },
       v: { shape: [B, S, Hkv, D], ...gradient },
       ...segments,
+      ...past,
     },
     run: (tape, x) => attention(tape, x.q as Tensor, x.k as Tensor, x.v as Tensor, optionsOf(s, x)),
     reference: reference(s),
@@ -144,6 +151,9 @@ const attentionCases = [
   { B: 2, Tq: 3, S: 1100, keyLength: 1030, H: 6, Hkv: 2, D: 20, window: 700, softCap: 1.5, segment: packed(600) },
   { B: 2, Tq: 4, S: 9, H: 2, Hkv: 2, D: 33, segment: paddedBy(8) },
   { B: 1, Tq: 40, S: 210, keyLength: 183, H: 2, Hkv: 1, D: 32 },
+  // Rows of different length, of which the last has not even one split or block of the first.
+  { B: 3, Tq: 1, S: 700, keyLength: 690, fewer: 300, H: 2, Hkv: 1, D: 20 },
+  { B: 2, Tq: 20, S: 300, keyLength: 290, fewer: 260, H: 2, Hkv: 1, D: 16, causal: false },
 ].map(attentionCase);
 
 /** cos and sin of exact angles are inputs here: the table has a test of its own. */
@@ -228,7 +238,9 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const positions = [0, 1, 2, 1000, 131071];
       const frequencies = Float32Array.from([1, 0.5, 1e-4 / 3, 2e-7]);
-      const { cos, sin } = ropeTable(Tensor.from(stream, Int32Array.from(positions), [5]), frequencies, 1.25);
+      const [cos, sin] = [new Tensor(stream, 'f32', [5, 4]), new Tensor(stream, 'f32', [5, 4])];
+      const at = Tensor.from(stream, Int32Array.from(positions), [5]);
+      ropeTable(at, Tensor.from(stream, frequencies, [4]), 1.25, { cos, sin });
       const [cosines, sines] = [await cos.read(), await sin.read()];
       positions.forEach((position, m) => {
         frequencies.forEach((frequency, r) => {
@@ -245,10 +257,11 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const cache = Tensor.from(stream, new Float32Array(2 * 5 * 2 * 3).fill(-1), [2, 5, 2, 3]);
       const rows = Float32Array.from({ length: 2 * 2 * 2 * 3 }, (_, i) => i);
-      appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, 2);
+      appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, Tensor.from(stream, Int32Array.of(2, 1), [2]));
       const expected = Array.from({ length: 60 }, (_, n) => {
-        const position = Math.floor(n / 6) % 5;
-        return position === 2 || position === 3 ? (Math.floor(n / 30) * 2 + position - 2) * 6 + (n % 6) : -1;
+        const b = Math.floor(n / 30);
+        const t = (Math.floor(n / 6) % 5) - (b === 0 ? 2 : 1);
+        return t === 0 || t === 1 ? (b * 2 + t) * 6 + (n % 6) : -1;
       });
       t.same([...(await cache.read())], expected);
       await stream.close();
@@ -261,11 +274,12 @@ if (process.env.ATTENTION_DIGEST) {
         const values = (rows: number) => Float32Array.from({ length: rows * S * G * D }, (_, i) => i);
         const cache = Tensor.from(stream, values(B), [B, S, G, D]);
         const source = sources === B ? cache : Tensor.from(stream, values(sources), [sources, S, G, D]);
-        const from = sources === B ? [1, 2, 1] : [0, 0, 0];
+        const from = sources === B ? [1, 2, 1] : [0, -1, 0];
         gatherKeyValue(source, Tensor.from(stream, Int32Array.from(from), [B]), cache, 3, 38);
         const expected = Array.from({ length: B * S * G * D }, (_, i) => {
           const [row, position] = [Math.floor(i / (S * D)), Math.floor(i / D) % S];
-          return position < 3 || position >= 38 ? i : (from[row] as number) * S * D + (i % (S * D));
+          const stays = position < 3 || position >= 38 || from[row] === -1;
+          return stays ? i : (from[row] as number) * S * D + (i % (S * D));
         });
         t.same([...(await cache.read())], expected, `from ${sources}`);
         await stream.close();
@@ -276,9 +290,10 @@ if (process.env.ATTENTION_DIGEST) {
       const stream = new Stream();
       const [q, k] = [new Tensor(stream, 'f32', [1, 1, 2, 4]), new Tensor(stream, 'f32', [1, 9, 2, 4])];
       q.requiresGrad = true;
-      t.throws(() => attention(new Tape(), q, k, k, { causal: true, keyLength: 5 }), {
+      const pastLength = new Tensor(stream, 'i32', [1]);
+      t.throws(() => attention(new Tape(), q, k, k, { causal: true, pastLength }), {
         code: 'ERR_QLORA_ARGUMENT',
-        message: /number of keys, 9, got 5/,
+        message: /no gradients where pastLength is given/,
       });
       await stream.close();
     });
@@ -297,11 +312,12 @@ if (process.env.ATTENTION_DIGEST) {
       {
         name: 'a longer cache than there is',
         run: (s) => {
-          const x = zeros(s, [1, 2, 2, 4]);
-          attention(undefined, x, x, x, { causal: true, keyLength: 3 });
+          const x = Tensor.from(s, new Float32Array(16), [1, 2, 2, 4]);
+          const pastLength = Tensor.from(s, Int32Array.of(1), [1]);
+          return attention(undefined, x, x, x, { causal: true, pastLength }).read();
         },
         code: 'ERR_QLORA_SHAPE',
-        message: /keyLength must be from 0 to 2, got 3/,
+        message: /pastLength\[0\] must be from 0 to 0, got 1/,
       },
       {
         name: 'segment ids of queries alone',
@@ -335,7 +351,12 @@ if (process.env.ATTENTION_DIGEST) {
       },
       {
         name: 'a full cache',
-        run: (s) => appendKeyValue(zeros(s, [1, 2, 1, 4]), zeros(s, [1, 4, 1, 4]), 3),
+        run: (s) => {
+          const x = Tensor.from(s, new Float32Array(16), [1, 4, 1, 4]);
+          const rows = Tensor.from(s, new Float32Array(8), [1, 2, 1, 4]);
+          appendKeyValue(rows, x, Tensor.from(s, Int32Array.of(3), [1]));
+          return x.read();
+        },
         code: 'ERR_QLORA_SHAPE',
         message: /2 rows at 3 do not fit into a cache of 4/,
       },
@@ -347,7 +368,7 @@ if (process.env.ATTENTION_DIGEST) {
           return s.sync().then(() => cache.read());
         },
         code: 'ERR_QLORA_ARGUMENT',
-        message: /from\[1\] must be from 0 to 1, got 2/,
+        message: /from\[1\] must be from -1 to 1, got 2/,
       },
       {
         name: 'more tokens than the source has',

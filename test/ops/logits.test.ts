@@ -137,6 +137,23 @@ await forEachIsa(t, import.meta.url, async () => {
     await stream.close();
   });
 
+  await t.test('what rows of different length have seen', async (t) => {
+    const stream = new Stream();
+    const logits = Float32Array.from({ length: 10 }, (_, i) => (i % 2 ? 1 : -1) * (i + 1));
+    const both = [-1, -1, 1, 4, 3, 2, 3, 4];
+    const constrain = (rows: Float32Array, seen: number[], B: number) => {
+      const ids = Tensor.from(stream, Int32Array.from(seen), [B, seen.length / B]);
+      const options = { seen: ids, seenLength: seen.length / B, repetitionPenalty: 1.5, noRepeatNgramSize: 2 };
+      return constrainLogits(Tensor.from(stream, rows, [B, 5]), options).read();
+    };
+    const apart = [
+      ...(await constrain(logits.subarray(0, 5), both.slice(2, 4), 1)),
+      ...(await constrain(logits.subarray(5), both.slice(4), 1)),
+    ];
+    t.same([...(await constrain(logits, both, 2))], apart, 'as each row alone');
+    await stream.close();
+  });
+
   await t.test('greedy', async (t) => {
     t.equal(await likeliest(Float32Array.of(1, 5, 2, 5)), 1, 'the lowest id among equals');
     t.equal(await likeliest(Float32Array.of(-3, -2, Number.NEGATIVE_INFINITY)), 1);
