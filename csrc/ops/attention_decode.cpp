@@ -122,7 +122,8 @@ template <class Math, class T>
 void decodeWith(Context& context, const AttentionForward& a) {
   using Element = typename Math::Element;
   const int64_t B = a.q.dim(0), Tq = a.q.dim(1), H = a.q.dim(2), D = a.q.dim(3), S = a.k.dim(1), Hkv = a.k.dim(2);
-  const int64_t group = H / Hkv, rows = group * Tq, splits = std::max<int64_t>(1, divideUp(longestKeyLength(a), kSplitKeys));
+  const int64_t group = H / Hkv, rows = group * Tq,
+                splits = std::max<int64_t>(1, divideUp(longestKeyLength(a), kSplitKeys));
   const int64_t depth = roundUp(divideUp(D, Math::kPack), kWidth), paddedD = roundUp(D, kPanel);
   // A row is (query, head of the group). Of each a split leaves the sums of out and of weights, and the maximum.
   const int64_t stride = paddedD + kWidth;
