@@ -9,7 +9,6 @@
 #include <exception>
 #include <numeric>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -22,6 +21,8 @@
 #undef gridDim
 
 namespace qlora::emulated {
+
+constinit thread_local const Place* place = nullptr;
 
 namespace {
 
@@ -106,7 +107,7 @@ class Engine {
     Thread& thread = *current_;
     Warp& warp = warps_[thread.warp];
     unsigned char* buffer = warp.payload[thread.exchanges++ & 1];
-    if (warp.arrived > 0 && (warp.what != std::string_view(what) || warp.bytes != bytes)) {
+    if (warp.arrived > 0 && ((warp.what != what && std::strcmp(warp.what, what)) || warp.bytes != bytes)) {
       complain("lanes of a warp meet at different operations: %s and %s", warp.what, what);
     }
     warp.what = what;
@@ -164,7 +165,9 @@ class Engine {
       t.exchanges = 0;
       t.begun.clear();
       t.committed.clear();
-      prepare(t.fiber, stacks_ + (i + 1) * kFiberStack, enter);
+      // Not all at the same place of a page, or they would share a few sets of the caches.
+      const size_t skew = n * 832 % (kFiberStack / 2);
+      prepare(t.fiber, stacks_ + (i + 1) * kFiberStack - skew, enter);
     }
     for (Warp& warp : warps_) warp.arrived = 0;
     permute();
@@ -174,6 +177,7 @@ class Engine {
         current_ = &threads_[i];
         if (current_->state != State::ready) continue;
         any = true;
+        place = &current_->place;
         switchTo(scheduler_, current_->fiber);
         if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
         finished += current_->state == State::finished;
@@ -221,10 +225,10 @@ class Engine {
   std::vector<int> order_;
 };
 
-thread_local Engine engine;
+constinit thread_local Engine* engine = nullptr;
 
 void Engine::enter() {
-  Engine& own = engine;
+  Engine& own = *engine;
   try {
     (*own.body_)();
     own.current_->state = State::finished;
@@ -236,13 +240,12 @@ void Engine::enter() {
 
 }  // namespace
 
-const Place& place() { return engine.current().place; }
-void syncThreads() { engine.barrier(); }
-int laneOfThread() { return engine.current().lane; }
-void* sharedArray(const void* declaration, size_t bytes) { return engine.sharedArray(declaration, bytes); }
-void* dynamicShared() { return engine.dynamicShared(); }
+void syncThreads() { engine->barrier(); }
+int laneOfThread() { return engine->current().lane; }
+void* sharedArray(const void* declaration, size_t bytes) { return engine->sharedArray(declaration, bytes); }
+void* dynamicShared() { return engine->dynamicShared(); }
 const unsigned char* exchange(const char* what, const void* payload, size_t bytes) {
-  return engine.exchange(what, payload, bytes);
+  return engine->exchange(what, payload, bytes);
 }
 
 void complain(const char* format, ...) {
@@ -251,18 +254,18 @@ void complain(const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  throw Error("ERR_QLORA_DEVICE", engine.kernel() + ": " + message);
+  throw Error("ERR_QLORA_DEVICE", engine->kernel() + ": " + message);
 }
 
 void beginCopy(void* to, const void* from, size_t bytes, size_t zeros) {
-  engine.current().begun.push_back({to, from, bytes, zeros});
+  engine->current().begun.push_back({to, from, bytes, zeros});
 }
 void commitCopies() {
-  Thread& thread = engine.current();
+  Thread& thread = engine->current();
   thread.committed.push_back(std::exchange(thread.begun, {}));
 }
 void waitForCopies(int groupsLeft) {
-  auto& groups = engine.current().committed;
+  auto& groups = engine->current().committed;
   while (static_cast<int>(groups.size()) > groupsLeft) {
     for (const Copy& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.bytes);
@@ -285,7 +288,9 @@ void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, c
     throw Error("ERR_QLORA_DEVICE",
                 kernel + ": " + std::to_string(sharedBytes) + " bytes of shared memory, at most 227 KiB");
   }
-  engine.run(kernel, grid, block, sharedBytes, body);
+  thread_local Engine own;
+  engine = &own;
+  own.run(kernel, grid, block, sharedBytes, body);
 }
 
 }  // namespace qlora::emulated

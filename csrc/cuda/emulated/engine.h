@@ -23,7 +23,8 @@ struct Place {
   uint3 threadIdx, blockIdx;
   dim3 blockDim, gridDim;
 };
-const Place& place();
+/// Of the thread that runs. Of initial-exec, since kernels ask all the time.
+extern __attribute__((tls_model("initial-exec"))) constinit thread_local const Place* place;
 
 /// Runs body as each thread of each block. Throws ERR_QLORA_DEVICE, which begins with `kernel`, where something is
 /// wrong.
@@ -49,7 +50,7 @@ void waitForCopies(int groupsLeft);
 
 }  // namespace qlora::emulated
 
-#define threadIdx (::qlora::emulated::place().threadIdx)
-#define blockIdx (::qlora::emulated::place().blockIdx)
-#define blockDim (::qlora::emulated::place().blockDim)
-#define gridDim (::qlora::emulated::place().gridDim)
+#define threadIdx (::qlora::emulated::place->threadIdx)
+#define blockIdx (::qlora::emulated::place->blockIdx)
+#define blockDim (::qlora::emulated::place->blockDim)
+#define gridDim (::qlora::emulated::place->gridDim)
