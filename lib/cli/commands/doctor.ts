@@ -27,7 +27,13 @@ export function define(command: Command): void {
       type: 'doctor',
       ...machine,
       available,
-      unavailable: unavailable.map(({ kind, error: { code, message, hint } }) => ({ kind, code, message, hint })),
+      unavailable: unavailable.map(({ kind, device, error: { code, message, hint } }) => ({
+        kind,
+        device,
+        code,
+        message,
+        hint,
+      })),
     });
   });
 }
