@@ -267,7 +267,7 @@ QLORA_DEVICE void multiplyByWeights(float (&c)[kColumns][4], const float (&p)[kT
 }
 
 #if defined(__CUDACC__)
-#define QLORA_OUT_OF_LINE __device__ __noinline__
+#define QLORA_OUT_OF_LINE inline __device__ __noinline__
 #else
 #define QLORA_OUT_OF_LINE inline
 #endif

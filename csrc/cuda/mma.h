@@ -46,7 +46,7 @@ QLORA_DEVICE void mmaByWords(float (&c)[4], Word&& word) {
 #if defined(__CUDACC__)
 /// Not inlined: kernels have hundreds of products, each of which would be two hundred instructions.
 template <class T>
-__device__ __noinline__ float4 mmaByShuffles(float4 sums, uint4 a, uint2 b) {
+inline __device__ __noinline__ float4 mmaByShuffles(float4 sums, uint4 a, uint2 b) {
   float c[4] = {sums.x, sums.y, sums.z, sums.w};
   const uint32_t words[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
   mmaByWords<T>(c, [&](int lane, int r) { return shuffle(words[r], lane); });
