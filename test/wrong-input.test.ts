@@ -105,7 +105,11 @@ t.test('option names and values, at every door', async (t) => {
       () => create({ datasetFormat: 'sharegtp' }),
       { code: 'ERR_QLORA_DATASET_FORMAT', message: /sharegtp/, hint: /Did you mean 'sharegpt'/ },
     ],
-    ['device', () => load({ device: 'cuda:99' }), { code: 'ERR_QLORA_DEVICE', message: /NVIDIA driver|plugin|cuda:99/ }],
+    [
+      'device',
+      () => load({ device: 'cuda:99' }),
+      { code: 'ERR_QLORA_DEVICE', message: /NVIDIA driver|plugin|cuda:99/ },
+    ],
     [
       'full fine-tuning of 4 bits',
       () => create({ model: tiny, lora: 'none' }),
