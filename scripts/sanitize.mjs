@@ -16,7 +16,16 @@ function build(name, sanitizers, options, env = {}) {
   const folder = `${root}/build/${name}/build`;
   const run = (...args) =>
     execFileSync('cmake', args, { cwd: root, stdio: 'inherit', env: { ...process.env, ...env } });
-  run('-S', '.', '-B', folder, '-DCMAKE_BUILD_TYPE=RelWithDebInfo', `-DQLORA_SANITIZE=${sanitizers}`, ...options);
+  run(
+    '-S',
+    '.',
+    '-B',
+    folder,
+    '-DCMAKE_BUILD_TYPE=RelWithDebInfo',
+    '-DQLORA_CUDA=OFF',
+    `-DQLORA_SANITIZE=${sanitizers}`,
+    ...options,
+  );
   run('--build', folder, '--parallel', '2');
   return folder;
 }

@@ -52,7 +52,8 @@ function installNode() {
 function build() {
   const cmake = (...args) => execFileSync('cmake', args, { cwd: root, stdio: 'inherit' });
   const target = ['-DCMAKE_SYSTEM_NAME=Linux', '-DCMAKE_SYSTEM_PROCESSOR=aarch64', `-DCMAKE_CXX_COMPILER=${compiler}`];
-  cmake('-S', '.', '-B', `${folder}/build`, '-DCMAKE_BUILD_TYPE=Release', ...target);
+  // nvcc, where there is one, compiles for this processor.
+  cmake('-S', '.', '-B', `${folder}/build`, '-DCMAKE_BUILD_TYPE=Release', '-DQLORA_CUDA=OFF', ...target);
   cmake('--build', `${folder}/build`, '--parallel', '2');
 }
 
