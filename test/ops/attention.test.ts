@@ -234,6 +234,38 @@ if (process.env.ATTENTION_DIGEST) {
     await checkOps(t, attentionCases);
     await checkOps(t, ropeCases);
 
+    await t.test("every query's weights, which sum to 1, arrive at the values", async (t) => {
+      const stream = new Stream(testDevice);
+      const normal = normalNumbers(3);
+      const [T, H, D] = [260, 2, 4];
+      const numbers = (heads: number) => Float32Array.from({ length: T * heads * D }, normal);
+      for (const window of [0, 60, 33]) {
+        const [q, k, v] = [H, 1, 1].map((heads) => Tensor.from(stream, numbers(heads), [1, T, heads, D])) as [
+          Tensor,
+          Tensor,
+          Tensor,
+        ];
+        v.requiresGrad = true;
+        const tape = new Tape();
+        const out = attention(tape, q, k, v, { causal: true, window });
+        const dout = numbers(H);
+        const dv = tape.backward(out, Tensor.from(stream, dout, [1, T, H, D]), v) as Tensor;
+        // Of each element of a head, over all queries or keys.
+        const sums = (values: Float32Array) => {
+          const total = new Array<number>(D).fill(0);
+          values.forEach((x, i) => {
+            total[i % D] = (total[i % D] as number) + x;
+          });
+          return total;
+        };
+        const [got, expected] = [sums(await dv.read()), sums(dout)];
+        got.forEach((sum, d) => {
+          t.ok(Math.abs(sum - (expected[d] as number)) < 1e-3, `window ${window}: ${sum}, not ${expected[d]}`);
+        });
+      }
+      await stream.close();
+    });
+
     await t.test('ropeTable', async (t) => {
       const stream = new Stream(testDevice);
       const positions = [0, 1, 2, 1000, 131071];
