@@ -24,6 +24,7 @@ const files = [
   'ops/matmul',
   'ops/low-rank',
   'ops/attention',
+  'ops/key-value-cache',
   'ops/loss',
   'ops/logits',
   'optimizers',
