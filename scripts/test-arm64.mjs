@@ -16,9 +16,17 @@ const emulator = 'qemu-aarch64';
 const packages = { [compiler]: 'g++-aarch64-linux-gnu', [emulator]: 'qemu-user' };
 const node = `${folder}/package/bin/node`;
 const defaultFiles = [
-  ...['loss', 'elementwise', 'quantize', 'matmul', 'attention', 'logits', 'rms-norm', 'low-rank'].map(
-    (f) => `ops/${f}`,
-  ),
+  ...[
+    'loss',
+    'elementwise',
+    'quantize',
+    'matmul',
+    'attention',
+    'key-value-cache',
+    'logits',
+    'rms-norm',
+    'low-rank',
+  ].map((f) => `ops/${f}`),
   'models/references',
 ].map((file) => `dist/test/${file}.test.js`);
 
