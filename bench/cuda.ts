@@ -6,6 +6,7 @@
  *       matmul   --m 1,4,16,64,256,1024,4096 --shape 4096x4096,4096x14336,14336x4096,8192x28672 (inputs x outputs)
  *       decode   --model llama-3.1-8b --batch 1 --prompt 64 --new 128
  *       train    --model llama-3.1-8b --batch 1 --sequence 2048 --checkpointing on --steps 4
+ *                --by-operation: which operations a step's time goes to; each is waited for, so that they sum to more
  *
  * `share` is of the bound that is nearer, the multiply-adds or the reading of memory as `roofline` measures both on this
  * device. Kernels are enqueued by recordings, so that the host's time does not count. With --python PyTorch's bf16
@@ -53,8 +54,10 @@ const { values } = parseArgs({
     checkpointing: { type: 'string', default: 'on' },
     steps: { type: 'string', default: '4' },
     r: { type: 'string', default: '16' },
+    'by-operation': { type: 'boolean', default: false },
   },
 });
+if (values['by-operation']) process.env.CUDA_LAUNCH_BLOCKING = '1';
 const device = values.device as Device;
 const batch = count('batch', values.batch);
 const model = choice('model', values.model, Object.keys(llamaShapes) as (keyof typeof llamaShapes)[]);
@@ -240,6 +243,7 @@ async function benchTrain(core: ModelCore, fields: Line, roofline: Roofline): Pr
   const pass = { adapter: 'bench', checkpointing: checkpointing === 'on' ? 'blocks' : 'none' } as const;
   for (let i = 0; i < steps + 2; i++) {
     await stream.sync();
+    if (i === 2) await stream.usage();
     const start = performance.now();
     optimizer.zeroGradients();
     enqueueLoss(core, new Tape(), rows, 1 / (batch * (sequence - 1)), pass).dispose();
@@ -252,7 +256,25 @@ async function benchTrain(core: ModelCore, fields: Line, roofline: Roofline): Pr
   const flop = forward + backward + (checkpointing === 'on' ? recompute : 0);
   const share = rounded((tokensPerSecond * flop) / roofline.flops);
   emit({ model, batch, sequence, checkpointing, tokensPerSecond, share, peakBytes: stream.memory().peakBytes });
+  if (values['by-operation']) await printOperations(stream, fields, steps);
   optimizer.dispose();
+}
+
+/** Where a step's time went, the longest first. */
+async function printOperations(stream: Stream, fields: Line, steps: number): Promise<void> {
+  const columns = [
+    column('operation', 28, 'operation'),
+    column('calls', 6, 'calls'),
+    column('ms', 9, 'ms', 3),
+    percent('of all', 'part'),
+  ];
+  const emit = printer({ name: 'cuda-operations', about: 'of one step', columns }, fields, format);
+  const operations = Object.entries((await stream.usage()).operations).sort(([, a], [, b]) => b.seconds - a.seconds);
+  const all = operations.reduce((sum, [, { seconds }]) => sum + seconds, 0);
+  for (const [operation, { calls, seconds }] of operations) {
+    const ms = rounded((seconds * 1000) / steps);
+    emit({ operation, calls: calls / steps, ms, part: rounded(seconds / all) });
+  }
 }
 
 function findDevice() {
