@@ -41,8 +41,6 @@ inline void checkCuda(cudaError_t error, const char* what) {
 /// A queue of the plugin.
 class CudaQueue : public DeviceQueue {
  public:
-  int capability = 0;  // 10 times the major number and the minor
-
   /// Where launches and copies go. Throws where the stream's thread could not choose the device.
   cudaStream_t stream() const {
     checkCuda(begun_, "choosing the device");
@@ -53,6 +51,9 @@ class CudaQueue : public DeviceQueue {
   cudaStream_t stream_ = nullptr;
   cudaError_t begun_ = cudaSuccess;
 };
+
+/// 10 times the major number and the minor.
+inline int capabilityOf(const Context& context) { return 10 * context.device->major + context.device->minor; }
 
 inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
