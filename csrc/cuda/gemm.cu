@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kSliceElements = int64_t{16} << 20;  // of a converted B: they stay in the second cache
 constexpr int64_t kSplitBlocks = 264;                  // two on each multiprocessor of a large GPU
+constexpr int64_t kMostRows = int64_t{1} << 30;
 constexpr int kMostParts = 16, kFewestSteps = 4;
 
 bool isAligned(const Elements& e) { return reinterpret_cast<uintptr_t>(e.data) % 16 == 0 && e.stride % kPiece == 0; }
@@ -20,6 +21,12 @@ bool hasPieces(const Gemm& g) {
   const bool alignedB = reinterpret_cast<uintptr_t>(g.b.data) % 16 == 0 || !isOf(g.b, g.compute);
   return isOf(g.a, g.compute) && isAligned(g.a) && rowA % kPiece == 0 && rowB % unitB == 0 && g.b.stride % unitB == 0 &&
          alignedB;
+}
+
+/// Few rows of A, and a B whose numbers of rows, columns and blocks 31 bits hold.
+bool isFew(const Gemm& g) {
+  const int64_t unit = g.b.dtype == DType::u8 ? 64 : 32;
+  return g.form == GemmForm::nt && g.M <= kFewRows && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows && g.N * g.b.stride / kCodes < kMostRows;
 }
 
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {
@@ -121,7 +128,7 @@ void gemm(Context& context, const Gemm& given) {
   if (g.compute == DType::f32 || !hasPieces(g)) return gemmPlain(context, g);
   const bool fourBit = g.b.dtype == DType::u8;
   if (!fourBit && !isOf(g.b, g.compute)) return gemmConverted(context, g);
-  if (g.form == GemmForm::nt && g.M <= kFewRows && (!fourBit || g.K % (2 * kCodes) == 0)) return gemmFew(context, g);
+  if (isFew(g)) return gemmFew(context, g);
   gemmTiles(context, g);
 }
 

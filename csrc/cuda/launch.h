@@ -42,6 +42,7 @@ inline void checkCuda(cudaError_t error, const char* what) {
 class CudaQueue : public DeviceQueue {
  public:
   int capability = 0;  // 10 times the major number and the minor
+  int multiprocessors = 1;
 
   /// Where launches and copies go. Throws where the stream's thread could not choose the device.
   cudaStream_t stream() const {

@@ -103,6 +103,7 @@ class Queue : public CudaQueue {
  public:
   Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
     capability = 10 * of.major + of.minor;
+    multiprocessors = of.multiprocessors;
     checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
