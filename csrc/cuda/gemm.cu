@@ -1,4 +1,6 @@
 // Which kernel a product takes, and what has to be done before and after.
+#include <cstdlib>
+
 #include "cuda/gemm_tiles.h"
 
 namespace qlora::cuda {
@@ -23,10 +25,15 @@ bool hasPieces(const Gemm& g) {
          alignedB;
 }
 
+int64_t mostFew() {
+  const char* text = std::getenv("QLORA_FEW_ROWS");
+  return text && *text ? std::atoi(text) : 64;
+}
+
 /// Few rows of A, and a B whose numbers of rows, columns and blocks 31 bits hold.
 bool isFew(const Gemm& g) {
   const int64_t unit = g.b.dtype == DType::u8 ? 64 : 32;
-  return g.form == GemmForm::nt && g.M <= kFewRows && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows && g.N * g.b.stride / kCodes < kMostRows;
+  return g.form == GemmForm::nt && g.M <= mostFew() && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows && g.N * g.b.stride / kCodes < kMostRows;
 }
 
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {

@@ -15,6 +15,8 @@
 // same registers, be it of the next tile. Thus what is on its way is all registers have room for, and begins before
 // anything else does. Rows are dealt evenly to as many blocks as the GPU holds, whatever N: where a tile has fewer rows
 // than an mma, the others repeat the last, which costs no memory. x comes from the first cache, where W leaves it.
+#include <cstdlib>
+
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
 
@@ -22,12 +24,15 @@ namespace qlora::cuda {
 
 namespace {
 
-constexpr int kMostWarps = 16;  // of a multiprocessor: 128 registers a lane
-constexpr int kRowTiles = 2;    // of 16 rows, that share what is loaded of x
-constexpr int kTileRows = 16 * kRowTiles;
-constexpr int kLaneRows = 2 * kRowTiles;
-constexpr int kFewestRows = 8;                // of a block
-constexpr int kSumStride = kTileRows + 4;     // of a token's sums: lanes write them to different banks
+template <int tiles, int w, int b, bool hint>
+struct FewShape {
+  static constexpr int rowTiles = tiles;  // of 16 rows, that share what is loaded of x
+  static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
+  static constexpr bool ahead = hint;
+  static constexpr int tileRows = 16 * tiles;
+  static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
+};
+constexpr int kFewestRows = 8;  // of a block
 constexpr int kTableBytes = 256 * kWarpSize * 4;
 constexpr int kNested = 256;
 
@@ -120,8 +125,10 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
 }
 
 /// For up to 8 tokenTiles tokens.
-template <class Rows, int tokenTiles>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize, 1) fewKernel(Gemm g) {
+template <class Rows, int tokenTiles, class Shape>
+__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(Gemm g) {
+  constexpr int kRowTiles = Shape::rowTiles, kTileRows = Shape::tileRows, kLaneRows = 2 * kRowTiles;
+  constexpr int kSumStride = Shape::sumStride;
   using T = typename Rows::Element;
   constexpr int kUnit = Rows::kUnit, kUnits = Rows::kUnits, kChunk = kUnit * kUnits, kShare = kUnit / 4;
   constexpr int kTokens = 8 * tokenTiles;
@@ -152,7 +159,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1) fewKernel(Gemm g) {
   const auto load = [&](int u) {
     if (k + u * kUnit >= K || row >= endRow) return;
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) loadOnce(shares[r][u], from[r] + u * Rows::kUnitBytes);
+    for (int r = 0; r < kLaneRows; ++r) loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
   };
   aim();
 #pragma unroll
@@ -244,24 +251,40 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1) fewKernel(Gemm g) {
   }
 }
 
-template <class Rows, int tokenTiles>
+template <class Rows, int tokenTiles, class Shape>
 void launchFew(Context& context, const Gemm& g) {
   constexpr int kChunk = Rows::kUnit * Rows::kUnits;
-  const int64_t chunks = (g.K + kChunk - 1) / kChunk, steps = (chunks + kMostWarps - 1) / kMostWarps;
+  const int64_t chunks = (g.K + kChunk - 1) / kChunk, steps = (chunks + Shape::warps - 1) / Shape::warps;
   const int64_t warps = (chunks + steps - 1) / steps;
   const int64_t multiprocessors = context.queue ? static_cast<const CudaQueue*>(context.queue)->multiprocessors : 1;
-  const int64_t blocks =
-      std::min(multiprocessors * (kMostWarps / warps), (g.N + kFewestRows - 1) / kFewestRows);
-  const size_t bytes = Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * tokenTiles * kSumStride;
-  launch(context, fewKernel<Rows, tokenTiles>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g);
+  const int64_t blocks = std::min(multiprocessors * (Shape::warps * Shape::blocks / warps),
+                                  (g.N + kFewestRows - 1) / kFewestRows);
+  const size_t bytes =
+      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * tokenTiles * Shape::sumStride;
+  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g);
+}
+
+template <class Rows>
+void launchTokens(Context& context, const Gemm& g) {
+  const char* text = std::getenv("QLORA_FEW");
+  const char way = text ? *text : 'a';
+  if (g.M <= 8) {
+    if (way == 'b') return launchFew<Rows, 1, FewShape<1, 16, 2, false>>(context, g);
+    if (way == 'c') return launchFew<Rows, 1, FewShape<2, 16, 1, true>>(context, g);
+    if (way == 'd') return launchFew<Rows, 1, FewShape<2, 8, 2, false>>(context, g);
+    if (way == 'e') return launchFew<Rows, 1, FewShape<1, 16, 2, true>>(context, g);
+    return launchFew<Rows, 1, FewShape<2, 16, 1, false>>(context, g);
+  }
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 14, 1, false>>(context, g);
+  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, false>>(context, g);
+  return launchFew<Rows, 8, FewShape<2, 8, 1, false>>(context, g);
 }
 
 template <class T>
 void gemmFewOf(Context& context, const Gemm& g) {
-  const auto launchRows = [&]<class Rows>(Rows*) { launchFew<Rows, 1>(context, g); };
-  if (g.b.dtype != DType::u8) return launchRows(static_cast<DenseRows<T>*>(nullptr));
-  if (g.b.blockShift == 5) return launchRows(static_cast<FourBitRows<T, 32>*>(nullptr));
-  launchRows(static_cast<FourBitRows<T, 64>*>(nullptr));
+  if (g.b.dtype != DType::u8) return launchTokens<DenseRows<T>>(context, g);
+  if (g.b.blockShift == 5) return launchTokens<FourBitRows<T, 32>>(context, g);
+  launchTokens<FourBitRows<T, 64>>(context, g);
 }
 
 }  // namespace

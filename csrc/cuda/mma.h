@@ -96,7 +96,7 @@ QLORA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 }
 
 /// Bytes that are read once, and so kept out of the first cache: 1, 2 or 4 words, at a multiple of their size.
-template <int words>
+template <int words, bool ahead = false>
 QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
   static_assert(words == 1 || words == 2 || words == 4);
   checkAligned(from, 4 * words);
@@ -105,6 +105,8 @@ QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
 #else
   if constexpr (words == 1) {
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+  } else if constexpr (words == 2 && ahead) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
   } else if constexpr (words == 2) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
   } else {
