@@ -1,4 +1,6 @@
 // Which kernel a product takes, and what has to be done before and after.
+#include <cstdlib>
+
 #include "cuda/gemm_tiles.h"
 
 namespace qlora::cuda {
@@ -9,6 +11,7 @@ namespace {
 constexpr int64_t kSliceElements = int64_t{16} << 20, kWideSliceElements = int64_t{64} << 20;
 constexpr int64_t kSliceColumns = 256;  // a slice has a multiple of them
 constexpr int64_t kSplitBlocks = 264;   // two on each multiprocessor of a large GPU
+constexpr int64_t kMostRows = int64_t{1} << 30;
 constexpr int kMostParts = 16, kFewestSteps = 4;
 
 bool isAligned(const Elements& e) { return reinterpret_cast<uintptr_t>(e.data) % 16 == 0 && e.stride % kPiece == 0; }
@@ -22,6 +25,17 @@ bool hasPieces(const Gemm& g) {
   const bool alignedB = reinterpret_cast<uintptr_t>(g.b.data) % 16 == 0 || !isOf(g.b, g.compute);
   return isOf(g.a, g.compute) && isAligned(g.a) && rowA % kPiece == 0 && rowB % unitB == 0 && g.b.stride % unitB == 0 &&
          alignedB;
+}
+
+int64_t mostFew() {
+  const char* text = std::getenv("QLORA_FEW_ROWS");
+  return text && *text ? std::atoi(text) : 64;
+}
+
+/// Few rows of A, and a B whose numbers of rows, columns and blocks 31 bits hold.
+bool isFew(const Gemm& g) {
+  const int64_t unit = g.b.dtype == DType::u8 ? 64 : 32;
+  return g.form == GemmForm::nt && g.M <= mostFew() && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows && g.N * g.b.stride / kCodes < kMostRows;
 }
 
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {
@@ -220,7 +234,7 @@ void gemm(Context& context, const Gemm& given) {
   const bool fourBit = g.b.dtype == DType::u8, wide = isWide(context, g);
   if (!isOf(g.b, g.compute) && (wide || !fourBit)) return gemmConverted(context, g);
   if (wide) return gemmWideAndRest(context, g);
-  if (g.form == GemmForm::nt && g.M <= kFewRows && (!fourBit || g.K % (2 * kCodes) == 0)) return gemmFew(context, g);
+  if (isFew(g)) return gemmFew(context, g);
   gemmTiles(context, g);
 }
 
