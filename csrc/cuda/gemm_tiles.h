@@ -281,11 +281,6 @@ void launchShape(Context& context, const Gemm& g, const TileSplit& split, int64_
          g, split);
 }
 
-/// Of the device; 0 in a rehearsal.
-inline int capabilityOf(const Context& context) {
-  return context.queue ? static_cast<const CudaQueue*>(context.queue)->capability : 0;
-}
-
 template <class T, GemmForm form, bool fourBit>
 void launchTiles(Context& context, const Gemm& g, const TileSplit& split, int64_t parts) {
   if (g.M <= FewRows::tileM) return launchShape<FewRows, T, form, fourBit>(context, g, split, parts);

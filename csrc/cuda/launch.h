@@ -56,6 +56,11 @@ class CudaQueue : public DeviceQueue {
 
 inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
+/// Of the device, as CudaQueue has it; 0 in a rehearsal, so that scratch may not depend on it.
+inline int capabilityOf(const Context& context) {
+  return context.queue ? static_cast<const CudaQueue*>(context.queue)->capability : 0;
+}
+
 /// Blocks of a launch, which knows where it stands.
 struct Grid : dim3 {
   Grid(dim3 blocks, const char* file = __builtin_FILE(), int line = __builtin_LINE())

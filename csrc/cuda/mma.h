@@ -95,6 +95,22 @@ QLORA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 #endif
 }
 
+/// Two values in a word, the first in its lower half.
+template <class T>
+QLORA_DEVICE uint32_t packWord(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
+#endif
+}
+
 /// 16 bytes that are read once, and so kept out of the first cache.
 QLORA_DEVICE uint4 loadOnce(const void* from) {
   checkAligned(from, 16);
