@@ -35,7 +35,8 @@ int64_t mostFew() {
 /// Few rows of A, and a B whose numbers of rows, columns and blocks 31 bits hold.
 bool isFew(const Gemm& g) {
   const int64_t unit = g.b.dtype == DType::u8 ? 64 : 32;
-  return g.form == GemmForm::nt && g.M <= mostFew() && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows && g.N * g.b.stride / kCodes < kMostRows;
+  return g.form == GemmForm::nt && g.M <= mostFew() && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows &&
+         g.N * g.b.stride / kCodes < kMostRows;
 }
 
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {

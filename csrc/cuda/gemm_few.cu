@@ -26,7 +26,7 @@ namespace {
 
 template <int tiles, int w, int b, bool hint>
 struct FewShape {
-  static constexpr int rowTiles = tiles;  // of 16 rows, that share what is loaded of x
+  static constexpr int rowTiles = tiles;       // of 16 rows, that share what is loaded of x
   static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
   static constexpr bool ahead = hint;
   static constexpr int tileRows = 16 * tiles;
@@ -68,8 +68,8 @@ struct FourBitRows {
   QLORA_DEVICE void fillShared(unsigned char* shared) const {
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
       // The even element of a byte is in its upper nibble.
-      const uint32_t pair = uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} |
-                            uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
+      const uint32_t pair =
+          uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} | uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
       auto* copies = reinterpret_cast<uint4*>(shared) + 8 * byte;
 #pragma unroll
       for (int i = 0; i < 8; ++i) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
@@ -77,9 +77,7 @@ struct FourBitRows {
     }
   }
 
-  QLORA_DEVICE const uint8_t* at(int64_t element) const {
-    return static_cast<const uint8_t*>(b.data) + (element >> 1);
-  }
+  QLORA_DEVICE const uint8_t* at(int64_t element) const { return static_cast<const uint8_t*>(b.data) + (element >> 1); }
   QLORA_DEVICE Scale scaleAt(int64_t element) const {
     const auto block = static_cast<uint32_t>(element >> b.blockShift);
     return {absmax[block >> nestedShift], b.scales.absmax ? 0u : b.scales.index[block]};
@@ -159,7 +157,8 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const auto load = [&](int u) {
     if (k + u * kUnit >= K || row >= endRow) return;
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
+    for (int r = 0; r < kLaneRows; ++r)
+      loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
   };
   aim();
 #pragma unroll
@@ -257,8 +256,8 @@ void launchFew(Context& context, const Gemm& g) {
   const int64_t chunks = (g.K + kChunk - 1) / kChunk, steps = (chunks + Shape::warps - 1) / Shape::warps;
   const int64_t warps = (chunks + steps - 1) / steps;
   const int64_t multiprocessors = context.device->multiprocessors;
-  const int64_t blocks = std::min(multiprocessors * (Shape::warps * Shape::blocks / warps),
-                                  (g.N + kFewestRows - 1) / kFewestRows);
+  const int64_t blocks =
+      std::min(multiprocessors * (Shape::warps * Shape::blocks / warps), (g.N + kFewestRows - 1) / kFewestRows);
   const size_t bytes =
       Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * tokenTiles * Shape::sumStride;
   launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g);

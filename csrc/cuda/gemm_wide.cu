@@ -123,10 +123,10 @@ struct WideBlock {
           multiplyGroup<T, innerB>(sum, {a + k}, {stage.b + (innerB ? k : k * kBoxColumns), innerB ? 0 : kDepth * 128});
         }
         commitGroup();
-        endGroupsButLast();
+        waitForOperands();
         if (step > 0) giveBack(turn - 1);
       }
-      endGroups(sum);
+      waitForGroups<0>(sum);
       giveBack(turn - 1);
       store(sum, m, firstN);
     });
@@ -153,7 +153,7 @@ struct WideBlock {
           uint32_t words[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            words[i] = packWord(sum[j + i][2 * h] * g.out.alpha, sum[j + i][2 * h + 1] * g.out.alpha);
+            words[i] = packWord<T>(sum[j + i][2 * h] * g.out.alpha, sum[j + i][2 * h + 1] * g.out.alpha);
           }
           transposeFour(words, t);
           const int n = 8 * (j + t);
@@ -161,10 +161,6 @@ struct WideBlock {
         }
       }
     }
-  }
-
-  QLORA_DEVICE static uint32_t packWord(float low, float high) {
-    return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
   }
 
   /// Of lanes 4 q to 4 q + 3: word i of lane t goes to word t of lane i.
