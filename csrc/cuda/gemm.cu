@@ -1,4 +1,5 @@
 // Which kernel a product takes, and what has to be done before and after.
+
 #include <cstdlib>
 
 #include "cuda/gemm_tiles.h"
@@ -27,15 +28,10 @@ bool hasPieces(const Gemm& g) {
          alignedB;
 }
 
-int64_t mostFew() {
-  const char* text = std::getenv("QLORA_FEW_ROWS");
-  return text && *text ? std::atoi(text) : 64;
-}
-
 /// Few rows of A, and a B whose numbers of rows, columns and blocks 31 bits hold.
 bool isFew(const Gemm& g) {
   const int64_t unit = g.b.dtype == DType::u8 ? 64 : 32;
-  return g.form == GemmForm::nt && g.M <= mostFew() && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows &&
+  return g.form == GemmForm::nt && g.M <= kFewRows && g.K % unit == 0 && g.K < kMostRows && g.N < kMostRows &&
          g.N * g.b.stride / kCodes < kMostRows;
 }
 
@@ -82,14 +78,24 @@ void gemmTiles(Context& context, Gemm g) {
   }
 }
 
-/// to [rows, columns], in rows of `pitch`, = b from a row and column on; zeros up to the pitch. blockIdx.y has the row.
-template <class T>
-__global__ void convertKernel(int64_t rows, int64_t columns, int64_t pitch, Elements b, int64_t firstRow,
-                              int64_t firstColumn, T* to) {
-  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
-    for (int64_t c = threadIndex(); c < pitch; c += threadCount()) {
-      to[row * pitch + c] = fromFloat<T>(c < columns ? b.at(firstRow + row, firstColumn + c) : 0.0f);
-    }
+/// Where a converted matrix [rows, columns] comes from, of which element (row, column) it has.
+struct Source {
+  Elements elements;
+  int64_t row = 0, column = 0;
+  bool transposed = false;  // (column, row)
+
+  QLORA_DEVICE float at(int64_t r, int64_t c) const {
+    return transposed ? elements.at(row + c, column + r) : elements.at(row + r, column + c);
+  }
+};
+
+/// to [rows, columns], in rows of `pitch`; zeros up to that. 32-bit indices, where all elements have them, divide fast.
+template <class T, class Index>
+__global__ void convertKernel(Index rows, Index columns, Index pitch, Source from, T* to) {
+  const Index n = rows * pitch;
+  for (auto i = static_cast<Index>(threadIndex()); i < n; i += static_cast<Index>(threadCount())) {
+    const Index row = i / pitch, column = i % pitch;
+    to[i] = fromFloat<T>(column < columns ? from.at(row, column) : 0.0f);
   }
 }
 
@@ -97,9 +103,10 @@ constexpr int kRowsPerThread = 8;  // of decodeKernel
 
 /// The same of a 4-bit b, eight columns a thread; no block of quantization ends within.
 template <class T>
-__global__ void decodeKernel(int64_t rows, int64_t columns, Elements b, int64_t firstRow, int64_t firstColumn, T* to) {
+__global__ void decodeKernel(int64_t rows, int64_t columns, Source from, T* to) {
   QLORA_SHARED_ARRAY(float, code, 16);
   QLORA_SHARED_ARRAY(float, nestedCode, 256);
+  const Elements& b = from.elements;
   if (threadIdx.x < 16) code[threadIdx.x] = b.code[threadIdx.x];
   if (!b.scales.absmax) nestedCode[threadIdx.x] = b.scales.nestedCode[threadIdx.x];
   syncBlock();
@@ -107,10 +114,9 @@ __global__ void decodeKernel(int64_t rows, int64_t columns, Elements b, int64_t 
   scales.nestedCode = nestedCode;
   const int64_t column = threadIndex() * kPiece;
   if (column >= columns) return;
-  const int64_t end = min(rows, (int64_t{blockIdx.y} + 1) * kRowsPerThread);
 #pragma unroll 4
-  for (int64_t row = int64_t{blockIdx.y} * kRowsPerThread; row < end; ++row) {
-    const int64_t at = (firstRow + row) * b.stride + firstColumn + column;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const int64_t at = (from.row + row) * b.stride + from.column + column;
     const auto codes = *reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(b.data) + at / 2);
     const float absmax = scales[at >> b.blockShift];
     Pack<T, kPiece> values;
@@ -124,32 +130,32 @@ __global__ void decodeKernel(int64_t rows, int64_t columns, Elements b, int64_t 
   }
 }
 
-/// rows x columns of b from a row and column on, as T.
 template <class T>
-void convert(Context& context, int64_t rows, int64_t columns, const Elements& b, int64_t firstRow, int64_t firstColumn,
-             T* to) {
+void convert(Context& context, int64_t rows, int64_t columns, int64_t pitch, const Source& from, T* to) {
   if constexpr (sizeof(T) == 2) {
-    if (b.dtype == DType::u8) {
+    if (from.elements.dtype == DType::u8) {
       const dim3 grid(static_cast<unsigned>((columns / kPiece + kThreads - 1) / kThreads),
-                      static_cast<unsigned>((rows + kRowsPerThread - 1) / kRowsPerThread));
-      return launch(context, decodeKernel<T>, grid, kThreads, 0, rows, columns, b, firstRow, firstColumn, to);
+                      static_cast<unsigned>(std::min<int64_t>((rows + kRowsPerThread - 1) / kRowsPerThread, 32768)));
+      return launch(context, decodeKernel<T>, grid, kThreads, 0, rows, columns, from, to);
     }
   }
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocksFor(columns), 16)),
-                  static_cast<unsigned>(std::min<int64_t>(rows, 32768)));
-  launch(context, convertKernel<T>, grid, kThreads, 0, rows, columns, columns, b, firstRow, firstColumn, to);
+  const int64_t n = rows * pitch;
+  if (n < INT32_MAX / 2) {
+    launch(context, convertKernel<T, uint32_t>, blocksFor(n), kThreads, 0, rows, columns, pitch, from, to);
+  } else {
+    launch(context, convertKernel<T, int64_t>, blocksFor(n), kThreads, 0, rows, columns, pitch, from, to);
+  }
 }
 
-/// A matrix of the compute type whose rows are whole pieces of 16 bytes: e itself, or a copy with zeros at their ends.
-Elements inPieces(Context& context, const Elements& e, int64_t rows, int64_t columns, DType compute) {
-  if (isOf(e, compute) && isAligned(e)) return e;
+/// A matrix of the compute type whose rows are whole pieces of 16 bytes: that of `from`, or a copy with zeros at their
+/// ends.
+Elements inPieces(Context& context, const Source& from, int64_t rows, int64_t columns, DType compute) {
+  if (isOf(from.elements, compute) && isAligned(from.elements) && !from.transposed) return from.elements;
   const int64_t pitch = (columns + kPiece - 1) / kPiece * kPiece;
   void* to = context.scratch.bytes(static_cast<size_t>(rows * pitch) * sizeOf(compute));
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocksFor(pitch), 16)),
-                  static_cast<unsigned>(std::min<int64_t>(rows, 32768)));
   dispatchFloat(compute, [&](auto zero) {
     using T = decltype(zero);
-    launch(context, convertKernel<T>, grid, kThreads, 0, rows, columns, pitch, e, 0, 0, static_cast<T*>(to));
+    convert(context, rows, columns, pitch, from, static_cast<T*>(to));
   });
   return {.data = to, .dtype = compute, .stride = pitch};
 }
@@ -173,19 +179,21 @@ void skipColumns(Gemm& g, int64_t first) {
 void gemmConverted(Context& context, const Gemm& g) {
   const bool rowsAreColumns = g.form == GemmForm::nt;
   const int64_t depth = std::max<int64_t>(g.K, 1);
-  const int64_t elements = isWide(context, g) ? kWideSliceElements : kSliceElements;
+  const char* slice = std::getenv("QLORA_SLICE");
+  const int64_t elements =
+      isWide(context, g) ? (slice ? int64_t{std::atoi(slice)} << 20 : kWideSliceElements) : kSliceElements;
   const int64_t columns = std::min(g.N, std::max(kSliceColumns, elements / depth / kSliceColumns * kSliceColumns));
-  void* slice = context.scratch.bytes(static_cast<size_t>(columns * g.K) * sizeOf(g.compute));
+  void* converted = context.scratch.bytes(static_cast<size_t>(columns * g.K) * sizeOf(g.compute));
   for (int64_t first = 0; first < g.N; first += columns) {
     Gemm part = g;
     part.N = std::min(columns, g.N - first);
     skipColumns(part, first);
     const int64_t rows = rowsAreColumns ? part.N : g.K, width = rowsAreColumns ? g.K : part.N;
-    part.b = {.data = slice, .dtype = g.compute, .stride = width};
+    part.b = {.data = converted, .dtype = g.compute, .stride = width};
     dispatchFloat(g.compute, [&](auto zero) {
       using T = decltype(zero);
-      convert(context, rows, width, g.b, rowsAreColumns ? first : 0, rowsAreColumns ? 0 : first,
-              static_cast<T*>(slice));
+      const Source from{g.b, rowsAreColumns ? first : 0, rowsAreColumns ? 0 : first};
+      convert(context, rows, width, width, from, static_cast<T*>(converted));
     });
     gemm(context, part);
   }
@@ -197,8 +205,8 @@ void gemmWideAndRest(Context& context, Gemm g) {
   const bool masked = extra.K > 0 && extra.dropout.p > 0;
   if (extra.K > 0 && !masked) {
     const bool rowsAreColumns = g.form == GemmForm::nt;
-    g.extra.a = inPieces(context, extra.a, g.M, extra.K, g.compute);
-    g.extra.b = inPieces(context, extra.b, rowsAreColumns ? g.N : extra.K, rowsAreColumns ? extra.K : g.N, g.compute);
+    g.extra.a = inPieces(context, {extra.a}, g.M, extra.K, g.compute);
+    g.extra.b = inPieces(context, {extra.b}, rowsAreColumns ? g.N : extra.K, rowsAreColumns ? extra.K : g.N, g.compute);
   }
   const GemmOutput out = g.out;
   const int64_t unit = out.dtype == DType::f32 ? 2 : kPiece;
@@ -225,11 +233,31 @@ void gemmWideAndRest(Context& context, Gemm g) {
   launch(context, addPartsKernel, blocksFor(g.M * g.N), kThreads, 0, g.M, g.N, pitch, parts, sums, out);
 }
 
+/// (B A^T)^T, where that has few rows.
+bool isThin(const Gemm& g) {
+  const GemmOutput& out = g.out;
+  return g.form != GemmForm::tn && g.N <= kFewRows && g.M > kFewRows && isOf(g.a, g.compute) && isAligned(g.a) &&
+         g.b.dtype != DType::u8 && g.extra.K == 0 && !out.bias && !out.rowScale && !out.columnScale;
+}
+Gemm transposed(const Gemm& g) {
+  Gemm t = g;
+  t.form = GemmForm::nt;
+  std::swap(t.M, t.N);
+  std::swap(t.a, t.b);
+  std::swap(t.out.stride, t.out.columnStride);
+  return t;
+}
+
 }  // namespace
 
 void gemm(Context& context, const Gemm& given) {
   Gemm g = given;
   if (g.M == 0 || g.N == 0) return;
+  if (g.compute != DType::f32 && isThin(g) && isFew(transposed(g))) {
+    Gemm few = transposed(g);
+    few.a = inPieces(context, {.elements = g.b, .transposed = g.form == GemmForm::nn}, g.N, g.K, g.compute);
+    return gemmFew(context, few);
+  }
   if (g.extra.maskRow == 0) g.extra.maskRow = g.N;
   if (g.compute == DType::f32 || !hasPieces(g)) return gemmPlain(context, g);
   const bool fourBit = g.b.dtype == DType::u8, wide = isWide(context, g);
