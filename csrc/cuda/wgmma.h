@@ -99,13 +99,8 @@ QLORA_DEVICE void commitGroup() {
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/// c, of which f is "+f" where it is added to, "=f" where not.
-#define QLORA_C4(f, i) f(c[i][0]), f(c[i][1]), f(c[i][2]), f(c[i][3])
-#define QLORA_C32(f, i)                                                                                               \
-  QLORA_C4(f, i), QLORA_C4(f, i + 1), QLORA_C4(f, i + 2), QLORA_C4(f, i + 3), QLORA_C4(f, i + 4), QLORA_C4(f, i + 5), \
-      QLORA_C4(f, i + 6), QLORA_C4(f, i + 7)
-#define QLORA_OPERANDS64(f) QLORA_C32(f, 0)
-#define QLORA_OPERANDS128(f) QLORA_C32(f, 0), QLORA_C32(f, 8)
+#define QLORA_C4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define QLORA_C16(i) QLORA_C4(i), QLORA_C4(i + 1), QLORA_C4(i + 2), QLORA_C4(i + 3)
 #define QLORA_SUMS64                                                                                                   \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
   "%31"
@@ -113,17 +108,22 @@ QLORA_DEVICE void commitGroup() {
   QLORA_SUMS64                                                                                                \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
   "%58,%59,%60,%61,%62,%63"
-/// `ab` are a, b, whether c is added to, two signs and what is transposed, of the operands behind c's.
-#define QLORA_WGMMA_OF(type, n, f, ab, ...)                                                                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" QLORA_SUMS##n "}, " ab ";" \
-               : QLORA_OPERANDS##n(f)                                                                          \
-               : __VA_ARGS__                                                                                   \
+/// `operands` are a, b, whether c is added to, two signs and what is transposed.
+#define QLORA_WGMMA(n, type, operands, ...)                                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" QLORA_SUMS##n "}, " operands ";" \
+               : __VA_ARGS__:QLORA_INPUTS                                                                            \
                : "memory")
-#define QLORA_WGMMA(n, f, ab, ...)                 \
-  if constexpr (std::is_same_v<T, bf16>) {         \
-    QLORA_WGMMA_OF("bf16", n, f, ab, __VA_ARGS__); \
-  } else {                                         \
-    QLORA_WGMMA_OF("f16", n, f, ab, __VA_ARGS__);  \
+#define QLORA_WGMMA64(operands)                                    \
+  if constexpr (std::is_same_v<T, bf16>) {                         \
+    QLORA_WGMMA(64, "bf16", operands, QLORA_C16(0), QLORA_C16(4)); \
+  } else {                                                         \
+    QLORA_WGMMA(64, "f16", operands, QLORA_C16(0), QLORA_C16(4));  \
+  }
+#define QLORA_WGMMA128(operands)                                                                 \
+  if constexpr (std::is_same_v<T, bf16>) {                                                       \
+    QLORA_WGMMA(128, "bf16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12)); \
+  } else {                                                                                       \
+    QLORA_WGMMA(128, "f16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12));  \
   }
 #elif !defined(__CUDACC__)
 namespace detail {
@@ -149,15 +149,11 @@ template <class T, bool innerB, bool fresh = false, int blocks>
 QLORA_DEVICE void multiplyGroup(float (&c)[blocks][4], const GroupOperand<true>& a, const GroupOperand<innerB>& b) {
   static_assert(blocks == 8 || blocks == 16);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define QLORA_INPUTS "l"(a.descriptor()), "l"(b.descriptor()), "n"(innerB ? 0 : 1)
-  if constexpr (blocks == 8 && fresh) {
-    QLORA_WGMMA(64, "=f", "%32, %33, 0, 1, 1, 0, %34", QLORA_INPUTS)
-  } else if constexpr (blocks == 8) {
-    QLORA_WGMMA(64, "+f", "%32, %33, 1, 1, 1, 0, %34", QLORA_INPUTS)
-  } else if constexpr (fresh) {
-    QLORA_WGMMA(128, "=f", "%64, %65, 0, 1, 1, 0, %66", QLORA_INPUTS)
+#define QLORA_INPUTS "l"(a.descriptor()), "l"(b.descriptor()), "n"(fresh ? 0 : 1), "n"(innerB ? 0 : 1)
+  if constexpr (blocks == 8) {
+    QLORA_WGMMA64("%32, %33, %34, 1, 1, 0, %35")
   } else {
-    QLORA_WGMMA(128, "+f", "%64, %65, 1, 1, 1, 0, %66", QLORA_INPUTS)
+    QLORA_WGMMA128("%64, %65, %66, 1, 1, 0, %67")
   }
 #undef QLORA_INPUTS
 #elif !defined(__CUDACC__)
@@ -177,9 +173,9 @@ QLORA_DEVICE void multiplyGroup(float (&c)[blocks][4], const uint32_t (&a)[4], c
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define QLORA_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(innerB ? 0 : 1)
   if constexpr (blocks == 8) {
-    QLORA_WGMMA(64, "+f", "{%32,%33,%34,%35}, %36, 1, 1, 1, %37", QLORA_INPUTS)
+    QLORA_WGMMA64("{%32,%33,%34,%35}, %36, 1, 1, 1, %37")
   } else {
-    QLORA_WGMMA(128, "+f", "{%64,%65,%66,%67}, %68, 1, 1, 1, %69", QLORA_INPUTS)
+    QLORA_WGMMA128("{%64,%65,%66,%67}, %68, 1, 1, 1, %69")
   }
 #undef QLORA_INPUTS
 #elif !defined(__CUDACC__)
@@ -198,4 +194,4 @@ QLORA_DEVICE void multiplyGroup(float (&c)[blocks][4], const uint32_t (&a)[4], c
 #endif
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora
