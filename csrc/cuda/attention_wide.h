@@ -134,8 +134,8 @@ QLORA_DEVICE void beginTransposed(float (&c)[blocks][4], const T* a, const T* b)
     multiplyGroup<T, true, true>(c, GroupOperand<true>{own}, GroupOperand<true>{b});
 #pragma unroll
     for (int k = 16; k < kD; k += 16) {
-      multiplyGroup<T, true>(c, GroupOperand<true>{own + k / 64 * kRowsA * 64 + k % 64},
-                             GroupOperand<true>{b + k / 64 * blocks * 8 * 64 + k % 64});
+      multiplyGroup<T, true>(c, GroupOperand<true>{own, 0, (k / 64 * kRowsA * 64 + k % 64) * 2},
+                             GroupOperand<true>{b, 0, (k / 64 * blocks * 8 * 64 + k % 64) * 2});
     }
     commitGroup();
   } else {
@@ -166,7 +166,7 @@ QLORA_DEVICE void beginByWeights(float (&c)[blocks][4], const uint32_t (&p)[step
     beginGroup();
 #pragma unroll
     for (int k = 0; k < steps; ++k) {
-      multiplyGroup<T, false>(c, p[k], GroupOperand<false>{b + k * 16 * 64, kRows * 128});
+      multiplyGroup<T, false>(c, p[k], GroupOperand<false>{b, kRows * 128, k * 16 * 64 * 2});
     }
     commitGroup();
   } else {

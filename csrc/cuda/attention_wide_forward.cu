@@ -98,8 +98,7 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
     softmax.weigh(s, a.multiplier, rescale);
     if constexpr (groups) beforeWaiting(__float_as_uint(softmax.total[0] + softmax.total[1]), shared.queries);
   };
-  const auto arrive = [&] {
-    waitForCopies<0>();
+  const auto meet = [] {
     if constexpr (groups) showToGroups();
     syncBlock();
   };
@@ -109,12 +108,13 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
                            [&](int i) { return r0 + i < r1 ? a.q + pair.rowAt(r0 + i) : nullptr; });
   copy(shared.keys[0], a.k, j);
   commitCopies();
+  copy(shared.values[0], a.v, j);
+  copy(shared.keys[1], a.k, next);
+  commitCopies();
   if (j < last) {
-    arrive();
+    waitForCopies<1>();
+    meet();
     beginTransposed<groups, kWideOwned, kD>(s, shared.queries, shared.keys[0]);
-    copy(shared.values[0], a.v, j);
-    copy(shared.keys[1], a.k, next);
-    commitCopies();
     waitForGroups<0>(s);
     weigh(j);
     while (true) {
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
         for (int e = 0; e < 4; ++e) sums[n][e] *= rescale[e / 2];
       }
       packWeights<T>(weights, s);
-      arrive();
+      waitForCopies<0>();
+      meet();
       if (next >= last) break;
       beginTransposed<groups, kWideOwned, kD>(s, shared.queries, shared.keys[stage ^ 1]);
       beginByWeights<groups, T>(sums, weights, shared.values[stage]);

@@ -38,34 +38,33 @@ QLORA_DEVICE void differentiate(const Problem<T>& a, const RowStatistics& row, b
   x = p;
 }
 
-/// A warp a row of [pairs, stride], whose gradients' statistics it makes.
+/// A warp a row, of which it makes the gradients' statistics.
 template <class T>
-__global__ void rowKernel(Problem<T> a, int64_t pairs, int64_t stride, const T* out, const T* dout,
-                          const float* logSumExp, float* ofRows, float* delta) {
-  const int64_t index = threadIndex() / kWarpSize;
-  if (index >= pairs * stride) return;  // a whole warp
-  const int64_t of = index / stride;
-  const Pair pair(a, static_cast<int>(of % a.Hkv), static_cast<int>(of / a.Hkv));
-  const int row = static_cast<int>(index % stride);
+__global__ void rowKernel(Problem<T> a, Gradients<T> g, const T* out, const float* logSumExp, float* ofRows,
+                          float* delta) {
+  const int row = static_cast<int>(threadIndex() / kWarpSize);
+  if (row >= g.stride) return;  // a whole warp
+  const Pair pair(a, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
   float sum = 0, own = INFINITY;
   if (row < pair.rows) {
-    const int64_t at = pair.rowAt(row);
-    if (a.D % 2 == 0) {
-      for (int d = 2 * laneIndex(); d < a.D; d += 2 * kWarpSize) {
-        const auto x = loadPack<2>(out + at + d), y = loadPack<2>(dout + at + d);
-        sum = fmaf(toFloat(x.value[0]), toFloat(y.value[0]), sum);
-        sum = fmaf(toFloat(x.value[1]), toFloat(y.value[1]), sum);
+    const T *x = out + pair.rowAt(row), *y = g.dout + pair.rowAt(row);
+    if (a.D % 4 == 0) {
+      for (int d = 4 * laneIndex(); d < a.D; d += 4 * kWarpSize) {
+        const auto xs = loadPack<4>(x + d), ys = loadPack<4>(y + d);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum = fmaf(toFloat(xs.value[e]), toFloat(ys.value[e]), sum);
       }
     } else {
-      for (int d = laneIndex(); d < a.D; d += kWarpSize) sum = fmaf(toFloat(out[at + d]), toFloat(dout[at + d]), sum);
+      for (int d = laneIndex(); d < a.D; d += kWarpSize) sum = fmaf(toFloat(x[d]), toFloat(y[d]), sum);
     }
     own = logSumExp[pair.statisticAt(row)];
     own = own == -INFINITY ? INFINITY : own * kLog2E;
   }
   sum = warpSum(sum);
   if (laneIndex() != 0) return;
-  ofRows[index] = own;
-  delta[index] = sum;
+  const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * g.stride + row;
+  ofRows[at] = own;
+  delta[at] = sum;
 }
 
 template <class T, int kD>
@@ -204,14 +203,14 @@ void backward(Context& context, const AttentionBackward& a) {
   float* delta = context.scratch.take<float>(pairs * stride);
   const Gradients<T> gradients{a.dout.data<T>(), logSumExp,      delta,          stride,
                                a.dq.data<T>(),   a.dk.data<T>(), a.dv.data<T>(), a.scale};
-  launch(context, rowKernel<T>, (pairs * stride * kWarpSize + kThreads - 1) / kThreads, kThreads, 0, problem, pairs,
-         stride, a.out.data<T>(), gradients.dout, a.logSumExp.data<float>(), logSumExp, delta);
-  if constexpr (sizeof(T) == 2) {
-    if (isWide(context, a.q.dtype, problem.D, problem.rows())) return backwardWide(context, problem, gradients, B);
-  }
   const auto grid = [&](int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
   };
+  launch(context, rowKernel<T>, grid((stride * kWarpSize + kThreads - 1) / kThreads), kThreads, 0, problem, gradients,
+         a.out.data<T>(), a.logSumExp.data<float>(), logSumExp, delta);
+  if constexpr (sizeof(T) == 2) {
+    if (isWide(context, a.q.dtype, problem.D, problem.rows())) return backwardWide(context, problem, gradients, B);
+  }
   constexpr size_t bytes = Tile::bytes(2 * kOwned + 2 * Tile::kVisited);
   launch(context, queryKernel<T, kD>, grid((problem.rows() + kOwned - 1) / kOwned), Tile::kWarps * kWarpSize, bytes,
          problem, gradients);
