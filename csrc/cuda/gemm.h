@@ -11,7 +11,10 @@
 //   gemm_plain.cu   any of them, by multiply-adds in fp32 without matrix instructions: f32, and shapes that have no
 //                   rows of whole 16 bytes
 //   gemm_few.cu     nt of at most 8 rows of A, 16-bit: reads the weight once, at the speed of memory
-//   gemm_tiles.h    the rest of 16 bits, by matrix instructions on tiles in shared memory
+//   gemm_wide.cu    nt and nn of more than 64 rows on compute capability 9.0, both operands 16-bit: wgmma. A weight of
+//                   another kind is converted first, slice by slice, since here that takes less than decoding a tile
+//                   of it once for each tile of rows
+//   gemm_tiles.h    the rest of 16 bits, by matrix instructions on tiles in shared memory, where 4 bits are decoded
 //
 // Precision: operands are rounded to `compute` (a 4-bit weight as fp32(code * absmax) is, so both directions see the
 // same W), products and sums are fp32, summed in an order that depends on the shape alone.
@@ -84,6 +87,11 @@ void gemm(Context& context, const Gemm& g);
 constexpr int64_t kFewRows = 8;
 void gemmPlain(Context& context, const Gemm& g);
 void gemmFew(Context& context, const Gemm& g);
+/// Whether gemmWide is for it, as far as the shape goes.
+bool isWide(const Context& context, const Gemm& g);
+/// Operands, also the extra ones, are of the compute type in rows of whole 16 bytes. C is of that type too, with at
+/// most a factor, in rows of whole 16 bytes; or fp32, without, in rows of whole 8. An extra product without dropout.
+void gemmWide(Context& context, const Gemm& g);
 
 /// The product of the leading dimensions.
 inline int64_t leading(const Tensor& t) {

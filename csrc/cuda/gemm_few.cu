@@ -1,129 +1,114 @@
-// y = x W^T of at most 8 tokens: all that costs is reading W, so that decoding must not cost more.
+// y = x W^T of few tokens: all that costs is reading W, so that decoding must not cost more.
 //
-// The 16 x 16 operand of an mma is W, the 16 x 8 one has the tokens: so up to 8 cost what one does, and a weight costs
-// its decoding (nibble_table.h) and an eighth of an instruction. A block has 16 features, whose K its 8 warps share in
-// chunks; a warp's partial sums are added in order at the end.
+// The 16 x 16 operand of an mma is W, the 16 x 8 one has the tokens: up to 8 cost what one does. Which k an mma
+// multiplies is free, if both operands agree. So a unit of a row (64 weights of 4 bits, 32 of 16) is cut into four
+// shares, that lie one behind the other, for the four lanes that hold a row's elements: lane 4 g + c has share c of
+// rows g, g + 8, ..., of a tile, and of token g.
 //
-// Which k an mma multiplies is free, if both operands agree. So a lane takes consecutive elements of its two rows, as
-// they lie in 16 bytes, and the same elements of its token: with lane = 4 g + c it has rows g and g + 8 and token g,
-// and of a chunk the c-th share of k. Of 4 bits that is a block of 64 weights, for which it makes one table; four lanes
-// read 128 bytes in a row. Of 16 bits it is 8 elements at a time; four lanes read 64 bytes.
+// Decoding. A table in shared memory has for each byte the two elements of T that its codes stand for, once for each
+// lane, so that 32 lanes read 32 banks: two weights for a shift, a mask and a load. No unit crosses a block of
+// quantization; its products are summed by themselves and then multiplied by the absmax, once for 64 weights.
+//
+// Reading. At 2.8 TB/s and a latency of a microsecond some 25 KB of W must be on their way to each of 132
+// multiprocessors, at all times. So each block owns some of the rows, for the whole of K, and goes over them in tiles;
+// its warps take turns at chunks of K. Once a warp has consumed a unit, it loads the same one of its next chunk to the
+// same registers, be it of the next tile. Thus what is on its way is all registers have room for, and begins before
+// anything else does. Rows are dealt evenly to as many blocks as the GPU holds, whatever N: where a tile has fewer rows
+// than an mma, the others repeat the last, which costs no memory. x comes from the first cache, where W leaves it.
+#include <cstdlib>
+
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
-#include "cuda/nibble_table.h"
 
 namespace qlora::cuda {
 
 namespace {
 
-constexpr int kFeatures = 16, kWarps = 8;
-constexpr int kTokens = static_cast<int>(kFewRows);
-constexpr int kShare = 64;  // weights of 4 bits of a lane and row
+template <int tiles, int w, int b, bool hint>
+struct FewShape {
+  static constexpr int rowTiles = tiles;       // of 16 rows, that share what is loaded of x
+  static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
+  static constexpr bool ahead = hint;
+  static constexpr int tileRows = 16 * tiles;
+  static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
+};
+constexpr int kFewestRows = 8;  // of a block
+constexpr int kTableBytes = 256 * kWarpSize * 4;
 constexpr int kNested = 256;
 
-/// What a lane has read of a row's chunk, not yet decoded.
-struct FourBitShare {
-  uint4 codes[2];
-  float absmax[2];  // with double quantization: of the nested block
-  uint8_t index[2];
-};
-
-/// Two steps of 16 k: 8 elements of two rows with 8 of a token.
-template <class T>
-QLORA_DEVICE void addEight(float (&sum)[4], const uint32_t (&first)[4], const uint32_t (&second)[4], uint4 x) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t a[4] = {first[2 * h], second[2 * h], first[2 * h + 1], second[2 * h + 1]};
-    const uint32_t b[2] = {h ? x.z : x.x, h ? x.w : x.y};
-    mma<T>(sum, a, b);
-  }
-}
-
-template <class T>
+/// Rows of 4 bits, blocks of at least kUnit weights.
+template <class T, int unit>
 struct FourBitRows {
-  using Share = FourBitShare;
-  static constexpr int kChunk = 4 * kShare;
+  using Element = T;
+  static constexpr bool isScaled = true;
+  static constexpr int kUnit = unit, kUnits = 4, kWords = unit / 32, kUnitBytes = unit / 2;
+  static constexpr size_t sharedBytes = kTableBytes + kNested * sizeof(float);
+
+  /// Of one unit of a row: lane c of four has that of unit c of a chunk.
+  struct Scale {
+    float absmax;
+    uint32_t index;
+  };
 
   const Elements& b;
-  const float *code, *nestedCode;  // shared
+  // A plain absmax is a nested one of blocks of one, whose code is 1.
+  const float *absmax, *nestedCode;
+  int nestedShift;
+  float offset;
+  const SharedWords table;  // of this lane
 
-  QLORA_DEVICE Share read(int64_t n, int64_t k, bool valid) const {
-    Share s{};
-    if (!valid) return s;
-    const int64_t at = n * b.stride + k;
-    const auto* packed = static_cast<const uint8_t*>(b.data) + at / 2;
-    s.codes[0] = loadOnce(packed);
-    s.codes[1] = loadOnce(packed + 16);
+  QLORA_DEVICE FourBitRows(const Elements& b, unsigned char* shared)
+      : b(b),
+        absmax(b.scales.absmax ? b.scales.absmax : b.scales.nestedAbsmax),
+        nestedCode(reinterpret_cast<const float*>(shared + kTableBytes)),
+        nestedShift(b.scales.absmax ? 0 : kNestedShift),
+        offset(b.scales.absmax ? 0 : b.scales.offset),
+        table(shared + 4 * laneIndex()) {}
+
+  QLORA_DEVICE void fillShared(unsigned char* shared) const {
+    for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+      // The even element of a byte is in its upper nibble.
+      const uint32_t pair =
+          uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} | uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
+      auto* copies = reinterpret_cast<uint4*>(shared) + 8 * byte;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h == 1 && b.blockShift > 5) break;  // the same block
-      const int64_t block = (at + 32 * h) >> b.blockShift;
-      if (b.scales.absmax) {
-        s.absmax[h] = b.scales.absmax[block];
-      } else {
-        s.absmax[h] = b.scales.nestedAbsmax[block >> kNestedShift];
-        s.index[h] = b.scales.index[block];
-      }
+      for (int i = 0; i < 8; ++i) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
+      reinterpret_cast<float*>(shared + kTableBytes)[byte] = b.scales.absmax ? 1 : b.scales.nestedCode[byte];
     }
-    return s;
   }
 
-  QLORA_DEVICE float absmaxOf(const Share& s, int h) const {
-    return b.scales.absmax ? s.absmax[h] : nestedCode[s.index[h]] * s.absmax[h] + b.scales.offset;
+  QLORA_DEVICE const uint8_t* at(int64_t element) const { return static_cast<const uint8_t*>(b.data) + (element >> 1); }
+  QLORA_DEVICE Scale scaleAt(int64_t element) const {
+    const auto block = static_cast<uint32_t>(element >> b.blockShift);
+    return {absmax[block >> nestedShift], b.scales.absmax ? 0u : b.scales.index[block]};
   }
+  QLORA_DEVICE float valueOf(const Scale& s) const { return nestedCode[s.index] * s.absmax + offset; }
 
-  /// token(i): elements k + 8 i to k + 8 i + 7 of x.
-  template <class Token>
-  QLORA_DEVICE void add(float (&sum)[4], const Share& first, const Share& second, Token&& token) const {
-    NibbleTable<T> of1(code, absmaxOf(first, 0)), of2(code, absmaxOf(second, 0));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h == 1 && b.blockShift == 5) {
-        of1 = NibbleTable<T>(code, absmaxOf(first, 1));
-        of2 = NibbleTable<T>(code, absmaxOf(second, 1));
-      }
-      const uint32_t codes1[4] = {first.codes[h].x, first.codes[h].y, first.codes[h].z, first.codes[h].w};
-      const uint32_t codes2[4] = {second.codes[h].x, second.codes[h].y, second.codes[h].z, second.codes[h].w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t weights1[4], weights2[4];
-        of1.decode(codes1[i], weights1);
-        of2.decode(codes2[i], weights2);
-        addEight<T>(sum, weights1, weights2, token(4 * h + i));
-      }
-    }
+  /// Elements 2 i and 2 i + 1 of a share.
+  QLORA_DEVICE uint32_t pair(const uint32_t (&share)[kWords], int i) const {
+    return table[4 * kWarpSize * __byte_perm(share[i / 4], 0, 0x4440 + i % 4)];
   }
 };
 
-struct DenseShare {
-  uint4 weights[4];
-};
-
+/// Rows of T.
 template <class T>
 struct DenseRows {
-  using Share = DenseShare;
-  static constexpr int kPieces = 4, kChunk = 4 * 8 * kPieces;
-  const Elements& b;
-  int64_t K;
+  using Element = T;
+  static constexpr bool isScaled = false;
+  static constexpr int kUnit = 32, kUnits = 2, kWords = 4, kUnitBytes = 2 * kUnit;
+  static constexpr size_t sharedBytes = 0;
+  struct Scale {};
 
-  QLORA_DEVICE Share read(int64_t n, int64_t k, bool valid) const {
-    Share s{};
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      if (valid && k + 32 * i < K) {
-        s.weights[i] = loadOnce(static_cast<const T*>(b.data) + n * b.stride + k + 32 * i);
-      }
-    }
-    return s;
+  const Elements& b;
+
+  QLORA_DEVICE DenseRows(const Elements& b, unsigned char*) : b(b) {}
+  QLORA_DEVICE void fillShared(unsigned char*) const {}
+  QLORA_DEVICE const uint8_t* at(int64_t element) const {
+    return reinterpret_cast<const uint8_t*>(static_cast<const T*>(b.data) + element);
   }
-  template <class Token>
-  QLORA_DEVICE void add(float (&sum)[4], const Share& first, const Share& second, Token&& token) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const uint4 f = first.weights[i], s = second.weights[i];
-      addEight<T>(sum, {f.x, f.y, f.z, f.w}, {s.x, s.y, s.z, s.w}, token(i));
-    }
-  }
+  QLORA_DEVICE Scale scaleAt(int64_t) const { return {}; }
+  QLORA_DEVICE float valueOf(Scale) const { return 1; }
+  QLORA_DEVICE uint32_t pair(const uint32_t (&share)[kWords], int i) const { return share[i]; }
 };
 
 /// The extra product of one element of C, operands rounded to T.
@@ -137,64 +122,174 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
   return sum;
 }
 
-template <class T, bool fourBit>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewKernel(Gemm g) {
-  QLORA_SHARED_ARRAY(float, sums, kWarps* kFeatures* kTokens);
-  QLORA_SHARED_ARRAY(float, code, 16);
-  QLORA_SHARED_ARRAY(float, nestedCode, kNested);
-  const int lane = laneIndex(), own = lane / 4, share = lane % 4;
-  const int64_t firstN = int64_t{blockIdx.x} * kFeatures, n1 = firstN + own, n2 = n1 + 8;
-  if constexpr (fourBit) {
-    if (threadIdx.x < 16) code[threadIdx.x] = g.b.code[threadIdx.x];
-    if (!g.b.scales.absmax) nestedCode[threadIdx.x] = g.b.scales.nestedCode[threadIdx.x];
-    syncBlock();
-  }
-  const auto rows = [&] {
-    if constexpr (fourBit) {
-      return FourBitRows<T>{g.b, code, nestedCode};
-    } else {
-      return DenseRows<T>{g.b, g.K};
+/// For up to 8 tokenTiles tokens.
+template <class Rows, int tokenTiles, class Shape>
+__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(Gemm g) {
+  constexpr int kRowTiles = Shape::rowTiles, kTileRows = Shape::tileRows, kLaneRows = 2 * kRowTiles;
+  constexpr int kSumStride = Shape::sumStride;
+  using T = typename Rows::Element;
+  constexpr int kUnit = Rows::kUnit, kUnits = Rows::kUnits, kChunk = kUnit * kUnits, kShare = kUnit / 4;
+  constexpr int kTokens = 8 * tokenTiles;
+  auto* const shared = dynamicShared<unsigned char>();
+  auto* const sums = reinterpret_cast<float*>(shared + Rows::sharedBytes);  // [warps, kTokens, kSumStride]
+  const int own = laneIndex() / 4, quarter = laneIndex() % 4, warp = warpIndex();
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize, K = static_cast<int>(g.K);
+  const int steps = (K + warps * kChunk - 1) / (warps * kChunk);  // of a tile
+  const auto stride = static_cast<int>(g.b.stride);
+  const auto beginRow = static_cast<int>(g.N * blockIdx.x / gridDim.x);
+  const auto endRow = static_cast<int>(g.N * (blockIdx.x + 1) / gridDim.x);
+  const Rows rows(g.b, shared);
+
+  uint32_t shares[kLaneRows][kUnits][Rows::kWords];
+  typename Rows::Scale scales[kLaneRows] = {};
+  // Where it loads next, and of that this lane's rows.
+  int row = beginRow;
+  int step = 0, k = warp * kChunk;
+  const uint8_t* from[kLaneRows];
+  const auto aim = [&] {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int64_t at = int64_t{min(row + own + 8 * r, endRow - 1)} * stride + k;
+      from[r] = rows.at(at + quarter * kShare);
+      if (k + quarter * kUnit < K) scales[r] = rows.scaleAt(at + quarter * kUnit);
     }
-  }();
-  using Rows = std::remove_const_t<decltype(rows)>;
-  constexpr int kChunk = Rows::kChunk, kStart = fourBit ? kShare : 8, kNext = fourBit ? 8 : 32;
-  const int64_t stride = int64_t{kWarps} * kChunk;
-  const T* x = static_cast<const T*>(g.a.data) + own * g.a.stride;
-  // Warps whose chunks are at an end go on with zeros: all meet at each mma.
-  int64_t k = int64_t{warpIndex()} * kChunk + share * kStart;
-  auto next1 = rows.read(n1, k, k < g.K && n1 < g.N), next2 = rows.read(n2, k, k < g.K && n2 < g.N);
-  float sum[4] = {};
-  for (int64_t chunk = 0; chunk * kChunk < g.K; chunk += kWarps) {
-    const auto now1 = next1, now2 = next2;
-    const int64_t at = k;
-    k += stride;
-    next1 = rows.read(n1, k, k < g.K && n1 < g.N);
-    next2 = rows.read(n2, k, k < g.K && n2 < g.N);
-    rows.add(sum, now1, now2, [&](int i) {
-      const int64_t from = at + kNext * i;
-      return own < g.M && from < g.K ? *reinterpret_cast<const uint4*>(x + from) : make_uint4(0, 0, 0, 0);
-    });
-  }
+  };
+  const auto load = [&](int u) {
+    if (k + u * kUnit >= K || row >= endRow) return;
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    sums[(warpIndex() * kFeatures + own + e / 2 * 8) * kTokens + 2 * share + e % 2] = sum[e];
-  }
+    for (int r = 0; r < kLaneRows; ++r)
+      loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
+  };
+  aim();
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) load(u);
+  rows.fillShared(shared);
   syncBlock();
-  const int feature = static_cast<int>(threadIdx.x) % kFeatures, token = static_cast<int>(threadIdx.x) / kFeatures;
-  if (token >= g.M || firstN + feature >= g.N) return;
-  float all = extraOf<T>(g.extra, token, firstN + feature);
+
+  const T* x[tokenTiles];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) all += sums[(w * kFeatures + feature) * kTokens + token];
-  g.out.store(token, firstN + feature, all);
+  for (int t = 0; t < tokenTiles; ++t) {
+    // Columns of C beyond M are not looked at.
+    x[t] = static_cast<const T*>(g.a.data) + min(int64_t{own + 8 * t}, g.M - 1) * g.a.stride + quarter * kShare;
+  }
+  float sum[kRowTiles][tokenTiles][4] = {};
+  while (row < endRow) {
+    const int nowRow = row, nowK = k;
+    float scale[kLaneRows];
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
+    if (++step == steps) step = 0, row += kTileRows;
+    k = (step * warps + warp) * kChunk;
+    if (row < endRow) aim();
+
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (nowK + u * kUnit < K) {
+        uint4 ofX[tokenTiles][kShare / 8];
+#pragma unroll
+        for (int t = 0; t < tokenTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < kShare / 8; ++i) {
+            ofX[t][i] = *reinterpret_cast<const uint4*>(x[t] + nowK + u * kUnit + 8 * i);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          float part[tokenTiles][4] = {};
+          auto& to = Rows::isScaled ? part : sum[m];
+#pragma unroll
+          for (int i = 0; i < kShare / 2; i += 2) {
+            const uint32_t a[4] = {rows.pair(shares[2 * m][u], i), rows.pair(shares[2 * m + 1][u], i),
+                                   rows.pair(shares[2 * m][u], i + 1), rows.pair(shares[2 * m + 1][u], i + 1)};
+#pragma unroll
+            for (int t = 0; t < tokenTiles; ++t) {
+              const uint4 eight = ofX[t][i / 4];
+              const uint32_t b[2] = {i % 4 ? eight.z : eight.x, i % 4 ? eight.w : eight.y};
+              mma<T>(to[t], a, b);
+            }
+          }
+          if constexpr (Rows::isScaled) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const float of = shuffle(scale[2 * m + h], (laneIndex() & ~3) + u);
+#pragma unroll
+              for (int t = 0; t < tokenTiles; ++t) {
+#pragma unroll
+                for (int e = 2 * h; e < 2 * h + 2; ++e) sum[m][t][e] = fmaf(of, part[t][e], sum[m][t][e]);
+              }
+            }
+          }
+        }
+      }
+      load(u);
+    }
+    if (step > 0) continue;
+
+    syncBlock();  // the sums of the last tile have been read
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < tokenTiles; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int token = 8 * t + 2 * quarter + e % 2;
+          sums[(warp * kTokens + token) * kSumStride + 16 * m + own + e / 2 * 8] = sum[m][t][e];
+          sum[m][t][e] = 0;
+        }
+      }
+    }
+    syncBlock();
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * g.M; i += static_cast<int>(blockDim.x)) {
+      const int feature = i % kTileRows, token = i / kTileRows;
+      const int n = nowRow + feature;
+      if (n >= endRow) continue;
+      float all = extraOf<T>(g.extra, token, n);
+      for (int w = 0; w < warps; ++w) all += sums[(w * kTokens + token) * kSumStride + feature];
+      g.out.store(token, n, all);
+    }
+  }
+}
+
+template <class Rows, int tokenTiles, class Shape>
+void launchFew(Context& context, const Gemm& g) {
+  constexpr int kChunk = Rows::kUnit * Rows::kUnits;
+  const int64_t chunks = (g.K + kChunk - 1) / kChunk, steps = (chunks + Shape::warps - 1) / Shape::warps;
+  const int64_t warps = (chunks + steps - 1) / steps;
+  const int64_t multiprocessors = context.device->multiprocessors;
+  const int64_t blocks =
+      std::min(multiprocessors * (Shape::warps * Shape::blocks / warps), (g.N + kFewestRows - 1) / kFewestRows);
+  const size_t bytes =
+      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * tokenTiles * Shape::sumStride;
+  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g);
+}
+
+template <class Rows>
+void launchTokens(Context& context, const Gemm& g) {
+  const char* text = std::getenv("QLORA_FEW");
+  const char way = text ? *text : 'a';
+  if (g.M <= 8) {
+    if (way == 'b') return launchFew<Rows, 1, FewShape<1, 16, 2, false>>(context, g);
+    if (way == 'c') return launchFew<Rows, 1, FewShape<2, 16, 1, true>>(context, g);
+    if (way == 'd') return launchFew<Rows, 1, FewShape<2, 8, 2, false>>(context, g);
+    if (way == 'e') return launchFew<Rows, 1, FewShape<1, 16, 2, true>>(context, g);
+    return launchFew<Rows, 1, FewShape<2, 16, 1, false>>(context, g);
+  }
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 14, 1, false>>(context, g);
+  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, false>>(context, g);
+  return launchFew<Rows, 8, FewShape<2, 8, 1, false>>(context, g);
+}
+
+template <class T>
+void gemmFewOf(Context& context, const Gemm& g) {
+  if (g.b.dtype != DType::u8) return launchTokens<DenseRows<T>>(context, g);
+  if (g.b.blockShift == 5) return launchTokens<FourBitRows<T, 32>>(context, g);
+  launchTokens<FourBitRows<T, 64>>(context, g);
 }
 
 }  // namespace
 
 void gemmFew(Context& context, const Gemm& g) {
-  const bool fourBit = g.b.dtype == DType::u8;
-  const auto kernel = g.compute == DType::bf16 ? (fourBit ? fewKernel<bf16, true> : fewKernel<bf16, false>)
-                                               : (fourBit ? fewKernel<f16, true> : fewKernel<f16, false>);
-  launch(context, kernel, (g.N + kFeatures - 1) / kFeatures, kWarps * kWarpSize, 0, g);
+  g.compute == DType::bf16 ? gemmFewOf<bf16>(context, g) : gemmFewOf<f16>(context, g);
 }
 
 }  // namespace qlora::cuda

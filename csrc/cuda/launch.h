@@ -41,8 +41,6 @@ inline void checkCuda(cudaError_t error, const char* what) {
 /// A queue of the plugin.
 class CudaQueue : public DeviceQueue {
  public:
-  int capability = 0;  // 10 times the major number and the minor
-
   /// Where launches and copies go. Throws where the stream's thread could not choose the device.
   cudaStream_t stream() const {
     checkCuda(begun_, "choosing the device");
@@ -54,12 +52,10 @@ class CudaQueue : public DeviceQueue {
   cudaError_t begun_ = cudaSuccess;
 };
 
-inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
+/// 10 times the major number and the minor.
+inline int capabilityOf(const Context& context) { return 10 * context.device->major + context.device->minor; }
 
-/// Of the device, as CudaQueue has it; 0 in a rehearsal, so that scratch may not depend on it.
-inline int capabilityOf(const Context& context) {
-  return context.queue ? static_cast<const CudaQueue*>(context.queue)->capability : 0;
-}
+inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
 /// Blocks of a launch, which knows where it stands.
 struct Grid : dim3 {

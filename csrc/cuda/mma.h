@@ -111,17 +111,25 @@ QLORA_DEVICE uint32_t packWord(float low, float high) {
 #endif
 }
 
-/// 16 bytes that are read once, and so kept out of the first cache.
-QLORA_DEVICE uint4 loadOnce(const void* from) {
-  checkAligned(from, 16);
-#if defined(__CUDACC__)
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
+/// Bytes that are read once, and so kept out of the first cache: 1, 2 or 4 words, at a multiple of their size.
+template <int words, bool ahead = false>
+QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
+  static_assert(words == 1 || words == 2 || words == 4);
+  checkAligned(from, 4 * words);
+#if !defined(__CUDACC__)
+  std::memcpy(to, from, sizeof to);
 #else
-  return *static_cast<const uint4*>(from);
+  if constexpr (words == 1) {
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+  } else if constexpr (words == 2 && ahead) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  } else if constexpr (words == 2) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  } else {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+  }
 #endif
 }
 
@@ -133,6 +141,29 @@ QLORA_DEVICE uint32_t sharedAddress(const void* p) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p));
 #endif
 }
+
+/// Words of shared memory by their offset in bytes. The compiler does not see where it begins, which it would add to
+/// each offset in an instruction of its own.
+class SharedWords {
+ public:
+#if defined(__CUDACC__)
+  QLORA_DEVICE explicit SharedWords(const void* from) : from_(sharedAddress(from)) { asm volatile("" : "+r"(from_)); }
+  QLORA_DEVICE uint32_t operator[](uint32_t offset) const {
+    uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from_ + offset));
+    return word;
+  }
+
+ private:
+  uint32_t from_;
+#else
+  explicit SharedWords(const void* from) : from_(static_cast<const unsigned char*>(from)) {}
+  uint32_t operator[](uint32_t offset) const { return *reinterpret_cast<const uint32_t*>(from_ + offset); }
+
+ private:
+  const unsigned char* from_;
+#endif
+};
 
 /// Loads four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix
 /// l / 8, 16 bytes at a multiple of 16, and gets of matrix m in r[m] row l / 4, columns 2 (l % 4) and one more; or, if

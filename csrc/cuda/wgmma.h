@@ -1,7 +1,7 @@
 // Matrix products of a group of four warps (128 threads) on compute capability 9.0: each has a body for that GPU and
 // one for the host. Operands lie in shared memory; A may be in registers.
 //
-//   c[64, n] += a[64, 16] b[16, n]        n is 64 or 128, T is bf16 or f16, sums fp32
+//   c[64, n] += a[64, 16] b[16, n]        n is 64, 128 or 256, T is bf16 or f16, sums fp32
 //
 // Warp w of the group has rows 16 w to 16 w + 15 of c; a lane holds of each of the n / 8 blocks of 8 columns what it
 // holds of mma's c, and of an A in registers what it holds of mma's a (mma.h).
@@ -24,7 +24,7 @@
 
 namespace qlora::cuda {
 
-constexpr int kGroupThreads = 128, kGroupRows = 64, kGroupColumns = 128;
+constexpr int kGroupThreads = 128, kGroupRows = 64;
 constexpr int kSwizzledBytes = 1024;
 
 /// Where not, for other GPUs or for some that are not known yet, nothing here does anything, and mma takes its place.
@@ -90,8 +90,12 @@ QLORA_DEVICE void waitForGroups(float (&c)[blocks][4]) {
 #endif
 }
 
-/// The products begun since have ended when this returns; c may be touched.
-QLORA_DEVICE void endGroup(float (&c)[16][4]) { waitForGroups<0>(c); }
+/// All commits but the last have ended: nobody reads their operands any more. What c has may not yet be touched.
+QLORA_DEVICE void waitForOperands() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+#endif
+}
 
 QLORA_DEVICE void commitGroup() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -109,6 +113,11 @@ QLORA_DEVICE void commitGroup() {
   QLORA_SUMS64                                                                                                \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
   "%58,%59,%60,%61,%62,%63"
+#define QLORA_SUMS256                                                                                    \
+  QLORA_SUMS128                                                                                          \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88" \
+  ",%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110"  \
+  ",%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 /// `operands` are a, b, whether c is added to, two signs and what is transposed.
 #define QLORA_WGMMA(n, type, operands, ...)                                                                          \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" QLORA_SUMS##n "}, " operands ";" \
@@ -125,6 +134,14 @@ QLORA_DEVICE void commitGroup() {
     QLORA_WGMMA(128, "bf16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12)); \
   } else {                                                                                       \
     QLORA_WGMMA(128, "f16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12));  \
+  }
+#define QLORA_WGMMA256(operands)                                                                               \
+  if constexpr (std::is_same_v<T, bf16>) {                                                                     \
+    QLORA_WGMMA(256, "bf16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12), QLORA_C16(16), \
+                QLORA_C16(20), QLORA_C16(24), QLORA_C16(28));                                                  \
+  } else {                                                                                                     \
+    QLORA_WGMMA(256, "f16", operands, QLORA_C16(0), QLORA_C16(4), QLORA_C16(8), QLORA_C16(12), QLORA_C16(16),  \
+                QLORA_C16(20), QLORA_C16(24), QLORA_C16(28));                                                  \
   }
 #elif !defined(__CUDACC__)
 namespace detail {
@@ -148,13 +165,15 @@ void multiplyRows(float (&c)[blocks][4], const float (&a)[2][16], const GroupOpe
 /// Begins c += a b; fresh: c = a b. blocks: n / 8.
 template <class T, bool innerB, bool fresh = false, int blocks>
 QLORA_DEVICE void multiplyGroup(float (&c)[blocks][4], const GroupOperand<true>& a, const GroupOperand<innerB>& b) {
-  static_assert(blocks == 8 || blocks == 16);
+  static_assert(blocks == 8 || blocks == 16 || blocks == 32);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define QLORA_INPUTS "l"(a.descriptor()), "l"(b.descriptor()), "n"(fresh ? 0 : 1), "n"(innerB ? 0 : 1)
   if constexpr (blocks == 8) {
     QLORA_WGMMA64("%32, %33, %34, 1, 1, 0, %35")
-  } else {
+  } else if constexpr (blocks == 16) {
     QLORA_WGMMA128("%64, %65, %66, 1, 1, 0, %67")
+  } else {
+    QLORA_WGMMA256("%128, %129, %130, 1, 1, 0, %131")
   }
 #undef QLORA_INPUTS
 #elif !defined(__CUDACC__)
