@@ -77,6 +77,17 @@ struct Parts {
   float *largest, *sum, *out;
 };
 
+/// What backward needs beside. logSumExp and delta are of the rows of each pair, in the order of rows, [pairs, stride]:
+/// in units of ln 2, and +infinity where a row sees nothing or is none, so that its weights are 0; dot(dout, out).
+template <class T>
+struct Gradients {
+  const T* dout;
+  const float *logSumExp, *delta;
+  int64_t stride;
+  T *dq, *dk, *dv;
+  float scale;
+};
+
 /// Calls f with the padded head size as a type. f32, which is seldom used, has fewer of them.
 template <class T, class F>
 void dispatchHeadSize(const char* op, int64_t D, F&& f) {

@@ -35,6 +35,18 @@ inline bool isWide(const Context& context, DType dtype, int64_t D, int64_t rows)
 template <class T>
 void forwardWide(Context& context, const Problem<T>& a, const Parts& parts, int64_t B, T* out, float* logSumExp);
 
+/// Enqueues the backward, after the rows' statistics.
+template <class T>
+void backwardWide(Context& context, const Problem<T>& a, const Gradients<T>& g, int64_t B);
+
+/// Blocks of 128 rows (or keys) of all pairs: the key heads of a batch row side by side, as they finish together and
+/// leave no long blocks to the end.
+inline dim3 wideGrid(int64_t blocks, int64_t Hkv, int64_t B) {
+  return dim3(static_cast<unsigned>(blocks * Hkv), static_cast<unsigned>(B));
+}
+QLORA_DEVICE int wideHead(int Hkv) { return static_cast<int>(blockIdx.x) % Hkv; }
+QLORA_DEVICE int wideBlock(int Hkv) { return static_cast<int>(blockIdx.x) / Hkv; }
+
 /// Calls f with the padded head size and whether the device has wgmma, as types.
 template <class F>
 void dispatchWide(const Context& context, int64_t D, F&& f) {
@@ -83,6 +95,36 @@ QLORA_DEVICE void copyRows(T* tile, int D, const T* from, int64_t stride, int ro
   }
 }
 
+/// By how much the query and the head of a row change from one row that a thread copies to its next.
+template <int kD>
+struct RowSteps {
+  int query, head;
+  QLORA_DEVICE explicit RowSteps(int group)
+      : query(kWideThreads * kPiece / kD / group), head(kWideThreads * kPiece / kD % group) {}
+};
+
+/// The same of rows [r0, last) of two tensors like q.
+template <int kRows, int kD, class T>
+QLORA_DEVICE void copyRows(T* tileA, T* tileB, const T* a, const T* b, const Pair& pair, const RowSteps<kD>& steps,
+                           int r0, int last) {
+  constexpr int kPieces = kD / kPiece, kStep = kWideThreads / kPieces;
+  const int own = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
+  const int end = piece * kPiece < pair.D ? last - r0 - own : 0;
+  int query = (r0 + own) / pair.group, head = (r0 + own) % pair.group;
+#pragma unroll
+  for (int row = 0; row < kRows; row += kStep) {
+    const int64_t at = pair.firstQuery + query * pair.queryStride + head * pair.D + piece * kPiece;
+    copyAsync16(tileA + place<kRows, kD>(row + own, piece), a + at, row < end);
+    copyAsync16(tileB + place<kRows, kD>(row + own, piece), b + at, row < end);
+    query += steps.query;
+    head += steps.head;
+    if (head >= pair.group) {
+      head -= pair.group;
+      ++query;
+    }
+  }
+}
+
 /// c = A B^T, of tiles [kRowsA, kD] and [8 blocks, kD].
 template <bool groups, int kRowsA, int kD, class T, int blocks>
 QLORA_DEVICE void beginTransposed(float (&c)[blocks][4], const T* a, const T* b) {
@@ -92,8 +134,8 @@ QLORA_DEVICE void beginTransposed(float (&c)[blocks][4], const T* a, const T* b)
     multiplyGroup<T, true, true>(c, GroupOperand<true>{own}, GroupOperand<true>{b});
 #pragma unroll
     for (int k = 16; k < kD; k += 16) {
-      multiplyGroup<T, true>(c, GroupOperand<true>{own + k / 64 * kRowsA * 64 + k % 64},
-                             GroupOperand<true>{b + k / 64 * blocks * 8 * 64 + k % 64});
+      multiplyGroup<T, true>(c, GroupOperand<true>{own, 0, (k / 64 * kRowsA * 64 + k % 64) * 2},
+                             GroupOperand<true>{b, 0, (k / 64 * blocks * 8 * 64 + k % 64) * 2});
     }
     commitGroup();
   } else {
@@ -124,7 +166,7 @@ QLORA_DEVICE void beginByWeights(float (&c)[blocks][4], const uint32_t (&p)[step
     beginGroup();
 #pragma unroll
     for (int k = 0; k < steps; ++k) {
-      multiplyGroup<T, false>(c, p[k], GroupOperand<false>{b + k * 16 * 64, kRows * 128});
+      multiplyGroup<T, false>(c, p[k], GroupOperand<false>{b, kRows * 128, k * 16 * 64 * 2});
     }
     commitGroup();
   } else {
@@ -191,10 +233,10 @@ QLORA_DEVICE float exp2Fast(float x) {
 }
 
 /// What x is made by comes before what follows. The compiler would else move a wait for products up to where they were
-/// begun, and what is to go beside them behind it; it moves no wait over a store, even though x is never -infinity.
-QLORA_DEVICE void beforeWaiting(float x, [[maybe_unused]] void* shared) {
+/// begun, and what is to go beside them behind it; it moves no wait over a store, even though x is never -0.
+QLORA_DEVICE void beforeWaiting(uint32_t x, [[maybe_unused]] void* shared) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("{ .reg .pred p; setp.eq.f32 p, %0, 0fFF800000; @p st.shared.f32 [%1], %0; }" ::"f"(x),
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0x80000000; @p st.shared.u32 [%1], %0; }" ::"r"(x),
                "r"(sharedAddress(shared))
                : "memory");
 #else
@@ -234,9 +276,9 @@ struct Sight {
   /// Calls f(block, element) for those of a tile from `first` on that are not seen.
   template <int blocks, class F>
   QLORA_DEVICE void forEachUnseen(int first, F&& f) const {
-    uint32_t unseen[blocks / 8];
+    uint32_t unseen[(blocks + 7) / 8];
 #pragma unroll
-    for (int word = 0; word < blocks / 8; ++word) {
+    for (int word = 0; word < (blocks + 7) / 8; ++word) {
       unseen[word] = 0;
 #pragma unroll 1
       for (int n = 0; n < 8; ++n)

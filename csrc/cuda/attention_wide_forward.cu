@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
   constexpr int kKeys = Shape::keys, kBlocks = kKeys / 8, kColumns = kD / 8;
   auto& shared = wideShared<typename Shape::Shared>();
 
-  const Pair pair(a, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
+  const Pair pair(a, wideHead(a.Hkv), static_cast<int>(blockIdx.y));
   // The last rows, which see most where attention is causal, first.
-  const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x), part = block % parts.count;
+  const int block = static_cast<int>(gridDim.x) / a.Hkv - 1 - wideBlock(a.Hkv), part = block % parts.count;
   const int r0 = block / parts.count * kWideOwned, r1 = min(r0 + kWideOwned, pair.rows);
   const int first = max(pair.firstSeen(r0), part * parts.keys);
   const int last = min(pair.lastSeen(r1), min(part + 1, INT32_MAX / parts.keys) * parts.keys);
@@ -96,10 +96,9 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
       sight.template forEachUnseen<kBlocks>(j0, [&](int n, int e) { s[n][e] = -INFINITY; });
     }
     softmax.weigh(s, a.multiplier, rescale);
-    if constexpr (groups) beforeWaiting(softmax.total[0] + softmax.total[1], shared.queries);
+    if constexpr (groups) beforeWaiting(__float_as_uint(softmax.total[0] + softmax.total[1]), shared.queries);
   };
-  const auto arrive = [&] {
-    waitForCopies<0>();
+  const auto meet = [] {
     if constexpr (groups) showToGroups();
     syncBlock();
   };
@@ -109,12 +108,13 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
                            [&](int i) { return r0 + i < r1 ? a.q + pair.rowAt(r0 + i) : nullptr; });
   copy(shared.keys[0], a.k, j);
   commitCopies();
+  copy(shared.values[0], a.v, j);
+  copy(shared.keys[1], a.k, next);
+  commitCopies();
   if (j < last) {
-    arrive();
+    waitForCopies<1>();
+    meet();
     beginTransposed<groups, kWideOwned, kD>(s, shared.queries, shared.keys[0]);
-    copy(shared.values[0], a.v, j);
-    copy(shared.keys[1], a.k, next);
-    commitCopies();
     waitForGroups<0>(s);
     weigh(j);
     while (true) {
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
         for (int e = 0; e < 4; ++e) sums[n][e] *= rescale[e / 2];
       }
       packWeights<T>(weights, s);
-      arrive();
+      waitForCopies<0>();
+      meet();
       if (next >= last) break;
       beginTransposed<groups, kWideOwned, kD>(s, shared.queries, shared.keys[stage ^ 1]);
       beginByWeights<groups, T>(sums, weights, shared.values[stage]);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
     const int row = r + 8 * h;
     if (row >= r1) continue;
     if (parts.count > 1) {
-      const int64_t pairs = int64_t{gridDim.y} * gridDim.z, index = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+      const int64_t pairs = int64_t{gridDim.y} * a.Hkv, index = int64_t{blockIdx.y} * a.Hkv + wideHead(a.Hkv);
       const int64_t at = (part * pairs + index) * pair.rows + row;
       storeRow(parts.out + at * a.D, 0, a.D, sums, h, 1.0f);
       if (laneIndex() % 4 == 0) {
@@ -176,8 +177,7 @@ void forwardWide(Context& context, const Problem<T>& a, const Parts& parts, int6
   dispatchWide(context, a.D, [&](auto size, auto groups) {
     constexpr int kD = decltype(size)::value;
     constexpr bool kGroups = decltype(groups)::value;
-    launch(context, wideForwardKernel<T, kD, kGroups>,
-           dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.Hkv), static_cast<unsigned>(B)), kWideThreads,
+    launch(context, wideForwardKernel<T, kD, kGroups>, wideGrid(blocks, a.Hkv, B), kWideThreads,
            wideBytes<typename ForwardShape<T, kD, kGroups>::Shared>, a, parts, out, logSumExp);
   });
 }

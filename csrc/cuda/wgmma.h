@@ -38,18 +38,19 @@ template <bool inner>
 struct GroupOperand {
   const void* start;
   int leading = 0;
+  int offset = 0;  // bytes beyond start, where products of one start differ in that
 
 #if defined(__CUDACC__)
   QLORA_DEVICE uint64_t descriptor() const {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
     return kSwizzle128 | uint64_t{kSwizzledBytes >> 4} << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
-           (sharedAddress(start) & 0x3ffff) >> 4;
+           ((sharedAddress(start) & 0x3ffff) >> 4) + static_cast<uint64_t>(offset >> 4);
   }
 #else
   /// Element (i, k), as the hardware finds it.
   template <class T>
   float at(int i, int k) const {
-    const auto from = reinterpret_cast<uintptr_t>(start);
+    const auto from = reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(offset);
     const int along = inner ? k : i, across = inner ? i : k;
     const uintptr_t address = from + static_cast<uintptr_t>(along / 64 * leading + across / 8 * kSwizzledBytes +
                                                             across % 8 * 128 + along % 64 * 2);
