@@ -122,31 +122,41 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
   return sum;
 }
 
+/// How rows and K are dealt to the warps of all blocks.
+struct Deal {
+  int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
+  int fewest, more;   // rows of a group; so many groups have one more
+  int tiles, steps;   // that a warp goes over
+
+  QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
+  /// The first row of a group of a block.
+  QLORA_DEVICE int begin(int group) const {
+    const int i = (static_cast<int>(blockIdx.x) << rowGroupShift) + group;
+    return i * fewest + min(i, more);
+  }
+};
+
 /// For up to 8 tokenTiles tokens.
 template <class Rows, int tokenTiles, class Shape>
-__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(Gemm g) {
-  constexpr int kRowTiles = Shape::rowTiles, kTileRows = Shape::tileRows, kLaneRows = 2 * kRowTiles;
-  constexpr int kSumStride = Shape::sumStride;
+__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(Gemm g, Deal deal) {
   using T = typename Rows::Element;
+  constexpr int kRowTiles = Shape::rowTiles, kTileRows = Shape::tileRows, kLaneRows = 2 * kRowTiles;
   constexpr int kUnit = Rows::kUnit, kUnits = Rows::kUnits, kChunk = kUnit * kUnits, kShare = kUnit / 4;
-  constexpr int kTokens = 8 * tokenTiles;
   auto* const shared = dynamicShared<unsigned char>();
-  auto* const sums = reinterpret_cast<float*>(shared + Rows::sharedBytes);  // [warps, kTokens, kSumStride]
+  auto* const sums = reinterpret_cast<float*>(shared + Rows::sharedBytes);  // [warps, kPassTokens, sumStride]
   const int own = laneIndex() / 4, quarter = laneIndex() % 4, warp = warpIndex();
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize, K = static_cast<int>(g.K);
-  const int steps = (K + warps * kChunk - 1) / (warps * kChunk);  // of a tile
-  const auto stride = static_cast<int>(g.b.stride);
-  const auto beginRow = static_cast<int>(g.N * blockIdx.x / gridDim.x);
-  const auto endRow = static_cast<int>(g.N * (blockIdx.x + 1) / gridDim.x);
+  const int rowGroup = warp & (deal.rowGroups() - 1), group = warp >> deal.rowGroupShift;
+  const int groups = (static_cast<int>(blockDim.x) / kWarpSize) >> deal.rowGroupShift;  // that share K
+  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
   const Rows rows(g.b, shared);
 
   uint32_t shares[kLaneRows][kUnits][Rows::kWords];
   typename Rows::Scale scales[kLaneRows] = {};
   // Where it loads next, and of that this lane's rows.
-  int row = beginRow;
-  int step = 0, k = warp * kChunk;
+  int row = deal.begin(rowGroup), step = 0, k = group * kChunk;
   const uint8_t* from[kLaneRows];
   const auto aim = [&] {
+    if (row >= endRow) return;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       const int64_t at = int64_t{min(row + own + 8 * r, endRow - 1)} * stride + k;
@@ -157,8 +167,9 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const auto load = [&](int u) {
     if (k + u * kUnit >= K || row >= endRow) return;
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r)
+    for (int r = 0; r < kLaneRows; ++r) {
       loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
+    }
   };
   aim();
 #pragma unroll
@@ -166,56 +177,61 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   rows.fillShared(shared);
   syncBlock();
 
-  const T* x[tokenTiles];
-#pragma unroll
-  for (int t = 0; t < tokenTiles; ++t) {
-    // Columns of C beyond M are not looked at.
-    x[t] = static_cast<const T*>(g.a.data) + min(int64_t{own + 8 * t}, g.M - 1) * g.a.stride + quarter * kShare;
-  }
+  const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
   float sum[kRowTiles][tokenTiles][4] = {};
-  while (row < endRow) {
-    const int nowRow = row, nowK = k;
+  for (int tile = 0; tile < deal.tiles;) {
+    const bool isOwn = row < endRow;
+    const int nowK = k;
+    const T* nowX = static_cast<const T*>(g.a.data) + k + quarter * kShare;
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
-    if (++step == steps) step = 0, row += kTileRows;
-    k = (step * warps + warp) * kChunk;
-    if (row < endRow) aim();
+    if (++step == deal.steps) step = 0, row += kTileRows;
+    k = (step * groups + group) * kChunk;
+    aim();
 
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (nowK + u * kUnit < K) {
-        uint4 ofX[tokenTiles][kShare / 8];
+      if (isOwn && nowK + u * kUnit < K) {
+        const auto loadX = [&](int t, uint4(&to)[kShare / 8]) {
+          // Columns of C beyond M are not looked at.
+          const T* x = nowX + int64_t{min(own + 8 * t, lastToken)} * strideX;
 #pragma unroll
-        for (int t = 0; t < tokenTiles; ++t) {
+          for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + u * kUnit + 8 * i);
+        };
+        uint4 ofX[2][kShare / 8];
+        loadX(0, ofX[0]);
+        float ofUnit[kLaneRows];
 #pragma unroll
-          for (int i = 0; i < kShare / 8; ++i) {
-            ofX[t][i] = *reinterpret_cast<const uint4*>(x[t] + nowK + u * kUnit + 8 * i);
+        for (int r = 0; r < kLaneRows; ++r) {
+          ofUnit[r] = Rows::isScaled ? shuffle(scale[r], (laneIndex() & ~3) + u) : 1.0f;
+        }
+        uint32_t a[kRowTiles][kShare / 4][4];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < kShare / 4; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[m][i][e] = rows.pair(shares[2 * m + e % 2][u], 2 * i + e / 2);
           }
         }
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          float part[tokenTiles][4] = {};
-          auto& to = Rows::isScaled ? part : sum[m];
+        for (int t = 0; t < tokenTiles; ++t) {
+          if (t + 1 < tokenTiles) loadX(t + 1, ofX[(t + 1) % 2]);
 #pragma unroll
-          for (int i = 0; i < kShare / 2; i += 2) {
-            const uint32_t a[4] = {rows.pair(shares[2 * m][u], i), rows.pair(shares[2 * m + 1][u], i),
-                                   rows.pair(shares[2 * m][u], i + 1), rows.pair(shares[2 * m + 1][u], i + 1)};
+          for (int m = 0; m < kRowTiles; ++m) {
+            float part[4] = {};
+            auto& to = Rows::isScaled ? part : sum[m][t];
 #pragma unroll
-            for (int t = 0; t < tokenTiles; ++t) {
-              const uint4 eight = ofX[t][i / 4];
-              const uint32_t b[2] = {i % 4 ? eight.z : eight.x, i % 4 ? eight.w : eight.y};
-              mma<T>(to[t], a, b);
+            for (int i = 0; i < kShare / 4; ++i) {
+              const uint4 eight = ofX[t % 2][i / 2];
+              const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
+              mma<T>(to, a[m][i], b);
             }
-          }
-          if constexpr (Rows::isScaled) {
+            if constexpr (Rows::isScaled) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float of = shuffle(scale[2 * m + h], (laneIndex() & ~3) + u);
-#pragma unroll
-              for (int t = 0; t < tokenTiles; ++t) {
-#pragma unroll
-                for (int e = 2 * h; e < 2 * h + 2; ++e) sum[m][t][e] = fmaf(of, part[t][e], sum[m][t][e]);
+              for (int e = 0; e < 4; ++e) {
+                sum[m][t][e] = fmaf(ofUnit[2 * m + e / 2], part[e], sum[m][t][e]);
               }
             }
           }
@@ -225,42 +241,68 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
     }
     if (step > 0) continue;
 
-    syncBlock();  // the sums of the last tile have been read
+    // Some tokens at a time, for which there is shared memory.
+    constexpr int kPassTiles = tokenTiles < 2 ? tokenTiles : 2, kPassTokens = 8 * kPassTiles;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int pass = 0; pass < tokenTiles; pass += kPassTiles) {
+      syncBlock();  // the last sums have been read
 #pragma unroll
-      for (int t = 0; t < tokenTiles; ++t) {
+      for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int token = 8 * t + 2 * quarter + e % 2;
-          sums[(warp * kTokens + token) * kSumStride + 16 * m + own + e / 2 * 8] = sum[m][t][e];
-          sum[m][t][e] = 0;
+        for (int t = 0; t < kPassTiles; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int token = 8 * t + 2 * quarter + e % 2;
+            sums[(warp * kPassTokens + token) * Shape::sumStride + 16 * m + own + e / 2 * 8] = sum[m][pass + t][e];
+            sum[m][pass + t][e] = 0;
+          }
         }
       }
+      syncBlock();
+      const int tokens = min(kPassTokens, static_cast<int>(g.M) - 8 * pass);
+      for (int i = static_cast<int>(threadIdx.x); i < (kTileRows * tokens) << deal.rowGroupShift;
+           i += static_cast<int>(blockDim.x)) {
+        const int feature = i % kTileRows, ofGroup = i / kTileRows & (deal.rowGroups() - 1);
+        const int token = i / kTileRows >> deal.rowGroupShift, n = deal.begin(ofGroup) + tile * kTileRows + feature;
+        if (n >= deal.begin(ofGroup + 1)) continue;
+        float all = extraOf<T>(g.extra, 8 * pass + token, n);
+        for (int j = 0; j < groups; ++j) {
+          const int other = (j << deal.rowGroupShift) + ofGroup;
+          all += sums[(other * kPassTokens + token) * Shape::sumStride + feature];
+        }
+        g.out.store(8 * pass + token, n, all);
+      }
     }
-    syncBlock();
-    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * g.M; i += static_cast<int>(blockDim.x)) {
-      const int feature = i % kTileRows, token = i / kTileRows;
-      const int n = nowRow + feature;
-      if (n >= endRow) continue;
-      float all = extraOf<T>(g.extra, token, n);
-      for (int w = 0; w < warps; ++w) all += sums[(w * kTokens + token) * kSumStride + feature];
-      g.out.store(token, n, all);
-    }
+    ++tile;
   }
 }
 
+int64_t roundedUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// By shapes alone, as a large GPU has multiprocessors, where sums depend on it.
 template <class Rows, int tokenTiles, class Shape>
 void launchFew(Context& context, const Gemm& g) {
-  constexpr int kChunk = Rows::kUnit * Rows::kUnits;
-  const int64_t chunks = (g.K + kChunk - 1) / kChunk, steps = (chunks + Shape::warps - 1) / Shape::warps;
-  const int64_t warps = (chunks + steps - 1) / steps;
+  constexpr int64_t kMultiprocessors = 132;
+  const int64_t chunks = roundedUp(g.K, Rows::kUnit * Rows::kUnits), rows = roundedUp(g.N, kMultiprocessors);
+  // The least work of all warps together; of equal ones the one with the fewest warps that share K.
+  int64_t least = INT64_MAX, groups = 1;
+  Deal deal{};
+  for (int shift = 0; 1 << shift <= Shape::warps; ++shift) {
+    const int64_t steps = roundedUp(chunks, Shape::warps >> shift), own = roundedUp(chunks, steps);
+    const int64_t work = (roundedUp(roundedUp(rows, 1 << shift), Shape::tileRows) * steps * own) << shift;
+    if (work > least) continue;
+    least = work, groups = own;
+    deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps);
+  }
+  const int64_t warps = groups << deal.rowGroupShift;
   const int64_t multiprocessors = context.device->multiprocessors;
-  const int64_t blocks =
-      std::min(multiprocessors * (Shape::warps * Shape::blocks / warps), (g.N + kFewestRows - 1) / kFewestRows);
+  const int64_t blocks = std::min(multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows << deal.rowGroupShift));
+  const int64_t parts = blocks << deal.rowGroupShift;
+  deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
+  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
   const size_t bytes =
-      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * tokenTiles * Shape::sumStride;
-  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g);
+      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
+  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
 }
 
 template <class Rows>
@@ -268,13 +310,11 @@ void launchTokens(Context& context, const Gemm& g) {
   const char* text = std::getenv("QLORA_FEW");
   const char way = text ? *text : 'a';
   if (g.M <= 8) {
-    if (way == 'b') return launchFew<Rows, 1, FewShape<1, 16, 2, false>>(context, g);
     if (way == 'c') return launchFew<Rows, 1, FewShape<2, 16, 1, true>>(context, g);
     if (way == 'd') return launchFew<Rows, 1, FewShape<2, 8, 2, false>>(context, g);
-    if (way == 'e') return launchFew<Rows, 1, FewShape<1, 16, 2, true>>(context, g);
     return launchFew<Rows, 1, FewShape<2, 16, 1, false>>(context, g);
   }
-  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 14, 1, false>>(context, g);
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, false>>(context, g);
   if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, false>>(context, g);
   return launchFew<Rows, 8, FewShape<2, 8, 1, false>>(context, g);
 }
