@@ -1,7 +1,5 @@
 // Which kernel a product takes, and what has to be done before and after.
 
-#include <cstdlib>
-
 #include "cuda/gemm_tiles.h"
 
 namespace qlora::cuda {
@@ -179,9 +177,7 @@ void skipColumns(Gemm& g, int64_t first) {
 void gemmConverted(Context& context, const Gemm& g) {
   const bool rowsAreColumns = g.form == GemmForm::nt;
   const int64_t depth = std::max<int64_t>(g.K, 1);
-  const char* slice = std::getenv("QLORA_SLICE");
-  const int64_t elements =
-      isWide(context, g) ? (slice ? int64_t{std::atoi(slice)} << 20 : kWideSliceElements) : kSliceElements;
+  const int64_t elements = isWide(context, g) ? kWideSliceElements : kSliceElements;
   const int64_t columns = std::min(g.N, std::max(kSliceColumns, elements / depth / kSliceColumns * kSliceColumns));
   void* converted = context.scratch.bytes(static_cast<size_t>(columns * g.K) * sizeOf(g.compute));
   for (int64_t first = 0; first < g.N; first += columns) {
