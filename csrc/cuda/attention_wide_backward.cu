@@ -1,14 +1,13 @@
 // Attention's backward for many rows: the kernels `queries` and `keys` of attention_backward.cu. Products go on beside
 // all else; of a tile of keys, for the rows' dq:
 //
-//   barrier                         the tile is there; the one before has been read
+//   barrier                         the tile is there; the one before the last has been read
 //   begin s = q k^T;  begin dp = dout v^T;  begin copying the next tile
 //   wait for s;  p of it
 //   wait for dp;  ds of both;  begin dq += ds k
-//   wait for all
 //
-// and for the keys' dk and dv the same of the transposes, with dv += p^T dout begun once p is there. That nothing is
-// under way when a tile ends is for the compiler, which else does products one at a time.
+// and for the keys' dk and dv the same of the transposes, with dv += p^T dout begun once p is there. The last product
+// of a tile is still under way when those of the next begin: hence three stages, where products are begun and not done.
 #include "cuda/attention_wide.h"
 
 namespace qlora::cuda::attention {
@@ -17,15 +16,15 @@ namespace {
 
 template <class T, int kD, bool groups>
 struct BackwardShape {
-  static constexpr int visited = groups ? 64 : 32;
+  static constexpr int visited = groups ? 64 : 32, stages = groups ? 3 : 2;
 
   struct alignas(groups ? kSwizzledBytes : 16) Stage {
     T first[visited * kD], second[visited * kD];  // keys and values, or queries and douts
   };
   struct alignas(groups ? kSwizzledBytes : 16) Shared {
     T first[kWideOwned * kD], second[kWideOwned * kD];
-    Stage stage[2];
-    alignas(16) float logSumExp[2][visited], delta[2][visited];
+    Stage stage[stages];
+    alignas(16) float logSumExp[stages][visited], delta[stages][visited];
   };
 };
 
@@ -118,29 +117,31 @@ __global__ void __launch_bounds__(kWideThreads, 1) wideQueryKernel(Problem<T> a,
   };
   const float2 logSumExp = ofRows(g.logSumExp, INFINITY), delta = ofRows(g.delta, 0.0f);
   float sums[kD / 8][4] = {};
-  while (j < last) {
-    auto& tile = shared.stage[stage];
-    waitForCopies<0>();
-    if constexpr (groups) showToGroups();
-    syncBlock();
-    float s[kBlocks][4], dp[kBlocks][4];
-    beginTransposed<groups, kWideOwned, kD>(s, shared.first, tile.first);
-    beginTransposed<groups, kWideOwned, kD>(dp, shared.second, tile.second);
-    const int next = nextTile(j + kKeys);
-    stage ^= 1;
-    copy(shared.stage[stage], next);
-    uint32_t words[kBlocks / 2][4];
-    waitForGroups<1>(s);
-    weigh<T, true>(a, s, words, j < fullFrom || j + kKeys > fullTo, sight, j, [&](int) { return logSumExp; });
-    uint32_t all = 0;
+  if (j < last) {
+    do {
+      auto& tile = shared.stage[stage];
+      waitForCopies<0>();
+      if constexpr (groups) showToGroups();
+      syncBlock();
+      float s[kBlocks][4], dp[kBlocks][4];
+      beginTransposed<groups, kWideOwned, kD>(s, shared.first, tile.first);
+      beginTransposed<groups, kWideOwned, kD>(dp, shared.second, tile.second);
+      const int next = nextTile(j + kKeys);
+      stage = stage + 1 < Shape::stages ? stage + 1 : 0;
+      copy(shared.stage[stage], next);
+      uint32_t words[kBlocks / 2][4];
+      waitForGroups<1>(s);
+      weigh<T, true>(a, s, words, j < fullFrom || j + kKeys > fullTo, sight, j, [&](int) { return logSumExp; });
+      uint32_t all = 0;
 #pragma unroll
-    for (const auto& four : words) all |= four[0] | four[1] | four[2] | four[3];
-    if constexpr (groups) beforeWaiting(all, &shared.first);
-    waitForGroups<0>(dp);
-    differentiate<T, true>(s, dp, words, [&](int) { return delta; });
-    beginByWeights<groups, T>(sums, words, tile.first);
+      for (const auto& four : words) all |= four[0] | four[1] | four[2] | four[3];
+      if constexpr (groups) beforeWaiting(all, &shared.first);
+      waitForGroups<0>(dp);
+      differentiate<T, true>(s, dp, words, [&](int) { return delta; });
+      beginByWeights<groups, T>(sums, words, tile.first);
+      j = next;
+    } while (j < last);
     waitForGroups<0>(sums);
-    j = next;
   }
   waitForCopies<0>();
   syncBlock();
@@ -190,30 +191,33 @@ __global__ void __launch_bounds__(kWideThreads, 1) wideKeyKernel(Problem<T> a, G
   const Sight sight = Sight::ofKeys(pair, j0 + 16 * warpIndex() + laneIndex() / 4, j1, last);
   const int fullFrom = pair.firstRow(j1 - 1), fullTo = pair.keySegments ? 0 : min(last, pair.lastRow(j0 + 1));
   float dk[kD / 8][4] = {}, dv[kD / 8][4] = {};
-  while (r < last) {
-    auto& tile = shared.stage[stage];
-    waitForCopies<0>();
-    if constexpr (groups) showToGroups();
-    syncBlock();
-    float s[kBlocks][4], dp[kBlocks][4];
-    beginTransposed<groups, kWideOwned, kD>(s, shared.first, tile.first);
-    beginTransposed<groups, kWideOwned, kD>(dp, shared.second, tile.second);
-    const int next = nextTile(r + kRows), now = stage;
-    stage ^= 1;
-    copy(stage, next);
-    const auto ofRows = [&](const float(&from)[kRows]) {
-      return [&from](int n) { return *reinterpret_cast<const float2*>(from + 8 * n + laneIndex() % 4 * 2); };
-    };
-    uint32_t words[kBlocks / 2][4], more[kBlocks / 2][4];
-    waitForGroups<1>(s);
-    weigh<T, false>(a, s, words, r < fullFrom || r + kRows > fullTo, sight, r, ofRows(shared.logSumExp[now]));
-    beginByWeights<groups, T>(dv, words, tile.second);
-    waitForGroups<1>(dp);
-    differentiate<T, false>(s, dp, more, ofRows(shared.delta[now]));
-    beginByWeights<groups, T>(dk, more, tile.first);
+  if (r < last) {
+    do {
+      auto& tile = shared.stage[stage];
+      waitForCopies<0>();
+      if constexpr (groups) showToGroups();
+      syncBlock();
+      float s[kBlocks][4], dp[kBlocks][4];
+      beginTransposed<groups, kWideOwned, kD>(s, shared.first, tile.first);
+      beginTransposed<groups, kWideOwned, kD>(dp, shared.second, tile.second);
+      const int next = nextTile(r + kRows), now = stage;
+      stage = stage + 1 < Shape::stages ? stage + 1 : 0;
+      copy(stage, next);
+      const auto ofRows = [&](const float(&from)[kRows]) {
+        return [&from](int n) { return *reinterpret_cast<const float2*>(from + 8 * n + laneIndex() % 4 * 2); };
+      };
+      uint32_t words[kBlocks / 2][4], more[kBlocks / 2][4];
+      waitForGroups<1>(s);
+      weigh<T, false>(a, s, words, r < fullFrom || r + kRows > fullTo, sight, r, ofRows(shared.logSumExp[now]));
+      beginByWeights<groups, T>(dv, words, tile.second);
+      waitForGroups<1>(dp);
+      differentiate<T, false>(s, dp, more, ofRows(shared.delta[now]));
+      beginByWeights<groups, T>(dk, more, tile.first);
+      waitForGroups<1>(dv);
+      r = next;
+    } while (r < last);
     waitForGroups<0>(dk);
     waitForGroups<0>(dv);
-    r = next;
   }
   waitForCopies<0>();
   syncBlock();
