@@ -33,6 +33,7 @@ struct FewShape {
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
 constexpr int kFewestRows = 8;  // of a block
+constexpr int kAhead = 2;       // chunks that each warp brings to the second cache before it may read them
 constexpr int kTableBytes = 256 * kWarpSize * 4;
 constexpr int kNested = 256;
 
@@ -173,6 +174,12 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
       loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
     }
   };
+  letNextBegin();
+  for (int i = 0; i < kAhead; ++i) {
+    const int n = row + laneIndex() + i / deal.steps * kTileRows, at = ((i % deal.steps) * groups + group) * kChunk;
+    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
+  }
+  waitForEarlier();
   aim();
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) load(u);
@@ -303,7 +310,7 @@ void launchFew(Context& context, const Gemm& g) {
   deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
   deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
   const size_t bytes = Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
-  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
+  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
 }
 
 template <class Rows>
