@@ -24,16 +24,15 @@ namespace qlora::cuda {
 
 namespace {
 
-template <int tiles, int w, int b, bool hint>
+template <int tiles, int w, int b, int s>
 struct FewShape {
   static constexpr int rowTiles = tiles;  // of 16 rows, that share what is loaded of x
   static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
-  static constexpr bool ahead = hint;
+  static constexpr int stages = s;  // that a warp has on their way
   static constexpr int tileRows = 16 * tiles;
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
 constexpr int kFewestRows = 8;  // of a block
-constexpr int kAhead = 2;       // chunks that each warp brings to the second cache before it may read them
 constexpr int kTableBytes = 256 * kWarpSize * 4;
 constexpr int kNested = 256;
 
@@ -130,6 +129,7 @@ struct Deal {
   int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
   int fewest, more;   // rows of a group; so many groups have one more
   int tiles, steps;   // that a warp goes over
+  int sumBytes;       // of shared memory
 
   QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
   /// The first row of a group of a block.
@@ -153,51 +153,83 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
   const Rows rows(g.b, shared);
 
-  uint32_t shares[kLaneRows][kUnits][Rows::kWords];
-  typename Rows::Scale scales[kLaneRows] = {};
-  // Where it loads next, and of that this lane's rows.
-  int row = deal.begin(rowGroup), step = 0, k = group * kChunk;
-  const uint8_t* from[kLaneRows];
-  const auto aim = [&] {
-    if (row >= endRow) return;
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const int64_t at = int64_t{min(row + own + 8 * r, endRow - 1)} * stride + k;
-      from[r] = rows.at(at + quarter * kShare);
-      if (k + quarter * kUnit < K) scales[r] = rows.scaleAt(at + quarter * kUnit);
-    }
+  // Units of a row lie in shared memory in an order that differs among rows that one load reads.
+  constexpr int kRowBytes = kUnits * Rows::kUnitBytes, kPieces = kRowBytes / 16, kPiecesOfUnit = Rows::kUnitBytes / 16;
+  constexpr int kStageBytes = kTileRows * kRowBytes, kRowsAtOnce = kWarpSize / kPieces;
+  const auto orderOf = [](int r) { return r / (128 / kRowBytes) % kUnits; };
+  auto* const ring = reinterpret_cast<unsigned char*>(sums) + deal.sumBytes + warp * Shape::stages * kStageBytes;
+
+  const int beginRow = deal.begin(rowGroup);
+  const auto kOf = [&](int step) { return (step * groups + group) * kChunk; };
+  const auto advance = [&](int& row, int& step) {
+    if (++step == deal.steps) step = 0, row += kTileRows;
   };
-  const auto load = [&](int u) {
-    if (k + u * kUnit >= K || row >= endRow) return;
+  // Where it copies next.
+  int copyRow = beginRow, copyStep = 0;
+  const auto copy = [&](int slot) {
+    const int piece = laneIndex() % kPieces, k = kOf(copyStep), at = k + piece * (kChunk / kPieces);
+    if (copyRow < endRow && at < K) {
+#pragma unroll
+      for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+        const int r = i + laneIndex() / kPieces;
+        copyAsync16(ring + slot * kStageBytes + r * kRowBytes + (piece ^ (orderOf(r) * kPiecesOfUnit)) * 16,
+                    rows.at(int64_t{min(copyRow + r, endRow - 1)} * stride + at));
+      }
+    }
+    commitCopies();
+    advance(copyRow, copyStep);
+  };
+  // What it multiplies next.
+  int row = beginRow, step = 0;
+  typename Rows::Scale scales[kLaneRows] = {};
+  const auto loadScales = [&] {
+    const int at = kOf(step) + quarter * kUnit;
+    if (row >= endRow || at >= K) return;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
+      scales[r] = rows.scaleAt(int64_t{min(row + own + 8 * r, endRow - 1)} * stride + at);
     }
   };
   letNextBegin();
-  for (int i = 0; i < kAhead; ++i) {
-    const int n = row + laneIndex() + i / deal.steps * kTileRows, at = ((i % deal.steps) * groups + group) * kChunk;
+  for (int i = 0; i < Shape::stages; ++i) {
+    const int n = beginRow + laneIndex() + i / deal.steps * kTileRows, at = kOf(i % deal.steps);
     if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
   }
   waitForEarlier();
-  aim();
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) load(u);
+  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
+  loadScales();
   rows.fillShared(shared);
   syncBlock();
 
   const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
   float sum[kRowTiles][tokenTiles][4] = {};
-  for (int tile = 0; tile < deal.tiles;) {
+  for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
     const bool isOwn = row < endRow;
-    const int nowK = k;
-    const T* nowX = static_cast<const T*>(g.a.data) + k + quarter * kShare;
+    const int nowK = kOf(step);
+    const T* nowX = static_cast<const T*>(g.a.data) + nowK + quarter * kShare;
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
-    if (++step == deal.steps) step = 0, row += kTileRows;
-    k = (step * groups + group) * kChunk;
-    aim();
+    advance(row, step);
+    loadScales();
+
+    waitForCopies<Shape::stages - 1>();
+    syncWarp();  // other lanes' copies
+    uint32_t shares[kLaneRows][kUnits][Rows::kWords];
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const auto words = loadPack<Rows::kWords>(reinterpret_cast<const uint32_t*>(
+            ring + slot * kStageBytes + (own + 8 * r) * kRowBytes + (u ^ orderOf(own)) * Rows::kUnitBytes +
+            quarter * 4 * Rows::kWords));
+#pragma unroll
+        for (int w = 0; w < Rows::kWords; ++w) shares[r][u][w] = words.value[w];
+      }
+    }
+    syncWarp();
+    copy(slot);
 
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -246,7 +278,6 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
           }
         }
       }
-      load(u);
     }
     if (step > 0) continue;
 
@@ -309,7 +340,9 @@ void launchFew(Context& context, const Gemm& g) {
   const int64_t parts = blocks << deal.rowGroupShift;
   deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
   deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
-  const size_t bytes = Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
+  deal.sumBytes = static_cast<int>(sizeof(float) * warps * 8 * std::min(tokenTiles, 2) * Shape::sumStride);
+  constexpr int64_t kStageBytes = Shape::tileRows * Rows::kUnits * Rows::kUnitBytes;
+  const size_t bytes = Rows::sharedBytes + static_cast<size_t>(deal.sumBytes + warps * Shape::stages * kStageBytes);
   launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
 }
 
@@ -318,13 +351,12 @@ void launchTokens(Context& context, const Gemm& g) {
   const char* text = std::getenv("QLORA_FEW");
   const char way = text ? *text : 'a';
   if (g.M <= 8) {
-    if (way == 'c') return launchFew<Rows, 1, FewShape<2, 16, 1, true>>(context, g);
-    if (way == 'd') return launchFew<Rows, 1, FewShape<2, 8, 2, false>>(context, g);
-    return launchFew<Rows, 1, FewShape<2, 16, 1, false>>(context, g);
+    if (way == 'b') return launchFew<Rows, 1, FewShape<2, 8, 1, 4>>(context, g);
+    return launchFew<Rows, 1, FewShape<2, 16, 1, 2>>(context, g);
   }
-  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, false>>(context, g);
-  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, false>>(context, g);
-  return launchFew<Rows, 8, FewShape<2, 8, 1, false>>(context, g);
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, 2>>(context, g);
+  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, 4>>(context, g);
+  return launchFew<Rows, 8, FewShape<2, 8, 1, 4>>(context, g);
 }
 
 template <class T>
