@@ -203,11 +203,20 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   syncBlock();
 
   const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
+  // x is loaded one step ahead, to one of two places.
+  uint4 ofX[2][kShare / 8];
+  const auto loadX = [&](int k, int t, uint4(&to)[kShare / 8]) {
+    if (k >= K) return;
+    // Columns of C beyond M are not looked at.
+    const T* x = static_cast<const T*>(g.a.data) + int64_t{min(own + 8 * t, lastToken)} * strideX + k + quarter * kShare;
+#pragma unroll
+    for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
+  };
+  loadX(kOf(step), 0, ofX[0]);
   float sum[kRowTiles][tokenTiles][4] = {};
   for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
     const bool isOwn = row < endRow;
     const int nowK = kOf(step);
-    const T* nowX = static_cast<const T*>(g.a.data) + nowK + quarter * kShare;
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
@@ -234,14 +243,6 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (isOwn && nowK + u * kUnit < K) {
-        const auto loadX = [&](int t, uint4(&to)[kShare / 8]) {
-          // Columns of C beyond M are not looked at.
-          const T* x = nowX + int64_t{min(own + 8 * t, lastToken)} * strideX;
-#pragma unroll
-          for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + u * kUnit + 8 * i);
-        };
-        uint4 ofX[2][kShare / 8];
-        loadX(0, ofX[0]);
         float ofUnit[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
@@ -258,14 +259,17 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
         }
 #pragma unroll
         for (int t = 0; t < tokenTiles; ++t) {
-          if (t + 1 < tokenTiles) loadX(t + 1, ofX[(t + 1) % 2]);
+          const int piece = u * tokenTiles + t;
+          if (t + 1 < tokenTiles || u + 1 < kUnits) {
+            loadX(nowK + (piece + 1) / tokenTiles * kUnit, (piece + 1) % tokenTiles, ofX[(piece + 1) % 2]);
+          }
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
             float part[4] = {};
             auto& to = Rows::isScaled ? part : sum[m][t];
 #pragma unroll
             for (int i = 0; i < kShare / 4; ++i) {
-              const uint4 eight = ofX[t % 2][i / 2];
+              const uint4 eight = ofX[piece % 2][i / 2];
               const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
               mma<T>(to, a[m][i], b);
             }
@@ -279,6 +283,7 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
         }
       }
     }
+    loadX(kOf(step), 0, ofX[0]);
     if (step > 0) continue;
 
     // Some tokens at a time, for which there is shared memory.
