@@ -24,11 +24,11 @@ namespace qlora::cuda {
 
 namespace {
 
-template <int tiles, int w, int b, bool hint>
+template <int tiles, int w, int b, int s>
 struct FewShape {
   static constexpr int rowTiles = tiles;       // of 16 rows, that share what is loaded of x
   static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
-  static constexpr bool ahead = hint;
+  static constexpr int stages = s;             // that a warp has on their way
   static constexpr int tileRows = 16 * tiles;
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
@@ -127,6 +127,7 @@ struct Deal {
   int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
   int fewest, more;   // rows of a group; so many groups have one more
   int tiles, steps;   // that a warp goes over
+  int sumBytes;       // of shared memory
 
   QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
   /// The first row of a group of a block.
@@ -150,57 +151,97 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
   const Rows rows(g.b, shared);
 
-  uint32_t shares[kLaneRows][kUnits][Rows::kWords];
+  // Units of a row lie in shared memory in an order that differs among rows that one load reads.
+  constexpr int kRowBytes = kUnits * Rows::kUnitBytes, kPieces = kRowBytes / 16, kPiecesOfUnit = Rows::kUnitBytes / 16;
+  constexpr int kStageBytes = kTileRows * kRowBytes, kRowsAtOnce = kWarpSize / kPieces;
+  const auto orderOf = [](int r) { return r / (128 / kRowBytes) % kUnits; };
+  auto* const ring = reinterpret_cast<unsigned char*>(sums) + deal.sumBytes + warp * Shape::stages * kStageBytes;
+
+  const int beginRow = deal.begin(rowGroup);
+  const auto kOf = [&](int step) { return (step * groups + group) * kChunk; };
+  const auto advance = [&](int& row, int& step) {
+    if (++step == deal.steps) step = 0, row += kTileRows;
+  };
+  // Where it copies next.
+  int copyRow = beginRow, copyStep = 0;
+  const auto copy = [&](int slot) {
+    const int piece = laneIndex() % kPieces, k = kOf(copyStep), at = k + piece * (kChunk / kPieces);
+    if (copyRow < endRow && at < K) {
+#pragma unroll
+      for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+        const int r = i + laneIndex() / kPieces;
+        copyAsync16(ring + slot * kStageBytes + r * kRowBytes + (piece ^ (orderOf(r) * kPiecesOfUnit)) * 16,
+                    rows.at(int64_t{min(copyRow + r, endRow - 1)} * stride + at));
+      }
+    }
+    commitCopies();
+    advance(copyRow, copyStep);
+  };
+  // What it multiplies next.
+  int row = beginRow, step = 0;
   typename Rows::Scale scales[kLaneRows] = {};
-  // Where it loads next, and of that this lane's rows.
-  int row = deal.begin(rowGroup), step = 0, k = group * kChunk;
-  const uint8_t* from[kLaneRows];
-  const auto aim = [&] {
-    if (row >= endRow) return;
+  const auto loadScales = [&] {
+    const int at = kOf(step) + quarter * kUnit;
+    if (row >= endRow || at >= K) return;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      const int64_t at = int64_t{min(row + own + 8 * r, endRow - 1)} * stride + k;
-      from[r] = rows.at(at + quarter * kShare);
-      if (k + quarter * kUnit < K) scales[r] = rows.scaleAt(at + quarter * kUnit);
+      scales[r] = rows.scaleAt(int64_t{min(row + own + 8 * r, endRow - 1)} * stride + at);
     }
   };
-  const auto load = [&](int u) {
-    if (k + u * kUnit >= K || row >= endRow) return;
+  letNextBegin();
+  for (int i = 0; i < Shape::stages; ++i) {
+    const int n = beginRow + laneIndex() + i / deal.steps * kTileRows, at = kOf(i % deal.steps);
+    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
+  }
+  waitForEarlier();
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      loadOnce<Rows::kWords, Shape::ahead>(shares[r][u], from[r] + u * Rows::kUnitBytes);
-    }
-  };
-  aim();
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) load(u);
+  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
+  loadScales();
   rows.fillShared(shared);
   syncBlock();
 
   const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
+  // x is loaded one step ahead, to one of two places.
+  uint4 ofX[2][kShare / 8];
+  const auto loadX = [&](int k, int t, uint4(&to)[kShare / 8]) {
+    if (k >= K) return;
+    // Columns of C beyond M are not looked at.
+    const T* x =
+        static_cast<const T*>(g.a.data) + int64_t{min(own + 8 * t, lastToken)} * strideX + k + quarter * kShare;
+#pragma unroll
+    for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
+  };
+  loadX(kOf(step), 0, ofX[0]);
   float sum[kRowTiles][tokenTiles][4] = {};
-  for (int tile = 0; tile < deal.tiles;) {
+  for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
     const bool isOwn = row < endRow;
-    const int nowK = k;
-    const T* nowX = static_cast<const T*>(g.a.data) + k + quarter * kShare;
+    const int nowK = kOf(step);
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
-    if (++step == deal.steps) step = 0, row += kTileRows;
-    k = (step * groups + group) * kChunk;
-    aim();
+    advance(row, step);
+    loadScales();
+
+    waitForCopies<Shape::stages - 1>();
+    syncWarp();  // other lanes' copies
+    uint32_t shares[kLaneRows][kUnits][Rows::kWords];
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const auto words = loadPack<Rows::kWords>(
+            reinterpret_cast<const uint32_t*>(ring + slot * kStageBytes + (own + 8 * r) * kRowBytes +
+                                              (u ^ orderOf(own)) * Rows::kUnitBytes + quarter * 4 * Rows::kWords));
+#pragma unroll
+        for (int w = 0; w < Rows::kWords; ++w) shares[r][u][w] = words.value[w];
+      }
+    }
+    syncWarp();
+    copy(slot);
 
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (isOwn && nowK + u * kUnit < K) {
-        const auto loadX = [&](int t, uint4(&to)[kShare / 8]) {
-          // Columns of C beyond M are not looked at.
-          const T* x = nowX + int64_t{min(own + 8 * t, lastToken)} * strideX;
-#pragma unroll
-          for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + u * kUnit + 8 * i);
-        };
-        uint4 ofX[2][kShare / 8];
-        loadX(0, ofX[0]);
         float ofUnit[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
@@ -217,14 +258,17 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
         }
 #pragma unroll
         for (int t = 0; t < tokenTiles; ++t) {
-          if (t + 1 < tokenTiles) loadX(t + 1, ofX[(t + 1) % 2]);
+          const int piece = u * tokenTiles + t;
+          if (t + 1 < tokenTiles || u + 1 < kUnits) {
+            loadX(nowK + (piece + 1) / tokenTiles * kUnit, (piece + 1) % tokenTiles, ofX[(piece + 1) % 2]);
+          }
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
             float part[4] = {};
             auto& to = Rows::isScaled ? part : sum[m][t];
 #pragma unroll
             for (int i = 0; i < kShare / 4; ++i) {
-              const uint4 eight = ofX[t % 2][i / 2];
+              const uint4 eight = ofX[piece % 2][i / 2];
               const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
               mma<T>(to, a[m][i], b);
             }
@@ -237,8 +281,8 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
           }
         }
       }
-      load(u);
     }
+    loadX(kOf(step), 0, ofX[0]);
     if (step > 0) continue;
 
     // Some tokens at a time, for which there is shared memory.
@@ -300,9 +344,11 @@ void launchFew(Context& context, const Gemm& g) {
   const int64_t parts = blocks << deal.rowGroupShift;
   deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
   deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
-  const size_t bytes =
-      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
-  launch(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
+  deal.sumBytes = static_cast<int>(sizeof(float) * warps * 8 * std::min(tokenTiles, 2) * Shape::sumStride);
+  constexpr int64_t kStageBytes = Shape::tileRows * Rows::kUnits * Rows::kUnitBytes;
+  const size_t bytes = Rows::sharedBytes + static_cast<size_t>(deal.sumBytes + warps * Shape::stages * kStageBytes);
+  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g,
+              deal);
 }
 
 template <class Rows>
@@ -310,13 +356,12 @@ void launchTokens(Context& context, const Gemm& g) {
   const char* text = std::getenv("QLORA_FEW");
   const char way = text ? *text : 'a';
   if (g.M <= 8) {
-    if (way == 'c') return launchFew<Rows, 1, FewShape<2, 16, 1, true>>(context, g);
-    if (way == 'd') return launchFew<Rows, 1, FewShape<2, 8, 2, false>>(context, g);
-    return launchFew<Rows, 1, FewShape<2, 16, 1, false>>(context, g);
+    if (way == 'b') return launchFew<Rows, 1, FewShape<2, 8, 1, 4>>(context, g);
+    return launchFew<Rows, 1, FewShape<2, 16, 1, 2>>(context, g);
   }
-  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, false>>(context, g);
-  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, false>>(context, g);
-  return launchFew<Rows, 8, FewShape<2, 8, 1, false>>(context, g);
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, 2>>(context, g);
+  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, 4>>(context, g);
+  return launchFew<Rows, 8, FewShape<2, 8, 1, 4>>(context, g);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -78,32 +79,104 @@ inline void checkLaunch(cudaError_t error, const Grid& grid) {
   if (error != cudaSuccess) checkCuda(error, grid.where().c_str());
 }
 
-/// Enqueues kernel(arguments...) on grid x block threads. Nothing in a rehearsal or where the grid is empty.
-template <class... Parameters, class... Arguments>
-void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t sharedBytes,
-            Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "a kernel is given as many arguments as it takes");
-  if (!context.queue || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  std::tuple<Parameters...> values(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+/// When a kernel may begin.
+enum class Start {
+  in_order,  // once what was enqueued before it has ended
+  early,     // while that is ending: the kernel calls waitForEarlier()
+};
+
+namespace detail {
+
 #if defined(__CUDACC__)
+/// Whether the device runs code that was compiled for it, and has early starts.
+inline bool startsEarly(int capability) {
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {
+    if (compiled == 10 * capability) return capability >= 90;
+  }
+  return false;
+}
+
+inline void enqueue(const Context& context, Start start, const void* kernel, const Grid& grid, dim3 block,
+                    size_t sharedBytes, void** arguments) {
   // More than every GPU has must be asked for.
   if (sharedBytes > (48 << 10)) {
     checkCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes)),
               "asking for shared memory");
   }
+  cudaLaunchConfig_t config{.gridDim = grid,
+                            .blockDim = block,
+                            .dynamicSmemBytes = sharedBytes,
+                            .stream = streamOf(context),
+                            .attrs = nullptr,
+                            .numAttrs = 0};
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  static const bool isOff = std::getenv("QLORA_EARLY") && *std::getenv("QLORA_EARLY") == '0';
+  if (start == Start::early && !isOff && startsEarly(static_cast<CudaQueue&>(*context.queue).capability)) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
+  checkLaunch(cudaLaunchKernelExC(&config, kernel, arguments), grid);
+}
+#endif
+
+template <class... Parameters, class... Arguments>
+void launchAt(const Context& context, Start start, void (*kernel)(Parameters...), const Grid& grid, dim3 block,
+              size_t sharedBytes, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "a kernel is given as many arguments as it takes");
+  if (!context.queue || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  std::tuple<Parameters...> values(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+#if defined(__CUDACC__)
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value..., nullptr};
-        checkLaunch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, sharedBytes,
-                                     streamOf(context)),
-                    grid);
+        enqueue(context, start, reinterpret_cast<const void*>(kernel), grid, block, sharedBytes, pointers);
       },
       values);
 #else
+  static_cast<void>(start);
   streamOf(context);
   checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
   emulated::submit([=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
 #endif
+}
+
+}  // namespace detail
+
+/// Enqueues kernel(arguments...) on grid x block threads. Nothing in a rehearsal or where the grid is empty.
+template <class... Parameters, class... Arguments>
+void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t sharedBytes,
+            Arguments&&... arguments) {
+  detail::launchAt(context, Start::in_order, kernel, grid, block, sharedBytes, std::forward<Arguments>(arguments)...);
+}
+
+/// The same of a kernel that may begin early, by which its start hides behind the end of the one before it: every
+/// thread calls waitForEarlier() before it reads what another kernel may have written, or writes.
+template <class... Parameters, class... Arguments>
+void launchEarly(const Context& context, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t sharedBytes,
+                 Arguments&&... arguments) {
+  detail::launchAt(context, Start::early, kernel, grid, block, sharedBytes, std::forward<Arguments>(arguments)...);
+}
+
+/// Waits, in a kernel of launchEarly(), for what was enqueued before it to have ended.
+QLORA_DEVICE void waitForEarlier() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// From here on the next kernel may begin, if it is one of launchEarly(): once all blocks have come here or ended.
+QLORA_DEVICE void letNextBegin() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// The first thing in a kernel of launchEarly() that has nothing to do until what was enqueued before it has ended.
+QLORA_DEVICE void beginEarly() {
+  letNextBegin();
+  waitForEarlier();
 }
 
 /// Sets bytes on the device.

@@ -17,6 +17,7 @@ QLORA_DEVICE void mapPack(const F& f, int64_t first, Y* y, const Pack<X, count>&
 
 template <int count, class F, class Y, class... X>
 __global__ void mapKernel(int64_t n, F f, Y* y, const X*... x) {
+  beginEarly();
   const int64_t packs = n / count;
   for (int64_t p = threadIndex(); p < packs; p += threadCount()) {
     mapPack<count>(f, p * count, y, loadPack<count>(x + p * count)...);
@@ -33,7 +34,7 @@ template <class F, class Y, class... X>
 void map(const Context& context, int64_t n, F f, Y* y, const X*... x) {
   constexpr int count = 16 / std::max({sizeof(Y), sizeof(X)...});
   void (*const kernel)(int64_t, F, Y*, const X*...) = detail::mapKernel<count, F, Y, X...>;
-  launch(context, kernel, blocksFor(n / count + 1), kThreads, 0, n, f, y, x...);
+  launchEarly(context, kernel, blocksFor(n / count + 1), kThreads, 0, n, f, y, x...);
 }
 
 }  // namespace qlora

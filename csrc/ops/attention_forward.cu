@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   T *const queries = dynamicShared<T>(), *const keys = queries + kRows * kStride,
            *const values = keys + kKeys * kStride;
 
+  beginEarly();
   const Pair pair(a, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
   // The last rows, which see most where attention is causal, first.
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x), part = block % parts.count;
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 /// A warp a row.
 template <class T>
 __global__ void combineKernel(Problem<T> a, Parts parts, int64_t pairs, T* out, float* logSumExp) {
+  beginEarly();
   const int rows = a.Tq * (a.H / a.Hkv);
   const int64_t index = threadIndex() / kWarpSize;
   if (index >= pairs * rows) return;  // a whole warp
@@ -179,12 +181,12 @@ void forward(Context& context, const AttentionForward& a) {
   }
   if (!done) {
     const dim3 grid(static_cast<unsigned>(rowBlocks * count), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
-    launch(context, forwardKernel<T, kD, kWarps>, grid, kWarps * kWarpSize,
-           Tiling<T, kD>::bytes(kRows + 4 * Tiling<T, kD>::kVisited), problem, parts, out, logSumExp);
+    launchEarly(context, forwardKernel<T, kD, kWarps>, grid, kWarps * kWarpSize,
+                Tiling<T, kD>::bytes(kRows + 4 * Tiling<T, kD>::kVisited), problem, parts, out, logSumExp);
   }
   if (count > 1) {
-    launch(context, combineKernel<T>, (B * Hkv * rows * kWarpSize + kThreads - 1) / kThreads, kThreads, 0, problem,
-           parts, B * Hkv, out, logSumExp);
+    launchEarly(context, combineKernel<T>, (B * Hkv * rows * kWarpSize + kThreads - 1) / kThreads, kThreads, 0, problem,
+                parts, B * Hkv, out, logSumExp);
   }
 }
 

@@ -24,6 +24,7 @@ void dispatchWord(int64_t bytes, F&& f) {
 /// to[b, toToken(b) + t] = from[fromRow(b), t + fromToken] for blockIdx.y = b and t < tokens.
 template <class Word, class Move>
 __global__ void moveKernel(int64_t tokens, int64_t words, Move move) {
+  beginEarly();
   const Word* from;
   Word* to;
   if (!move(static_cast<int64_t>(blockIdx.y), from, to)) return;
@@ -65,7 +66,7 @@ struct Gather {
 template <class Word, class Move>
 void move(Context& context, int64_t B, int64_t tokens, int64_t words, Move how) {
   const dim3 grid(static_cast<unsigned>(blocksFor(tokens * words)), static_cast<unsigned>(B));
-  launch(context, moveKernel<Word, Move>, grid, kThreads, 0, tokens, words, how);
+  launchEarly(context, moveKernel<Word, Move>, grid, kThreads, 0, tokens, words, how);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ constexpr int64_t kMostGroups = 64;
 template <int count, class T, class W>
 __global__ void forwardKernel(int64_t rows, int64_t D, const T* x, const W* weight, T* y, float* rstd, float eps,
                               float offset) {
+  beginEarly();
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* xi = x + i * D;
     float squares = 0;
@@ -90,8 +91,8 @@ void rmsNormForward(Context& context, const RmsNormForward& a) {
       using T = decltype(x);
       using W = decltype(weight);
       dispatchPack<kPack<T>>(D, [&](auto pack) {
-        launch(context, forwardKernel<decltype(pack)::value, T, W>, rowBlocks(rows), kThreads, 0, rows, D,
-               a.x.data<T>(), a.weight.data<W>(), a.y.data<T>(), a.rstd.data<float>(), a.eps, a.offset);
+        launchEarly(context, forwardKernel<decltype(pack)::value, T, W>, rowBlocks(rows), kThreads, 0, rows, D,
+                    a.x.data<T>(), a.weight.data<W>(), a.y.data<T>(), a.rstd.data<float>(), a.eps, a.offset);
       });
     });
   });

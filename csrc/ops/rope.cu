@@ -19,6 +19,7 @@ __global__ void tableKernel(int64_t n, int half, const int32_t* positions, const
 template <class T>
 __global__ void turnKernel(int64_t M, int H, int D, int half, const T* x, const float* cosines, const float* sines,
                            T* y, float direction) {
+  beginEarly();
   const int items = D - half;
   for (int64_t m = blockIdx.x; m < M; m += gridDim.x) {
     const float *c = cosines + m * half, *s = sines + m * half;
@@ -49,9 +50,9 @@ void rope(Context& context, const Rope& a) {
   const int64_t M = a.cos.dim(0);
   dispatchFloat(a.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(context, turnKernel<T>, rowBlocks(M), kThreads, 0, M, static_cast<int>(a.x.dim(-2)),
-           static_cast<int>(a.x.dim(-1)), static_cast<int>(a.cos.dim(1)), a.x.data<T>(), a.cos.data<float>(),
-           a.sin.data<float>(), a.y.data<T>(), a.direction);
+    launchEarly(context, turnKernel<T>, rowBlocks(M), kThreads, 0, M, static_cast<int>(a.x.dim(-2)),
+                static_cast<int>(a.x.dim(-1)), static_cast<int>(a.cos.dim(1)), a.x.data<T>(), a.cos.data<float>(),
+                a.sin.data<float>(), a.y.data<T>(), a.direction);
   });
 }
 
