@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/mma.h"
+#include "cuda/tma.h"
 #include "testing.h"
 
 using namespace qlora;
@@ -92,6 +92,43 @@ void copies() {
   CHECK(!early && late);
 }
 
+/// A box is there once its barrier was waited for, with zeros beyond the matrix; who waits for nothing hangs.
+void boxes() {
+  alignas(16) bf16 matrix[3][72];
+  for (int i = 0; i < 3 * 72; ++i) matrix[i / 72][i % 72] = fromFloat<bf16>(static_cast<float>(i));
+  const cuda::TensorMap map = cuda::tensorMapOf(matrix, DType::bf16, 3, 70, 72, 8);
+  bool poisoned = false, right = true;
+  const auto kernel = [&](int threads) {
+    return [&, threads] {
+      auto* bytes = dynamicShared<unsigned char>();
+      bytes += (1024 - sharedAddress(bytes) % 1024) % 1024;
+      auto* tile = reinterpret_cast<bf16*>(bytes);
+      auto& arrived = *reinterpret_cast<cuda::Barrier*>(bytes + 1024);
+      if (threadIdx.x == 0) {
+        arrived.init(threads);
+        cuda::showBarriers();
+      }
+      syncBlock();
+      if (threadIdx.x == 0) {
+        arrived.arriveExpecting(1024);
+        cuda::copyBox(tile, map, 1, 8, arrived);
+        poisoned = std::isnan(toFloat(tile[1]));
+      }
+      arrived.wait(0);
+      if (threadIdx.x != 1) return;
+      for (int r = 0; r < 8; ++r) {
+        for (int c = 0; c < 64; ++c) {
+          const float want = r < 2 && c < 62 ? toFloat(matrix[r + 1][c + 8]) : 0.0f;
+          right &= toFloat(tile[r * 64 + ((c / 8) ^ r) * 8 + c % 8]) == want;
+        }
+      }
+    };
+  };
+  CHECK(complaint(32, 3 << 10, kernel(1)) == "");
+  CHECK(poisoned && right);
+  CHECK(has(complaint(32, 3 << 10, kernel(2)), "32 for a copy"));
+}
+
 template <class T>
 void products() {
   alignas(16) T a[256], b[128];
@@ -124,6 +161,7 @@ int main() {
   mistakes();
   missingBarrier();
   copies();
+  boxes();
   products<bf16>();
   products<f16>();
   return 0;
