@@ -26,6 +26,7 @@
 
 namespace qlora::cuda::attention {
 
+constexpr int kFewRows = 16;  // of a pair, as in decoding
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 template <class T, int kD>

@@ -28,7 +28,7 @@ constexpr int kWideThreads = 256, kWideOwned = 128;
 
 /// Whether the kernels for many rows take a call.
 inline bool isWide(const Context& context, DType dtype, int64_t D, int64_t rows) {
-  return capabilityOf(context) >= 80 && dtype != DType::f32 && D <= 128 && D % kPiece == 0 && rows > 16;
+  return capabilityOf(context) >= 80 && dtype != DType::f32 && D <= 128 && D % kPiece == 0 && rows > kFewRows;
 }
 
 /// Enqueues the forward; parts as attention_forward.cu makes them.
