@@ -17,8 +17,9 @@
 // rows that ldmatrix reads at once over all banks. Elements beyond the head size, up to the size that the kernel is
 // compiled for (dispatchHeadSize), are zero, as are rows beyond the last.
 //
-// Tiles fit into the 64 KiB that compute capability 7.5 has. Left out: tensor memory and wgmma, warps of different
-// roles, dropout.
+// Tiles fit into the 64 KiB that compute capability 7.5 has. Many rows of 16-bit types and heads of up to 128 elements
+// have kernels with larger tiles on newer GPUs, attention_wide.h; these here have all the rest: f32, larger heads,
+// heads whose rows are no whole pieces of 16 bytes, decoding. Left out: dropout.
 #pragma once
 
 #include "cuda/device.h"
@@ -26,6 +27,7 @@
 
 namespace qlora::cuda::attention {
 
+constexpr int kFewRows = 16;  // of a pair, as in decoding
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 template <class T, int kD>

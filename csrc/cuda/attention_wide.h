@@ -3,9 +3,9 @@
 // the kernels' plainer siblings for all else.
 //
 // A block of 256 threads owns 128 rows (or keys), 16 a warp, and visits tiles of keys (or rows). Each visited tile is
-// copied asynchronously while the one before is used, into the other of two stages; one barrier a tile says both that
-// a tile has arrived and that its stage's last one has been read. Tiles lie as tile.h says. The two products of
-// attention_tiles.h are begun here and may go on beside what the threads do next, until waitForGroups:
+// copied asynchronously while the one before is used, into another of two or three stages; one barrier a tile says both
+// that a tile has arrived and that the stage which is copied to next has been read. Tiles lie as tile.h says. The two
+// products of attention_tiles.h are begun here and may go on beside what the threads do next, until waitForGroups:
 //
 //   beginTransposed   c = A B^T, both from shared memory
 //   beginByWeights    c += P B, P from registers, in words as mma wants its A
@@ -13,6 +13,10 @@
 // On compute capability 9.0 they are of wgmma: a group of four warps has 64 rows. It reads B once for all of them, as
 // mma does for 16, for which shared memory is not fast enough there. Elsewhere they are of mma, and done at once.
 // A lane has the same elements of c either way: rows g and g + 8 of its warp's 16, columns t and t + 1 of each 8.
+//
+// nvcc keeps products going beside other work only where it sees which registers they use till when: their sums are
+// not touched by anything else between the first product and the wait for the last; and a loop that leaves one under
+// way is entered for sure (if, do, while), the wait being in the same branch. Else it waits for each product (C7515).
 //
 // What a row sees are the keys [low, high), and what sees a key are such rows, but for segments. So only tiles that a
 // bound goes through look at single elements.
@@ -28,7 +32,7 @@ constexpr int kWideThreads = 256, kWideOwned = 128;
 
 /// Whether the kernels for many rows take a call.
 inline bool isWide(const Context& context, DType dtype, int64_t D, int64_t rows) {
-  return capabilityOf(context) >= 80 && dtype != DType::f32 && D <= 128 && D % kPiece == 0 && rows > 16;
+  return capabilityOf(context) >= 80 && dtype != DType::f32 && D <= 128 && D % kPiece == 0 && rows > kFewRows;
 }
 
 /// Enqueues the forward; parts as attention_forward.cu makes them.

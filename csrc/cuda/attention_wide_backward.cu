@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) wideKeyKernel(Problem<T> a, G
       waitForGroups<1>(dp);
       differentiate<T, false>(s, dp, more, ofRows(shared.delta[now]));
       beginByWeights<groups, T>(dk, more, tile.first);
-      waitForGroups<1>(dv);
+      waitForGroups<1>(dv);  // so that its words need no registers any more
       r = next;
     } while (r < last);
     waitForGroups<0>(dk);

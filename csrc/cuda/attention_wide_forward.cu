@@ -142,7 +142,9 @@ __global__ void __launch_bounds__(kWideThreads, ForwardShape<T, kD, groups>::blo
     beginByWeights<groups, T>(sums, weights, shared.values[stage]);
     waitForGroups<0>(sums);
   }
+  // Where there was no tile, others still copy queries to where this warp's sums are to go.
   waitForCopies<0>();
+  syncBlock();
   float factor[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
