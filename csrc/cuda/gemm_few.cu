@@ -65,15 +65,24 @@ struct FourBitRows {
         offset(b.scales.absmax ? 0 : b.scales.offset),
         table(shared + 4 * laneIndex()) {}
 
-  QLORA_DEVICE void fillShared(unsigned char* shared) const {
+  /// What a byte's place in shared memory is made of. Threads have that of their own before they copy anything, behind
+  /// which it would have to queue.
+  struct Constants {
+    float upper, lower, nested;
+  };
+  QLORA_DEVICE Constants constantsOf(int byte) const {
+    return {b.code[byte >> 4 & 15], b.code[byte & 15], b.scales.absmax ? 1.0f : b.scales.nestedCode[byte % kNested]};
+  }
+  QLORA_DEVICE void fillShared(unsigned char* shared, Constants ofByte) const {
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+      if (byte != static_cast<int>(threadIdx.x)) ofByte = constantsOf(byte);
       // The even element of a byte is in its upper nibble.
-      const uint32_t pair = uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} |
-                            uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
+      const uint32_t pair =
+          uint32_t{fromFloat<T>(ofByte.upper).bits} | uint32_t{fromFloat<T>(ofByte.lower).bits} << 16;
       auto* copies = reinterpret_cast<uint4*>(shared) + 8 * byte;
 #pragma unroll
       for (int i = 0; i < 8; ++i) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
-      reinterpret_cast<float*>(shared + kTableBytes)[byte] = b.scales.absmax ? 1 : b.scales.nestedCode[byte];
+      reinterpret_cast<float*>(shared + kTableBytes)[byte] = ofByte.nested;
     }
   }
 
@@ -104,7 +113,9 @@ struct DenseRows {
   const Elements& b;
 
   QLORA_DEVICE DenseRows(const Elements& b, unsigned char*) : b(b) {}
-  QLORA_DEVICE void fillShared(unsigned char*) const {}
+  struct Constants {};
+  QLORA_DEVICE Constants constantsOf(int) const { return {}; }
+  QLORA_DEVICE void fillShared(unsigned char*, Constants) const {}
   QLORA_DEVICE const uint8_t* at(int64_t element) const {
     return reinterpret_cast<const uint8_t*>(static_cast<const T*>(b.data) + element);
   }
@@ -190,18 +201,6 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
       scales[r] = rows.scaleAt(int64_t{min(row + own + 8 * r, endRow - 1)} * stride + at);
     }
   };
-  letNextBegin();
-  for (int i = 0; i < Shape::stages; ++i) {
-    const int n = beginRow + laneIndex() + i / deal.steps * kTileRows, at = kOf(i % deal.steps);
-    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
-  }
-  waitForEarlier();
-#pragma unroll
-  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
-  loadScales();
-  rows.fillShared(shared);
-  syncBlock();
-
   const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
   // x is loaded one step ahead, to one of two places.
   uint4 ofX[2][kShare / 8];
@@ -212,7 +211,20 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
 #pragma unroll
     for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
   };
+  letNextBegin();
+  for (int i = 0; i < Shape::stages; ++i) {
+    const int n = beginRow + laneIndex() + i / deal.steps * kTileRows, at = kOf(i % deal.steps);
+    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
+  }
+  waitForEarlier();
+  const auto constants = rows.constantsOf(static_cast<int>(threadIdx.x));
+  loadScales();
   loadX(kOf(step), 0, ofX[0]);
+#pragma unroll
+  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
+  rows.fillShared(shared, constants);
+  syncBlock();
+
   float sum[kRowTiles][tokenTiles][4] = {};
   for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
     const bool isOwn = row < endRow;
@@ -357,6 +369,7 @@ void launchTokens(Context& context, const Gemm& g) {
   const char way = text ? *text : 'a';
   if (g.M <= 8) {
     if (way == 'b') return launchFew<Rows, 1, FewShape<2, 8, 1, 4>>(context, g);
+    if (way == 'c') return launchFew<Rows, 1, FewShape<1, 16, 1, 4>>(context, g);
     return launchFew<Rows, 1, FewShape<2, 16, 1, 2>>(context, g);
   }
   if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, 2>>(context, g);
