@@ -7,6 +7,7 @@ export type MachineFields = {
   cpu: string;
   /** Instruction sets that matter here, as the processor names them. */
   cpuFlags: string[];
+  /** Of the pool that computes: as many as QLORA_NUM_THREADS says, else one a core. */
   threads: number;
   /** The kernels in use. */
   path: string;
@@ -43,6 +44,13 @@ function processorFlags(): string[] {
   } catch {
     return [];
   }
+}
+
+const settings = /^QLORA_(NUM_THREADS|CPU|CACHE|CUDA\w*|NODE_PREBUILD)$/;
+
+/** Variables that look like settings and are none: what is measured with them is not what was meant. */
+export function unreadSettings(): string[] {
+  return Object.keys(process.env).filter((name) => name.startsWith('QLORA_') && !settings.test(name));
 }
 
 /** Of the largest cache of the first core; 32 MiB where the system does not tell. */

@@ -4,6 +4,7 @@
  *     npm run bench -- NAME [options]              one
  *
  * A table for people, or with --json one JSON object a line. Each bench runs in a process of its own.
+ * QLORA_NUM_THREADS and QLORA_CPU choose threads and instruction set.
  */
 import { spawn } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
@@ -12,7 +13,7 @@ import attention from './attention.js';
 import { type Bench, type Options, printer, type Values } from './bench.js';
 import generate from './generate.js';
 import load from './load.js';
-import { machineFields } from './machine.js';
+import { machineFields, unreadSettings } from './machine.js';
 import makeModel, { modelFolder, modelOptions } from './make-model.js';
 import matmul from './matmul.js';
 import quantize from './quantize.js';
@@ -59,6 +60,7 @@ async function runProcess(args: string[]): Promise<void> {
 }
 
 const [name, ...args] = process.argv.slice(2);
+for (const variable of unreadSettings()) console.error(`${variable} is set, and no bench reads it`);
 try {
   if (!name || name.startsWith('-')) await runAll(process.argv.slice(2));
   else {

@@ -8,28 +8,13 @@
  * be used, which is said.
  */
 import { parseArgs } from 'node:util';
+import { conformanceFiles } from './support/conformance-files.js';
 
 const { values, positionals } = parseArgs({
   options: { device: { type: 'string', default: 'cuda:0' } },
   allowPositionals: true,
 });
 process.env.QLORA_TEST_DEVICE = values.device;
-
-const files = [
-  'ops/device',
-  'ops/recording',
-  'ops/elementwise',
-  'ops/rms-norm',
-  'ops/quantize',
-  'ops/matmul',
-  'ops/low-rank',
-  'ops/attention',
-  'ops/key-value-cache',
-  'ops/loss',
-  'ops/logits',
-  'optimizers',
-  'models/references',
-];
 
 const { native } = await import('../lib/native.js');
 const { finished, outcome } = await import('./support/testing.js');
@@ -44,7 +29,7 @@ try {
   process.exit(2);
 }
 
-for (const file of files) {
+for (const file of conformanceFiles) {
   if (positionals.length && !positionals.some((word) => file.includes(word))) continue;
   const [passed, failed] = [outcome.passed, outcome.failures.length];
   try {

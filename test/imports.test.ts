@@ -3,6 +3,7 @@ import { execFileSync, spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { dirname, join, normalize } from 'node:path';
 import t from 'tap';
+import { conformanceFiles } from './support/conformance-files.js';
 import { packageRoot } from './support/references.js';
 
 const root = packageRoot();
@@ -167,6 +168,23 @@ t.test('lib: the help of a command needs neither the addon nor the tokenizer', a
     if (!/^lib\/(cli\/|errors\.ts|format\.ts|options\.ts|io\/json\.ts)/.test(file))
       t.fail(`${file} is imported for a help text`);
   }
+});
+
+t.test("CUDA's tests and bench need no package", async (t) => {
+  const seen = new Set<string>();
+  const visit = (path: readonly string[]) => {
+    const file = path.at(-1) as string;
+    if (seen.has(file)) return;
+    seen.add(file);
+    // What was compiled: of an import of types there may be left that the module is loaded.
+    for (const [, to] of read(file).matchAll(/^(?:import|export)(?:\s[^'"`=(;]*?\sfrom)?\s+'([^']+)';$/gm)) {
+      if (to?.startsWith('.')) visit([...path, normalize(join(dirname(file), to))]);
+      else if (!to?.startsWith('node:')) t.fail(`${path.join(' -> ')} imports ${to}`);
+    }
+  };
+  for (const file of ['cuda', ...conformanceFiles.map((file) => `${file}.test`)]) visit([`dist/test/${file}.js`]);
+  visit(['dist/bench/cuda.js']);
+  t.ok(seen.size > 80, `${seen.size} files`);
 });
 
 t.test('csrc: napi -> ops -> simd -> core', async (t) => {

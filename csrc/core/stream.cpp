@@ -7,8 +7,11 @@
 
 namespace qlora {
 
-Stream::Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::unique_ptr<DeviceQueue> queue)
-    : memory_(std::move(memory)), ops_(ops), queue_(std::move(queue)), thread_([this] { work(); }) {}
+Stream::Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::shared_ptr<const Device> device,
+               std::unique_ptr<DeviceQueue> queue)
+    : memory_(std::move(memory)), ops_(ops), device_(std::move(device)), queue_(std::move(queue)), thread_([this] {
+        work();
+      }) {}
 
 void Stream::post(Task task) {
   {
@@ -126,7 +129,7 @@ void Stream::runTask(const Task& task) {
 
 Context Stream::contextOf(Scratch& scratch) {
   ThreadPool& pool = memory_->backing() == Backing::addresses ? idlePool() : threadPool();
-  return {pool, scratch, queue_.get()};
+  return {pool, scratch, queue_.get(), device_ ? &device_->description() : nullptr};
 }
 
 }  // namespace qlora

@@ -26,7 +26,8 @@ struct OpTable;
 struct Context {
   ThreadPool& pool;
   Scratch& scratch;
-  DeviceQueue* queue = nullptr;  // of a device; null on the CPU and in a rehearsal
+  DeviceQueue* queue = nullptr;               // of a device; null on the CPU and in a rehearsal
+  const DeviceDescription* device = nullptr;  // null on the CPU
 };
 
 /// What an operation took so far: of a stream, since it was last asked.
@@ -41,8 +42,9 @@ class Stream {
  public:
   using Times = std::map<std::string_view, OperationTime>;
 
-  /// `queue` where it is a device's.
-  Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::unique_ptr<DeviceQueue> queue = nullptr);
+  /// `device` where it is one's, and `queue` where it computes.
+  Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::shared_ptr<const Device> device = nullptr,
+         std::unique_ptr<DeviceQueue> queue = nullptr);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream() { close(); }
@@ -73,6 +75,7 @@ class Stream {
 
   const std::shared_ptr<Memory> memory_;
   const OpTable& ops_;
+  const std::shared_ptr<const Device> device_;
   const std::unique_ptr<DeviceQueue> queue_;
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -70,6 +70,24 @@ struct Problem {
   int rows() const { return Tq * (H / Hkv); }
 };
 
+/// What the parts of the keys leave in forward: largest (in units of ln 2) and sum [parts, pairs, rows], out [parts,
+/// pairs, rows, D]. Null where there is one part.
+struct Parts {
+  int count, keys;  // how many, of how many keys
+  float *largest, *sum, *out;
+};
+
+/// What backward needs beside. logSumExp and delta are of the rows of each pair, in the order of rows, [pairs, stride]:
+/// in units of ln 2, and +infinity where a row sees nothing or is none, so that its weights are 0; dot(dout, out).
+template <class T>
+struct Gradients {
+  const T* dout;
+  const float *logSumExp, *delta;
+  int64_t stride;
+  T *dq, *dk, *dv;
+  float scale;
+};
+
 /// Calls f with the padded head size as a type. f32, which is seldom used, has fewer of them.
 template <class T, class F>
 void dispatchHeadSize(const char* op, int64_t D, F&& f) {
@@ -217,11 +235,6 @@ QLORA_DEVICE void multiplyTransposed(float (&c)[kTiles][4], const T* a, const T*
       }
     }
   }
-}
-
-template <class T>
-QLORA_DEVICE uint32_t packWord(float low, float high) {
-  return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
 }
 
 /// c += P B: P 16 x 8 kTiles, B 8 kTiles rows, of which 8 kColumns columns from b on.

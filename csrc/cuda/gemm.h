@@ -10,8 +10,13 @@
 // Which kernel does it follows from form, types and shape alone (gemm.cu):
 //   gemm_plain.cu   any of them, by multiply-adds in fp32 without matrix instructions: f32, and shapes that have no
 //                   rows of whole 16 bytes
-//   gemm_few.cu     nt of at most 8 rows of A, 16-bit: reads the weight once, at the speed of memory
-//   gemm_tiles.h    the rest of 16 bits, by matrix instructions on tiles in shared memory
+//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once, at the speed of memory. Also nt and nn
+//   of
+//                   at most 64 columns of C, as A B^T = (B A^T)^T: LoRA's products with x and dy
+//   gemm_wide.cu    nt and nn of more than 64 rows on compute capability 9.0, both operands 16-bit: wgmma. A weight of
+//                   another kind is converted first, slice by slice, since here that takes less than decoding a tile
+//                   of it once for each tile of rows
+//   gemm_tiles.h    the rest of 16 bits, by matrix instructions on tiles in shared memory, where 4 bits are decoded
 //
 // Precision: operands are rounded to `compute` (a 4-bit weight as fp32(code * absmax) is, so both directions see the
 // same W), products and sums are fp32, summed in an order that depends on the shape alone.
@@ -39,6 +44,7 @@ struct GemmOutput {
   void* c;
   DType dtype;
   int64_t stride;
+  int64_t columnStride = 1;
   float alpha = 1;
   bool add = false;            // C += ...
   const void* bias = nullptr;  // [N], added once
@@ -57,7 +63,7 @@ struct GemmOutput {
     float value = sum * (rowScale ? alpha * rowScale[m] : alpha);
     if (columnScale) value *= columnScale[n];
     if (bias) value += read(bias, biasDtype, n);
-    const int64_t at = m * stride + n;
+    const int64_t at = m * stride + n * columnStride;
     if (add) value += read(c, dtype, at);
     if (dtype == DType::f32) {
       static_cast<float*>(c)[at] = value;
@@ -81,9 +87,14 @@ struct Gemm {
 void gemm(Context& context, const Gemm& g);
 
 // The kernels by themselves, for gemm.cu.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 64;
 void gemmPlain(Context& context, const Gemm& g);
 void gemmFew(Context& context, const Gemm& g);
+/// Whether gemmWide is for it, as far as the shape goes.
+bool isWide(const Context& context, const Gemm& g);
+/// Operands, also the extra ones, are of the compute type in rows of whole 16 bytes. C is of that type too, with at
+/// most a factor, in rows of whole 16 bytes; or fp32, without, in rows of whole 8. An extra product without dropout.
+void gemmWide(Context& context, const Gemm& g);
 
 /// The product of the leading dimensions.
 inline int64_t leading(const Tensor& t) {

@@ -26,9 +26,9 @@ namespace {
 
 template <int tiles, int w, int b, int s>
 struct FewShape {
-  static constexpr int rowTiles = tiles;  // of 16 rows, that share what is loaded of x
+  static constexpr int rowTiles = tiles;       // of 16 rows, that share what is loaded of x
   static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
-  static constexpr int stages = s;  // that a warp has on their way
+  static constexpr int stages = s;             // that a warp has on their way
   static constexpr int tileRows = 16 * tiles;
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
@@ -86,9 +86,7 @@ struct FourBitRows {
     }
   }
 
-  QLORA_DEVICE const uint8_t* at(int64_t element) const {
-    return static_cast<const uint8_t*>(b.data) + (element >> 1);
-  }
+  QLORA_DEVICE const uint8_t* at(int64_t element) const { return static_cast<const uint8_t*>(b.data) + (element >> 1); }
   QLORA_DEVICE Scale scaleAt(int64_t element) const {
     const auto block = static_cast<uint32_t>(element >> b.blockShift);
     return {absmax[block >> nestedShift], b.scales.absmax ? 0u : b.scales.index[block]};
@@ -207,7 +205,8 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const auto loadX = [&](int k, int t, uint4(&to)[kShare / 8]) {
     if (k >= K) return;
     // Columns of C beyond M are not looked at.
-    const T* x = static_cast<const T*>(g.a.data) + int64_t{min(own + 8 * t, lastToken)} * strideX + k + quarter * kShare;
+    const T* x =
+        static_cast<const T*>(g.a.data) + int64_t{min(own + 8 * t, lastToken)} * strideX + k + quarter * kShare;
 #pragma unroll
     for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
   };
@@ -242,9 +241,9 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
     for (int r = 0; r < kLaneRows; ++r) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        const auto words = loadPack<Rows::kWords>(reinterpret_cast<const uint32_t*>(
-            ring + slot * kStageBytes + (own + 8 * r) * kRowBytes + (u ^ orderOf(own)) * Rows::kUnitBytes +
-            quarter * 4 * Rows::kWords));
+        const auto words = loadPack<Rows::kWords>(
+            reinterpret_cast<const uint32_t*>(ring + slot * kStageBytes + (own + 8 * r) * kRowBytes +
+                                              (u ^ orderOf(own)) * Rows::kUnitBytes + quarter * 4 * Rows::kWords));
 #pragma unroll
         for (int w = 0; w < Rows::kWords; ++w) shares[r][u][w] = words.value[w];
       }
@@ -352,7 +351,7 @@ void launchFew(Context& context, const Gemm& g) {
     deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps);
   }
   const int64_t warps = groups << deal.rowGroupShift;
-  const int64_t multiprocessors = context.queue ? static_cast<const CudaQueue*>(context.queue)->multiprocessors : 1;
+  const int64_t multiprocessors = context.device->multiprocessors;
   const int64_t blocks = std::min(multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows << deal.rowGroupShift));
   const int64_t parts = blocks << deal.rowGroupShift;
   deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
@@ -360,7 +359,8 @@ void launchFew(Context& context, const Gemm& g) {
   deal.sumBytes = static_cast<int>(sizeof(float) * warps * 8 * std::min(tokenTiles, 2) * Shape::sumStride);
   constexpr int64_t kStageBytes = Shape::tileRows * Rows::kUnits * Rows::kUnitBytes;
   const size_t bytes = Rows::sharedBytes + static_cast<size_t>(deal.sumBytes + warps * Shape::stages * kStageBytes);
-  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g, deal);
+  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g,
+              deal);
 }
 
 template <class Rows>

@@ -13,9 +13,6 @@
 // A tile of B holds rows of the weight as they are, so the forward (nt: rows are columns of C) and the backward (nn:
 // rows are steps of K) differ only in how fragments are read (tile.h).
 //
-// On compute capability 9.0 large tiles are multiplied by wgmma, which reads the same tiles, and goes on while its
-// threads decode. Where a kernel was not compiled for just that GPU, mma takes its place.
-//
 // The extra product comes first, in the same accumulators, so that dropout can mask it before the main one is added.
 // Where C has fewer tiles than a large GPU has room for, K is split; the parts are summed in order by another kernel.
 #pragma once
@@ -23,7 +20,6 @@
 #include "cuda/gemm.h"
 #include "cuda/nibble_table.h"
 #include "cuda/tile.h"
-#include "cuda/wgmma.h"
 
 namespace qlora::cuda {
 
@@ -37,15 +33,11 @@ template <int m, int n, int wm, int wn, int s = 3>
 struct TileShape {
   static constexpr int tileM = m, tileN = n, warpsM = wm, warpsN = wn, stages = s;
   static constexpr int warpM = m / wm, warpN = n / wn;  // of a warp
-  static constexpr bool groups = false;                 // of four warps multiply, by wgmma
   static_assert(wm * wn * kWarpSize == kTileThreads && warpM % 16 == 0 && warpN % 16 == 0);
 };
 using FewRows = TileShape<16, 128, 1, 8, 4>;
 using SmallTile = TileShape<64, 64, 2, 4>;
 using LargeTile = TileShape<128, 128, 2, 4>;
-struct GroupTile : TileShape<2 * kGroupRows, kGroupColumns, 8, 1> {
-  static constexpr bool groups = true;
-};
 
 /// A part of K.
 struct TileSplit {
@@ -62,28 +54,17 @@ struct Tiles {
   static constexpr int pieces = rowsB * columnsB / kCodes;
   static constexpr int m16 = Shape::warpM / 16, n8 = Shape::warpN / 8;
 
-  static constexpr int alignment = Shape::groups ? kSwizzledBytes : 16;
-
   struct Stage {
-    alignas(alignment) T a[rowsA * columnsA];
-    alignas(fourBit ? 16 : alignment) T b[fourBit ? kPiece : rowsB * columnsB];
+    alignas(16) T a[rowsA * columnsA];
+    alignas(16) T b[fourBit ? kPiece : rowsB * columnsB];
     uint4 codes[fourBit ? pieces : 1];
     float absmax[fourBit ? pieces : 4];
   };
   struct Shared {
     Stage stage[stages];
-    alignas(fourBit ? alignment : 16) T decoded[fourBit ? 2 : 1][fourBit ? rowsB * columnsB : kPiece];
+    alignas(16) T decoded[fourBit ? 2 : 1][fourBit ? rowsB * columnsB : kPiece];
     alignas(16) float code[16];
   };
-  /// So that it can be moved to a multiple of its alignment.
-  static constexpr size_t sharedBytes = sizeof(Shared) + (Shape::groups ? alignment - 128 : 0);
-
-  QLORA_DEVICE static Shared& sharedOfBlock() {
-    auto* bytes = dynamicShared<unsigned char>();
-    if constexpr (Shape::groups) bytes += (alignment - sharedAddress(bytes) % alignment) % alignment;
-    return *reinterpret_cast<Shared*>(bytes);
-  }
-
   const Gemm& g;
   Shared& shared;
   int64_t firstM, firstN;
@@ -142,33 +123,8 @@ struct Tiles {
   QLORA_DEVICE int warpFirstM() const { return warpIndex() / Shape::warpsN * Shape::warpM; }
   QLORA_DEVICE int warpFirstN() const { return warpIndex() % Shape::warpsN * Shape::warpN; }
 
-  /// Whether sums are those of a group, and wgmma makes them.
-  static constexpr bool byGroups = Shape::groups && kHasWgmma;
-
-  /// Begins sum += a b, which may be under way until endProduct(). Both tiles are there for all.
-  QLORA_DEVICE void beginProduct(const T* a, const T* b, int depth = kStep) {
-    if constexpr (byGroups) {
-      const T* own = a + warpIndex() / 4 * kGroupRows * kStep;
-      beginGroup();
-#pragma unroll
-      for (int k = 0; k < kStep; k += 16) {
-        const T* ofB = b + (innerB ? k : k * 64);
-        multiplyGroup<T, innerB>(sum[0], {own + k}, {ofB, innerB ? 0 : kStep * 128});
-      }
-      commitGroup();
-    } else {
-      multiply(a, b, depth);
-    }
-  }
-  QLORA_DEVICE void endProduct() {
-    if constexpr (byGroups) endGroup(sum[0]);
-  }
-  /// Before the barrier that lets others multiply what this thread has stored or copied.
-  QLORA_DEVICE void showTiles() {
-    if constexpr (byGroups) showToGroups();
-  }
-
-  QLORA_DEVICE void multiply(const T* a, const T* b, int depth) {
+  /// sum += a b.
+  QLORA_DEVICE void multiply(const T* a, const T* b, int depth = kStep) {
 #pragma unroll
     for (int k = 0; k < kStep; k += 16) {
       if (k >= depth) break;
@@ -215,10 +171,8 @@ struct Tiles {
                                               innerA ? K : g.M);
       fillTile<rowsB, columnsB, kTileThreads>(b, g.extra.b, innerB ? firstN : k, innerB ? g.N : K, innerB ? k : firstN,
                                               innerB ? K : g.N);
-      showTiles();
       syncBlock();
-      beginProduct(a, b, static_cast<int>(min(int64_t{kStep}, K - k)));
-      endProduct();
+      multiply(a, b, static_cast<int>(min(int64_t{kStep}, K - k)));
       syncBlock();
     }
     if (g.extra.dropout.p > 0) {
@@ -238,7 +192,6 @@ struct Tiles {
       if constexpr (fourBit) {
         if (step < endStep) decodeStep(stageOf(step), shared.decoded[step % 2]);
       }
-      showTiles();
     };
     for (int i = 0; i < stages - 1; ++i) copy(firstStep + i);
     syncBlock();  // shared.code
@@ -246,9 +199,8 @@ struct Tiles {
     for (int step = firstStep; step < endStep; ++step) {
       syncBlock();
       copy(step + stages - 1);
-      beginProduct(stageOf(step).a, fourBit ? shared.decoded[step % 2] : stageOf(step).b);
+      multiply(stageOf(step).a, fourBit ? shared.decoded[step % 2] : stageOf(step).b);
       decode(step + 1);
-      endProduct();
     }
   }
 };
@@ -256,7 +208,8 @@ struct Tiles {
 template <class Shape, class T, GemmForm form, bool fourBit>
 __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce) tilesKernel(Gemm g, TileSplit split) {
   using Own = Tiles<Shape, T, form, fourBit>;
-  Own tiles(g, Own::sharedOfBlock(), int64_t{blockIdx.x} * Shape::tileM, int64_t{blockIdx.y} * Shape::tileN);
+  Own tiles(g, *dynamicShared<typename Own::Shared>(), int64_t{blockIdx.x} * Shape::tileM,
+            int64_t{blockIdx.y} * Shape::tileN);
   const int part = static_cast<int>(blockIdx.z), steps = static_cast<int>((g.K + kStep - 1) / kStep);
   if (part == 0 && g.extra.K > 0) tiles.addExtra();
   tiles.addMain(min(steps, part * split.stepsPerPart), min(steps, (part + 1) * split.stepsPerPart));
@@ -277,24 +230,15 @@ template <class Shape, class T, GemmForm form, bool fourBit>
 void launchShape(Context& context, const Gemm& g, const TileSplit& split, int64_t parts) {
   const dim3 grid(static_cast<unsigned>((g.M + Shape::tileM - 1) / Shape::tileM),
                   static_cast<unsigned>((g.N + Shape::tileN - 1) / Shape::tileN), static_cast<unsigned>(parts));
-  launch(context, tilesKernel<Shape, T, form, fourBit>, grid, kTileThreads, Tiles<Shape, T, form, fourBit>::sharedBytes,
-         g, split);
-}
-
-/// Of the device; 0 in a rehearsal.
-inline int capabilityOf(const Context& context) {
-  return context.queue ? static_cast<const CudaQueue*>(context.queue)->capability : 0;
+  launch(context, tilesKernel<Shape, T, form, fourBit>, grid, kTileThreads,
+         sizeof(typename Tiles<Shape, T, form, fourBit>::Shared), g, split);
 }
 
 template <class T, GemmForm form, bool fourBit>
 void launchTiles(Context& context, const Gemm& g, const TileSplit& split, int64_t parts) {
   if (g.M <= FewRows::tileM) return launchShape<FewRows, T, form, fourBit>(context, g, split, parts);
-  const int capability = capabilityOf(context);
   // 7.5 has shared memory for the smaller tiles only.
-  if (g.M > SmallTile::tileM && g.N > SmallTile::tileN && capability >= 80) {
-    if constexpr (form != GemmForm::tn) {
-      if (capability == 90) return launchShape<GroupTile, T, form, fourBit>(context, g, split, parts);
-    }
+  if (g.M > SmallTile::tileM && g.N > SmallTile::tileN && capabilityOf(context) >= 80) {
     return launchShape<LargeTile, T, form, fourBit>(context, g, split, parts);
   }
   launchShape<SmallTile, T, form, fourBit>(context, g, split, parts);

@@ -42,9 +42,6 @@ inline void checkCuda(cudaError_t error, const char* what) {
 /// A queue of the plugin.
 class CudaQueue : public DeviceQueue {
  public:
-  int capability = 0;  // 10 times the major number and the minor
-  int multiprocessors = 1;
-
   /// Where launches and copies go. Throws where the stream's thread could not choose the device.
   cudaStream_t stream() const {
     checkCuda(begun_, "choosing the device");
@@ -55,6 +52,9 @@ class CudaQueue : public DeviceQueue {
   cudaStream_t stream_ = nullptr;
   cudaError_t begun_ = cudaSuccess;
 };
+
+/// 10 times the major number and the minor.
+inline int capabilityOf(const Context& context) { return 10 * context.device->major + context.device->minor; }
 
 inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
@@ -151,8 +151,8 @@ void launch(const Context& context, void (*kernel)(Parameters...), Grid grid, di
   detail::launchAt(context, Start::in_order, kernel, grid, block, sharedBytes, std::forward<Arguments>(arguments)...);
 }
 
-/// The same of a kernel that may begin early, by which its start hides behind the end of the one before it: every thread
-/// calls waitForEarlier() before it reads what another kernel may have written, or writes.
+/// The same of a kernel that may begin early, by which its start hides behind the end of the one before it: every
+/// thread calls waitForEarlier() before it reads what another kernel may have written, or writes.
 template <class... Parameters, class... Arguments>
 void launchEarly(const Context& context, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t sharedBytes,
                  Arguments&&... arguments) {

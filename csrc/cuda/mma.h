@@ -95,6 +95,22 @@ QLORA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 #endif
 }
 
+/// Two values in a word, the first in its lower half.
+template <class T>
+QLORA_DEVICE uint32_t packWord(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
+#endif
+}
+
 /// Bytes that are read once, and so kept out of the first cache: 1, 2 or 4 words, at a multiple of their size.
 template <int words, bool ahead = false>
 QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
@@ -133,8 +149,8 @@ QLORA_DEVICE uint32_t sharedAddress(const void* p) {
 #endif
 }
 
-/// Words of shared memory by their offset in bytes. The compiler does not see where it begins, which it would add to each
-/// offset in an instruction of its own.
+/// Words of shared memory by their offset in bytes. The compiler does not see where it begins, which it would add to
+/// each offset in an instruction of its own.
 class SharedWords {
  public:
 #if defined(__CUDACC__)

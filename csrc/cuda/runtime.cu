@@ -101,9 +101,7 @@ class Graph : public DeviceGraph {
 
 class Queue : public CudaQueue {
  public:
-  Queue(int device, const DeviceDescription& of) : device_(chosen(device)) {
-    capability = 10 * of.major + of.minor;
-    multiprocessors = of.multiprocessors;
+  explicit Queue(int device) : device_(chosen(device)) {
     checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
@@ -190,7 +188,7 @@ class CudaDevice : public Device {
     cudaFree(pointer);
   }
 
-  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index, description_); }
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
 
  private:
   const DeviceDescription description_;

@@ -83,12 +83,12 @@ std::shared_ptr<Stream> makeStream(const Napi::Value& cuda, bool rehearsal) {
     return std::make_shared<Stream>(std::make_shared<Memory>(rehearsal ? Backing::addresses : Backing::pages),
                                     cpuTable());
   }
+  const std::shared_ptr<Device> device = deviceOf(cuda);
   if (rehearsal) {
     return std::make_shared<Stream>(std::make_shared<Memory>(Backing::addresses, MemoryPlace::device),
-                                    *cudaPlugin().ops);
+                                    *cudaPlugin().ops, device);
   }
-  const std::shared_ptr<Device> device = deviceOf(cuda);
-  return std::make_shared<Stream>(std::make_shared<Memory>(device), *cudaPlugin().ops, device->makeQueue());
+  return std::make_shared<Stream>(std::make_shared<Memory>(device), *cudaPlugin().ops, device, device->makeQueue());
 }
 
 }  // namespace
@@ -297,7 +297,9 @@ static Napi::Value cudaFreeBytes(const Napi::CallbackInfo& info) {
   });
 }
 
-static Napi::Value cudaDriver(const Napi::CallbackInfo& info) { return Napi::Boolean::New(info.Env(), hasCudaDriver()); }
+static Napi::Value cudaDriver(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), hasCudaDriver());
+}
 
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData(env);

@@ -1,14 +1,14 @@
 // Attention on a GPU, backward; cuda/attention_tiles.h says how rows and tiles are laid out. Three kernels, none of
 // which adds to what another block has written, so that all sums have a fixed order:
 //
-//   delta    dot(dout, out) of each row
+//   rows     dot(dout, out) of each row, and its logSumExp beside
 //   queries  a block owns rows: p and ds of them with each tile of keys, dq += ds k
 //   keys     a block owns keys: p^T and ds^T of them with each tile of rows, dv += p^T dout, dk += ds^T q; of a head
 //            of more than 128 elements each block sums 128 columns, for which it has the registers
 //
 // p and ds are thus made twice, for which nothing is read and added again in memory. In 16-bit types they are rounded
 // to that type before the second product.
-#include "cuda/attention_tiles.h"
+#include "cuda/attention_wide.h"
 #include "ops/attention.h"
 
 namespace qlora::cuda {
@@ -17,15 +17,7 @@ namespace attention {
 
 namespace {
 
-template <class T>
-struct Gradients {
-  const T* dout;
-  const float *logSumExp, *delta;  // [B, H, Tq]
-  T *dq, *dk, *dv;
-  float scale;
-};
-
-/// What p and ds need of a row. The rows that see nothing, or are none, have p = 0: their logSumExp is +infinity here.
+/// What p and ds need of a row.
 struct RowStatistics {
   float logSumExp, delta;
 };
@@ -33,9 +25,8 @@ struct RowStatistics {
 template <class T>
 QLORA_DEVICE RowStatistics statisticsOf(const Gradients<T>& g, const Pair& pair, int row) {
   if (row >= pair.rows) return {INFINITY, 0.0f};
-  const int64_t at = pair.statisticAt(row);
-  const float logSumExp = g.logSumExp[at];
-  return {logSumExp == -INFINITY ? INFINITY : logSumExp * kLog2E, g.delta[at]};
+  const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * g.stride + row;
+  return {g.logSumExp[at], g.delta[at]};
 }
 
 /// p and ds, in place of x = dot(q, k), or tanh(inverseCap x), and dp = dot(dout, v).
@@ -47,16 +38,33 @@ QLORA_DEVICE void differentiate(const Problem<T>& a, const RowStatistics& row, b
   x = p;
 }
 
-/// A warp a row of [B, Tq, H].
+/// A warp a row, of which it makes the gradients' statistics.
 template <class T>
-__global__ void deltaKernel(int64_t rows, int Tq, int H, int D, const T* out, const T* dout, float* delta) {
-  const int64_t row = threadIndex() / kWarpSize;
-  if (row >= rows) return;  // a whole warp
-  float sum = 0;
-  for (int d = laneIndex(); d < D; d += kWarpSize) sum += toFloat(out[row * D + d]) * toFloat(dout[row * D + d]);
+__global__ void rowKernel(Problem<T> a, Gradients<T> g, const T* out, const float* logSumExp, float* ofRows,
+                          float* delta) {
+  const int row = static_cast<int>(threadIndex() / kWarpSize);
+  if (row >= g.stride) return;  // a whole warp
+  const Pair pair(a, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
+  float sum = 0, own = INFINITY;
+  if (row < pair.rows) {
+    const T *x = out + pair.rowAt(row), *y = g.dout + pair.rowAt(row);
+    if (a.D % 4 == 0) {
+      for (int d = 4 * laneIndex(); d < a.D; d += 4 * kWarpSize) {
+        const auto xs = loadPack<4>(x + d), ys = loadPack<4>(y + d);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum = fmaf(toFloat(xs.value[e]), toFloat(ys.value[e]), sum);
+      }
+    } else {
+      for (int d = laneIndex(); d < a.D; d += kWarpSize) sum = fmaf(toFloat(x[d]), toFloat(y[d]), sum);
+    }
+    own = logSumExp[pair.statisticAt(row)];
+    own = own == -INFINITY ? INFINITY : own * kLog2E;
+  }
   sum = warpSum(sum);
-  const int64_t b = row / H / Tq, i = row / H % Tq, head = row % H;
-  if (laneIndex() == 0) delta[(b * H + head) * Tq + i] = sum;
+  if (laneIndex() != 0) return;
+  const int64_t at = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * g.stride + row;
+  ofRows[at] = own;
+  delta[at] = sum;
 }
 
 template <class T, int kD>
@@ -188,16 +196,22 @@ void backward(Context& context, const AttentionBackward& a) {
   using Tile = Tiling<T, kD>;
   constexpr int kOwned = 16 * Tile::kWarps, kOut = std::min(kD, 128);
   const Problem<T> problem = Problem<T>::of(a);
-  const int64_t B = a.q.dim(0), Hkv = a.k.dim(2), S = a.k.dim(1), rows = a.q.rows();
-  float* delta = context.scratch.take<float>(rows);
-  const Gradients<T> gradients{
-      a.dout.data<T>(), a.logSumExp.data<float>(), delta, a.dq.data<T>(), a.dk.data<T>(), a.dv.data<T>(), a.scale};
+  const int64_t B = a.q.dim(0), Hkv = a.k.dim(2), S = a.k.dim(1), pairs = B * Hkv;
+  // Whole tiles of rows.
+  const int64_t stride = (problem.rows() + 63) / 64 * 64;
+  float* logSumExp = context.scratch.take<float>(pairs * stride);
+  float* delta = context.scratch.take<float>(pairs * stride);
+  const Gradients<T> gradients{a.dout.data<T>(), logSumExp,      delta,          stride,
+                               a.dq.data<T>(),   a.dk.data<T>(), a.dv.data<T>(), a.scale};
   const auto grid = [&](int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
   };
+  launch(context, rowKernel<T>, grid((stride * kWarpSize + kThreads - 1) / kThreads), kThreads, 0, problem, gradients,
+         a.out.data<T>(), a.logSumExp.data<float>(), logSumExp, delta);
+  if constexpr (sizeof(T) == 2) {
+    if (isWide(context, a.q.dtype, problem.D, problem.rows())) return backwardWide(context, problem, gradients, B);
+  }
   constexpr size_t bytes = Tile::bytes(2 * kOwned + 2 * Tile::kVisited);
-  launch(context, deltaKernel<T>, (rows * kWarpSize + kThreads - 1) / kThreads, kThreads, 0, rows, problem.Tq,
-         problem.H, problem.D, a.out.data<T>(), gradients.dout, delta);
   launch(context, queryKernel<T, kD>, grid((problem.rows() + kOwned - 1) / kOwned), Tile::kWarps * kWarpSize, bytes,
          problem, gradients);
   launch(context, keyKernel<T, kD, kOut>, grid((S + kOwned - 1) / kOwned * (kD / kOut)), Tile::kWarps * kWarpSize,

@@ -7,7 +7,7 @@
 // leave m, l and out in scratch for combineKernel. The number of parts depends on shapes alone. pastLength is read by
 // the kernels; one out of range is refused where JavaScript wrote the values that the operation sees, and is else taken
 // for the nearest within range.
-#include "cuda/attention_tiles.h"
+#include "cuda/attention_wide.h"
 #include "ops/attention.h"
 
 namespace qlora::cuda {
@@ -18,12 +18,6 @@ namespace {
 
 // Blocks that keep a large GPU busy, and the fewest keys that are worth a block of their own.
 constexpr int64_t kBlocksWanted = 512, kFewestKeys = 128;
-
-/// What the parts of the keys leave: largest and sum [parts, rows], out [parts, rows, D]. Null where there is one part.
-struct Parts {
-  int count, keys;  // how many, of how many keys
-  float *largest, *sum, *out;
-};
 
 template <class T, int kD, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
@@ -180,12 +174,19 @@ void forward(Context& context, const AttentionForward& a) {
   }
   T* out = a.out.data<T>();
   float* logSumExp = a.logSumExp.data<float>();
-  const dim3 grid(static_cast<unsigned>(rowBlocks * count), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
-  launchEarly(context, forwardKernel<T, kD, kWarps>, grid, kWarps * kWarpSize,
-         Tiling<T, kD>::bytes(kRows + 4 * Tiling<T, kD>::kVisited), problem, parts, out, logSumExp);
+  bool done = false;
+  if constexpr (sizeof(T) == 2) {
+    done = isWide(context, a.q.dtype, problem.D, rows);
+    if (done) forwardWide(context, problem, parts, B, out, logSumExp);
+  }
+  if (!done) {
+    const dim3 grid(static_cast<unsigned>(rowBlocks * count), static_cast<unsigned>(Hkv), static_cast<unsigned>(B));
+    launchEarly(context, forwardKernel<T, kD, kWarps>, grid, kWarps * kWarpSize,
+                Tiling<T, kD>::bytes(kRows + 4 * Tiling<T, kD>::kVisited), problem, parts, out, logSumExp);
+  }
   if (count > 1) {
     launchEarly(context, combineKernel<T>, (B * Hkv * rows * kWarpSize + kThreads - 1) / kThreads, kThreads, 0, problem,
-           parts, B * Hkv, out, logSumExp);
+                parts, B * Hkv, out, logSumExp);
   }
 }
 

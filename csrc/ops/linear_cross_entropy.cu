@@ -124,7 +124,7 @@ std::vector<int32_t> countedRows(Context& context, const LinearCrossEntropy& a) 
 /// A product whose scratch is handed back before the next one's is taken.
 void gemmAlone(Context& context, const Gemm& g) {
   Scratch scratch = context.scratch.nested();
-  Context own{context.pool, scratch, context.queue};
+  Context own{context.pool, scratch, context.queue, context.device};
   gemm(own, g);
 }
 

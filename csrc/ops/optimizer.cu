@@ -163,7 +163,7 @@ void runStep(Context& context, const OptimizerStep& a, const typename Rule::Sett
   auto updateSlot = [&](char* slot, const PagedRun* runs, int64_t count) {
     if (!context.queue) return;
     Scratch scratch = context.scratch.nested();
-    Context with{context.pool, scratch, context.queue};
+    Context with{context.pool, scratch, context.queue, context.device};
     const size_t used = usedBytes(lists + 2, kArrays - 2, runs[count - 1]);
     context.queue->write(onDevice, slot, used);
     update(with, placesOfRuns(with, lists, onDevice, runs, count));

@@ -92,7 +92,7 @@ void rmsNormForward(Context& context, const RmsNormForward& a) {
       using W = decltype(weight);
       dispatchPack<kPack<T>>(D, [&](auto pack) {
         launchEarly(context, forwardKernel<decltype(pack)::value, T, W>, rowBlocks(rows), kThreads, 0, rows, D,
-               a.x.data<T>(), a.weight.data<W>(), a.y.data<T>(), a.rstd.data<float>(), a.eps, a.offset);
+                    a.x.data<T>(), a.weight.data<W>(), a.y.data<T>(), a.rstd.data<float>(), a.eps, a.offset);
       });
     });
   });

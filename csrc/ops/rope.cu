@@ -51,8 +51,8 @@ void rope(Context& context, const Rope& a) {
   dispatchFloat(a.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     launchEarly(context, turnKernel<T>, rowBlocks(M), kThreads, 0, M, static_cast<int>(a.x.dim(-2)),
-           static_cast<int>(a.x.dim(-1)), static_cast<int>(a.cos.dim(1)), a.x.data<T>(), a.cos.data<float>(),
-           a.sin.data<float>(), a.y.data<T>(), a.direction);
+                static_cast<int>(a.x.dim(-1)), static_cast<int>(a.cos.dim(1)), a.x.data<T>(), a.cos.data<float>(),
+                a.sin.data<float>(), a.y.data<T>(), a.direction);
   });
 }
 

@@ -23,6 +23,38 @@ const stored = readSafetensors(join(whole, 'expected.safetensors'));
 const reference = (key: string) => valuesOf(stored.get(key) as StoredTensor);
 const ids = Array.from((stored.get('input_ids') as StoredTensor).data as Int32Array);
 
+t.test('QuantizedModel: the logits, losses and texts of transformers and PEFT', async (t) => {
+  const folder = join(referencesDir('models'), 'llama');
+  const results = readSafetensors(join(folder, 'expected.safetensors'));
+  const { sequences, loss, greedy } = readJson<{
+    sequences: { input_ids: number[]; labels: number[] }[];
+    loss: Record<string, number>;
+    greedy: { prompt: number[]; base: number[]; adapter: number[] };
+  }>(folder, 'expected.json');
+  const check = async (model: QuantizedModel, of: string, i: number, adapter?: null) => {
+    const want = valuesOf(results.get(`${of}.logits.${i}`) as StoredTensor);
+    const got = await model.logits(sequences[i]?.input_ids as number[], { adapter });
+    t.ok(largestError(got, want, 1) < 2e-4, `${of}: logits`);
+    let [sum, targets] = [0, 0];
+    for (const { input_ids, labels } of sequences) {
+      const counted = labels.slice(1).filter((label) => label !== -100).length;
+      sum += counted * (await model.loss(input_ids, labels, { adapter }));
+      targets += counted;
+    }
+    t.ok(Math.abs(sum / targets - (loss[of] as number)) < 1e-4, `${of}: loss`);
+  };
+  const options = { maxNewTokens: 24, ignoreEos: true };
+  await using model = await QuantizedModel.load(folder, plain);
+  await check(model, 'base', 0);
+  t.same(await model.generateTokens(greedy.prompt, options), greedy.base);
+  await model.loadLora('a', join(folder, 'adapter'));
+  await check(model, 'adapter', 1);
+  await check(model, 'base', 1, null);
+  t.same(await model.generateTokens(greedy.prompt, options), greedy.adapter);
+  await using quantized = await QuantizedModel.load(folder, { computeDtype: 'f32' });
+  await check(quantized, 'nf4', 0);
+});
+
 t.test('modules trained whole: the logits, the loss and the gradients of PEFT', async (t) => {
   await using model = await QuantizedModel.load(whole, plain);
   const adapter = await model.loadLora('a', join(whole, 'adapter'));

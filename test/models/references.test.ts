@@ -8,12 +8,12 @@ import { hiddenStates, type TokenRows } from '../../lib/models/core.js';
 import { fill, zeros } from '../../lib/ops/elementwise.js';
 import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
 import { dequantizeWeight } from '../../lib/ops/quantize.js';
-import { type LoadOptions, QuantizedModel } from '../../lib/quantized-model.js';
 import { Tensor } from '../../lib/tensor.js';
 import { forEachIsa, largestError } from '../support/op-harness.js';
+import { ReferenceModel, shift } from '../support/reference-model.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, valuesOf } from '../support/safetensors.js';
-import t, { type Test, testDevice } from '../support/testing.js';
+import t, { type Test } from '../support/testing.js';
 
 const cases = ['llama', 'llama3', 'llama-bias', 'deepseek-coder', 'qwen2', 'qwen2-yarn'];
 /** How far bf16 may be off: 2.5e-2, and where transformers' own bf16 is further off than that, as far as it. */
@@ -34,18 +34,14 @@ interface Expected {
 const sha256 = (bytes: Uint8Array) => createHash('sha256').update(bytes).digest('hex');
 const magnitude = (values: Float32Array) => values.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
 
-/** Label t+1 is predicted from t. */
-const shift = (labels: number[]) => Int32Array.from(labels, (_, i) => labels[i + 1] ?? -100);
-
 /** Sums the losses of all rows over `targets`, and their gradients into the adapter's. */
 async function lossAndGradients(
-  model: QuantizedModel,
+  { core }: ReferenceModel,
   rows: (TokenRows & { labels: Int32Array })[],
   targets: number,
   checkpointing: 'none' | 'blocks',
 ): Promise<{ loss: number; gradients: Map<string, Float32Array> }> {
-  const { core } = model;
-  const [adapter] = model.adapters.values();
+  const [adapter] = core.adapters.values();
   if (!adapter) throw new Error('no adapter is loaded');
   for (const p of adapter.parameters) {
     p.requiresGrad = true;
@@ -89,18 +85,15 @@ async function checkCase(t: Test, name: string): Promise<void> {
     return valuesOf(tensor);
   };
   const { sequences, targets } = expected;
-  const checkLogits = async (model: QuantizedModel, key: string, adapter: string | null, allowed = 2e-4) => {
+  const checkLogits = async (model: ReferenceModel, key: string, adapter?: string, allowed = 2e-4) => {
     const sequence = sequences[Number(key.at(-1))] as Expected['sequences'][number];
     const want = reference(key);
-    const error = largestError(await model.logits(sequence.input_ids, { adapter }), want, magnitude(want));
+    const error = largestError(await model.logits(sequence.input_ids, adapter), want, magnitude(want));
     t.ok(error <= allowed, `${key}: ${error.toExponential(2)}`);
   };
-  const checkLoss = async (model: QuantizedModel, key: keyof Expected['loss'], adapter: string | null) => {
+  const checkLoss = async (model: ReferenceModel, key: keyof Expected['loss'], adapter?: string) => {
     let sum = 0;
-    for (const { input_ids, labels } of sequences) {
-      const counted = labels.slice(1).filter((l) => l !== -100).length;
-      sum += (await model.loss(input_ids, labels, { adapter })) * counted;
-    }
+    for (const { input_ids, labels } of sequences) sum += await model.loss(input_ids, labels, adapter);
     const error = Math.abs(sum / targets - expected.loss[key]);
     t.ok(error <= 1e-4, `loss.${key}: ${error.toExponential(2)}`);
   };
@@ -120,24 +113,15 @@ async function checkCase(t: Test, name: string): Promise<void> {
     labels: shift(labels),
   }));
 
-  const plain: LoadOptions = { computeDtype: 'f32', quantization: 'none', device: testDevice };
-  await using model = await QuantizedModel.load(directory, plain);
-  for (const i of [0, 1]) await checkLogits(model, `base.logits.${i}`, null);
-  await checkLoss(model, 'base', null);
+  await using model = await ReferenceModel.load(directory, 'f32');
+  for (const i of [0, 1]) await checkLogits(model, `base.logits.${i}`);
+  await checkLoss(model, 'base');
   const { prompt, base, adapter } = expected.greedy;
-  t.same(
-    await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }),
-    base,
-    'greedy tokens',
-  );
-  await model.loadLora('a', join(directory, 'adapter'));
+  t.same(await model.greedy(prompt, 24), base, 'greedy tokens');
+  await model.loadAdapter('a', join(directory, 'adapter'));
   for (const i of [0, 1]) await checkLogits(model, `adapter.logits.${i}`, 'a');
   await checkLoss(model, 'adapter', 'a');
-  t.same(
-    await model.generateTokens(prompt, { maxNewTokens: 24, doSample: false, ignoreEos: true }),
-    adapter,
-    'greedy with adapter',
-  );
+  t.same(await model.greedy(prompt, 24, 'a'), adapter, 'greedy with adapter');
   for (const checkpointing of ['none', 'blocks'] as const) {
     const { loss, gradients } = await lossAndGradients(model, rows, targets, checkpointing);
     t.ok(Math.abs(loss - expected.loss.adapter) <= 1e-4, `loss of the tape, checkpointing ${checkpointing}`);
@@ -157,39 +141,39 @@ async function checkCase(t: Test, name: string): Promise<void> {
     t.ok(Math.abs(packed.loss - loss) <= 1e-4, 'packed row: loss');
     checkGradients(packed.gradients, 'adapter.grad');
   }
-  await using padded = await QuantizedModel.load(directory, plain);
+  await using padded = await ReferenceModel.load(directory, 'f32');
   await checkPadding(t, padded, directory, rows, targets, checkGradients);
 
-  await using quantized = await QuantizedModel.load(directory, {
-    computeDtype: 'f32',
-    quantization: { type: 'nf4', blockSize: 64, doubleQuant: true },
-    device: testDevice,
+  await using quantized = await ReferenceModel.load(directory, 'f32', {
+    type: 'nf4',
+    blockSize: 64,
+    doubleQuant: true,
   });
   await checkQuantized(t, quantized, expected);
-  await checkLogits(quantized, 'nf4.logits.0', null);
-  await checkLoss(quantized, 'nf4', null);
-  await quantized.loadLora('a', join(directory, 'adapter'));
+  await checkLogits(quantized, 'nf4.logits.0');
+  await checkLoss(quantized, 'nf4');
+  await quantized.loadAdapter('a', join(directory, 'adapter'));
   await checkLogits(quantized, 'nf4_adapter.logits.1', 'a');
   await checkLoss(quantized, 'nf4_adapter', 'a');
   checkGradients((await lossAndGradients(quantized, rows, targets, 'none')).gradients, 'nf4_adapter.grad');
 
   for (const computeDtype of ['bf16', 'f16'] as const) {
-    await using half = await QuantizedModel.load(directory, { computeDtype, quantization: 'none', device: testDevice });
-    await checkLogits(half, 'base.logits.0', null, computeDtype === 'bf16' ? bf16Error(name) : 2.5e-2);
+    await using half = await ReferenceModel.load(directory, computeDtype);
+    await checkLogits(half, 'base.logits.0', undefined, computeDtype === 'bf16' ? bf16Error(name) : 2.5e-2);
   }
-  await checkNewConfig(t, directory, (model) => checkLogits(model, 'base.logits.0', null));
+  await checkNewConfig(t, directory, (model) => checkLogits(model, 'base.logits.0'));
 }
 
 /** Both rows as one right-padded batch: padding changes nothing. */
 async function checkPadding(
   t: Test,
-  model: QuantizedModel,
+  model: ReferenceModel,
   directory: string,
   rows: (TokenRows & { labels: Int32Array })[],
   targets: number,
   checkGradients: (gradients: Map<string, Float32Array>, prefix: string) => void,
 ): Promise<void> {
-  await model.loadLora('a', join(directory, 'adapter'));
+  await model.loadAdapter('a', join(directory, 'adapter'));
   const length = Math.max(...rows.map((row) => row.length));
   const padded = (pick: (row: (typeof rows)[number]) => Int32Array, fillWith: number) =>
     Int32Array.from(rows.flatMap((row) => Array.from({ length }, (_, i) => pick(row)[i] ?? fillWith)));
@@ -207,7 +191,7 @@ async function checkPadding(
 }
 
 /** Packed bytes are equal; dequantized values too, but where the mean of the block maxima differs in its last bit. */
-async function checkQuantized(t: Test, model: QuantizedModel, { nf4 }: Expected): Promise<void> {
+async function checkQuantized(t: Test, model: ReferenceModel, { nf4 }: Expected): Promise<void> {
   const linears = model.core.weights.linears;
   t.same(linears.map((l) => l.path).sort(), Object.keys(nf4.modules).sort(), 'the same layers are quantized');
   for (const { path, weight } of linears) {
@@ -225,17 +209,13 @@ async function checkQuantized(t: Test, model: QuantizedModel, { nf4 }: Expected)
 async function checkNewConfig(
   t: Test,
   directory: string,
-  check: (model: QuantizedModel) => Promise<void>,
+  check: (model: ReferenceModel) => Promise<void>,
 ): Promise<void> {
   const copy = mkdtempSync(join(tmpdir(), 'qlora-config-'));
   t.teardown(() => rmSync(copy, { recursive: true }));
   cpSync(directory, copy, { recursive: true });
   cpSync(join(directory, 'config.transformers5.json'), join(copy, 'config.json'));
-  await using model = await QuantizedModel.load(copy, {
-    computeDtype: 'f32',
-    quantization: 'none',
-    device: testDevice,
-  });
+  await using model = await ReferenceModel.load(copy, 'f32');
   await check(model);
 }
 

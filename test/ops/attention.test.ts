@@ -145,6 +145,10 @@ const attentionCases = [
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 1, window: 60 },
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 2, segment: packed(129) },
   { B: 2, Tq: 130, S: 141, H: 2, Hkv: 1, D: 3, window: 90, softCap: 2, segment: packed(50) },
+  // The same of heads whose rows a GPU copies in pieces of 16 bytes.
+  { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 8, window: 60 },
+  { B: 1, Tq: 300, S: 300, H: 3, Hkv: 1, D: 16, segment: packed(129) },
+  { B: 2, Tq: 130, S: 141, H: 2, Hkv: 1, D: 72, window: 90, softCap: 2, segment: packed(50) },
   // Few queries against a cache with spare room.
   { B: 1, Tq: 1, S: 50, keyLength: 37, H: 4, Hkv: 2, D: 64 },
   { B: 2, Tq: 3, S: 1100, keyLength: 1030, H: 6, Hkv: 2, D: 20, window: 700, softCap: 1.5, segment: packed(600) },

@@ -26,7 +26,7 @@ constinit thread_local const Place* place = nullptr;
 
 namespace {
 
-enum class State : uint8_t { ready, atBarrier, atWarp, finished };
+enum class State : uint8_t { ready, polling, atBarrier, atWarp, finished };
 
 struct Copy {
   void* to;
@@ -50,6 +50,12 @@ struct Warp {
   const char* what;
   size_t bytes;
   int arrived;
+};
+
+/// A copy that arrives when its barrier is waited for.
+struct BulkCopy {
+  const void* barrier;
+  std::function<void()> copy;
 };
 
 struct SharedArray {
@@ -123,6 +129,28 @@ class Engine {
     return buffer;
   }
 
+  void waitUntil(const void* barrier, const std::function<bool()>& holds) {
+    for (;;) {
+      for (size_t i = 0; i < bulkCopies_.size();) {
+        if (bulkCopies_[i].barrier != barrier) {
+          ++i;
+          continue;
+        }
+        const auto copy = std::move(bulkCopies_[i].copy);
+        bulkCopies_.erase(bulkCopies_.begin() + static_cast<std::ptrdiff_t>(i));
+        copy();
+      }
+      if (holds()) break;
+      current_->state = State::polling;
+      giveWay();
+    }
+    current_->state = State::ready;
+    waited_ = true;
+  }
+  void whenWaited(const void* barrier, std::function<void()> copy) {
+    bulkCopies_.push_back({barrier, std::move(copy)});
+  }
+
   void* sharedArray(const void* declaration, size_t bytes) {
     for (const SharedArray& array : arrays_) {
       if (array.declaration == declaration) return bytesAt(array.offset);
@@ -154,6 +182,7 @@ class Engine {
     atBarrier_ = 0;
     staticBytes_ = 0;
     arrays_.clear();
+    bulkCopies_.clear();
     poisoned(dynamicOffset(), dynamicBytes_);
     for (int i = 0; i < count_; ++i) {
       Thread& t = threads_[i];
@@ -175,11 +204,12 @@ class Engine {
       bool any = false;
       for (const int i : order_) {
         current_ = &threads_[i];
-        if (current_->state != State::ready) continue;
-        any = true;
+        const bool polled = current_->state == State::polling;
+        if (current_->state != State::ready && !polled) continue;
         place = &current_->place;
         switchTo(scheduler_, current_->fiber);
         if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+        any |= !polled || std::exchange(waited_, false);
         finished += current_->state == State::finished;
       }
       if (!any) reportDeadlock(finished);
@@ -201,17 +231,21 @@ class Engine {
   }
 
   [[noreturn]] void reportDeadlock(int finished) {
-    int atWarp = 0;
-    for (int i = 0; i < count_; ++i) atWarp += threads_[i].state == State::atWarp;
+    int atWarp = 0, polling = 0;
+    for (int i = 0; i < count_; ++i) {
+      atWarp += threads_[i].state == State::atWarp;
+      polling += threads_[i].state == State::polling;
+    }
     throw Error("ERR_QLORA_DEVICE", kernel_ + ": the block hangs: of " + std::to_string(count_) + " threads " +
                                         std::to_string(atBarrier_) + " wait at __syncthreads, " +
-                                        std::to_string(atWarp) + " at a warp operation, " + std::to_string(finished) +
-                                        " have ended");
+                                        std::to_string(atWarp) + " at a warp operation, " + std::to_string(polling) +
+                                        " for a copy, " + std::to_string(finished) + " have ended");
   }
 
   std::string kernel_;
   const std::function<void()>* body_ = nullptr;
   int count_ = 0, atBarrier_ = 0;
+  bool waited_ = false;  // successfully, since the scheduler looked
   size_t staticBytes_ = 0, dynamicBytes_ = 0;
   uint64_t blocks_ = 0;
   char* stacks_ = nullptr;
@@ -221,6 +255,7 @@ class Engine {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<SharedArray> arrays_;
+  std::vector<BulkCopy> bulkCopies_;
   std::vector<SharedLine> shared_;
   std::vector<int> order_;
 };
@@ -256,6 +291,9 @@ void complain(const char* format, ...) {
   va_end(arguments);
   throw Error("ERR_QLORA_DEVICE", engine->kernel() + ": " + message);
 }
+
+void waitUntil(const void* barrier, const std::function<bool()>& holds) { engine->waitUntil(barrier, holds); }
+void whenWaited(const void* barrier, std::function<void()> copy) { engine->whenWaited(barrier, std::move(copy)); }
 
 void beginCopy(void* to, const void* from, size_t bytes, size_t zeros) {
   engine->current().begun.push_back({to, from, bytes, zeros});

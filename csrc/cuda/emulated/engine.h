@@ -48,6 +48,10 @@ void beginCopy(void* to, const void* from, size_t bytes, size_t zeros);
 void commitCopies();
 void waitForCopies(int groupsLeft);
 
+/// Until `holds`, other threads run; and what was to be done when `barrier` is waited for is done.
+void waitUntil(const void* barrier, const std::function<bool()>& holds);
+void whenWaited(const void* barrier, std::function<void()> copy);
+
 }  // namespace qlora::emulated
 
 #define threadIdx (::qlora::emulated::place->threadIdx)
