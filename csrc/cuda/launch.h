@@ -113,7 +113,7 @@ inline void enqueue(const Context& context, Start start, const void* kernel, con
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   static const bool isOff = std::getenv("QLORA_EARLY") && *std::getenv("QLORA_EARLY") == '0';
-  if (start == Start::early && !isOff && startsEarly(static_cast<CudaQueue&>(*context.queue).capability)) {
+  if (start == Start::early && !isOff && startsEarly(capabilityOf(context))) {
     config.attrs = &early;
     config.numAttrs = 1;
   }
