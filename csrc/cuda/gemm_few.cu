@@ -33,7 +33,8 @@ struct FewShape {
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
 constexpr int kFewestRows = 8;  // of a block
-constexpr int kTableBytes = 256 * kWarpSize * 4;
+constexpr int kLine = 256;  // bytes from an entry of the table to the next, of which lanes use 128: a permutation makes an address
+constexpr int kTableBytes = 256 * kLine;
 constexpr int kNested = 256;
 
 /// Rows of 4 bits, blocks of at least kUnit weights.
@@ -55,7 +56,8 @@ struct FourBitRows {
   const float *absmax, *nestedCode;
   int nestedShift;
   float offset;
-  const SharedWords table;  // of this lane
+  const unsigned char* table;
+  uint32_t ofLane;  // offset in an entry
 
   QLORA_DEVICE FourBitRows(const Elements& b, unsigned char* shared)
       : b(b),
@@ -63,17 +65,27 @@ struct FourBitRows {
         nestedCode(reinterpret_cast<const float*>(shared + kTableBytes)),
         nestedShift(b.scales.absmax ? 0 : kNestedShift),
         offset(b.scales.absmax ? 0 : b.scales.offset),
-        table(shared + 4 * laneIndex()) {}
+        table(shared),
+        ofLane(4 * static_cast<uint32_t>(laneIndex())) {}
 
-  QLORA_DEVICE void fillShared(unsigned char* shared) const {
+  /// What a byte's place in shared memory is made of. Threads have that of their own before they copy anything, behind
+  /// which it would have to queue.
+  struct Constants {
+    float upper, lower, nested;
+  };
+  QLORA_DEVICE Constants constantsOf(int byte) const {
+    return {b.code[byte >> 4 & 15], b.code[byte & 15], b.scales.absmax ? 1.0f : b.scales.nestedCode[byte % kNested]};
+  }
+  QLORA_DEVICE void fillShared(unsigned char* shared, Constants ofByte) const {
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+      if (byte != static_cast<int>(threadIdx.x)) ofByte = constantsOf(byte);
       // The even element of a byte is in its upper nibble.
       const uint32_t pair =
-          uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} | uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
-      auto* copies = reinterpret_cast<uint4*>(shared) + 8 * byte;
+          uint32_t{fromFloat<T>(ofByte.upper).bits} | uint32_t{fromFloat<T>(ofByte.lower).bits} << 16;
+      auto* copies = reinterpret_cast<uint4*>(shared + kLine * byte);
 #pragma unroll
       for (int i = 0; i < 8; ++i) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
-      reinterpret_cast<float*>(shared + kTableBytes)[byte] = b.scales.absmax ? 1 : b.scales.nestedCode[byte];
+      reinterpret_cast<float*>(shared + kTableBytes)[byte] = ofByte.nested;
     }
   }
 
@@ -86,7 +98,9 @@ struct FourBitRows {
 
   /// Elements 2 i and 2 i + 1 of a share.
   QLORA_DEVICE uint32_t pair(const uint32_t (&share)[kWords], int i) const {
-    return table[4 * kWarpSize * __byte_perm(share[i / 4], 0, 0x4440 + i % 4)];
+    // Byte 0 of the lane's offset, then the codes.
+    const uint32_t at = __byte_perm(share[i / 4], ofLane, 0x5504 + (i % 4 << 4));
+    return *reinterpret_cast<const uint32_t*>(table + at);
   }
 };
 
@@ -102,7 +116,9 @@ struct DenseRows {
   const Elements& b;
 
   QLORA_DEVICE DenseRows(const Elements& b, unsigned char*) : b(b) {}
-  QLORA_DEVICE void fillShared(unsigned char*) const {}
+  struct Constants {};
+  QLORA_DEVICE Constants constantsOf(int) const { return {}; }
+  QLORA_DEVICE void fillShared(unsigned char*, Constants) const {}
   QLORA_DEVICE const uint8_t* at(int64_t element) const {
     return reinterpret_cast<const uint8_t*>(static_cast<const T*>(b.data) + element);
   }
@@ -124,17 +140,13 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
 
 /// How rows and K are dealt to the warps of all blocks.
 struct Deal {
-  int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
-  int fewest, more;   // rows of a group; so many groups have one more
+  int rowGroupShift;  // log2 of a block's groups of warps that have the same tile of rows
+  int fewest, more;   // rows of a block; so many blocks have one more
   int tiles, steps;   // that a warp goes over
   int sumBytes;       // of shared memory
 
   QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
-  /// The first row of a group of a block.
-  QLORA_DEVICE int begin(int group) const {
-    const int i = (static_cast<int>(blockIdx.x) << rowGroupShift) + group;
-    return i * fewest + min(i, more);
-  }
+  QLORA_DEVICE int begin(int block) const { return block * fewest + min(block, more); }
 };
 
 /// For up to 8 tokenTiles tokens.
@@ -148,7 +160,8 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const int own = laneIndex() / 4, quarter = laneIndex() % 4, warp = warpIndex();
   const int rowGroup = warp & (deal.rowGroups() - 1), group = warp >> deal.rowGroupShift;
   const int groups = (static_cast<int>(blockDim.x) / kWarpSize) >> deal.rowGroupShift;  // that share K
-  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
+  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride);
+  const int blockRow = deal.begin(static_cast<int>(blockIdx.x)), endRow = deal.begin(static_cast<int>(blockIdx.x) + 1);
   const Rows rows(g.b, shared);
 
   // Units of a row lie in shared memory in an order that differs among rows that one load reads.
@@ -157,10 +170,10 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const auto orderOf = [](int r) { return r / (128 / kRowBytes) % kUnits; };
   auto* const ring = reinterpret_cast<unsigned char*>(sums) + deal.sumBytes + warp * Shape::stages * kStageBytes;
 
-  const int beginRow = deal.begin(rowGroup);
+  const int beginRow = blockRow + rowGroup * kTileRows;
   const auto kOf = [&](int step) { return (step * groups + group) * kChunk; };
   const auto advance = [&](int& row, int& step) {
-    if (++step == deal.steps) step = 0, row += kTileRows;
+    if (++step == deal.steps) step = 0, row += kTileRows << deal.rowGroupShift;
   };
   // Where it copies next.
   int copyRow = beginRow, copyStep = 0;
@@ -188,18 +201,6 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
       scales[r] = rows.scaleAt(int64_t{min(row + own + 8 * r, endRow - 1)} * stride + at);
     }
   };
-  letNextBegin();
-  for (int i = 0; i < Shape::stages; ++i) {
-    const int n = beginRow + laneIndex() + i / deal.steps * kTileRows, at = kOf(i % deal.steps);
-    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
-  }
-  waitForEarlier();
-#pragma unroll
-  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
-  loadScales();
-  rows.fillShared(shared);
-  syncBlock();
-
   const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
   // x is loaded one step ahead, to one of two places.
   uint4 ofX[2][kShare / 8];
@@ -211,11 +212,23 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
 #pragma unroll
     for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
   };
+  letNextBegin();
+  for (int i = 0; i < Shape::stages; ++i) {
+    const int n = beginRow + laneIndex() + i / deal.steps * (kTileRows << deal.rowGroupShift), at = kOf(i % deal.steps);
+    if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
+  }
+  waitForEarlier();
+  const auto constants = rows.constantsOf(static_cast<int>(threadIdx.x));
+  loadScales();
   loadX(kOf(step), 0, ofX[0]);
+#pragma unroll
+  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
+  rows.fillShared(shared, constants);
+  syncBlock();
+
   float sum[kRowTiles][tokenTiles][4] = {};
   for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
-    const bool isOwn = row < endRow;
-    const int nowK = kOf(step);
+    const int left = endRow - row, nowK = kOf(step);
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
@@ -239,48 +252,56 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
     syncWarp();
     copy(slot);
 
+    const auto multiply = [&](auto count) {
+      constexpr int rowTiles = decltype(count)::value;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (isOwn && nowK + u * kUnit < K) {
-        float ofUnit[kLaneRows];
+      for (int u = 0; u < kUnits; ++u) {
+        if (nowK + u * kUnit < K) {
+          float ofUnit[2 * rowTiles];
 #pragma unroll
-        for (int r = 0; r < kLaneRows; ++r) {
-          ofUnit[r] = Rows::isScaled ? shuffle(scale[r], (laneIndex() & ~3) + u) : 1.0f;
-        }
-        uint32_t a[kRowTiles][kShare / 4][4];
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < kShare / 4; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) a[m][i][e] = rows.pair(shares[2 * m + e % 2][u], 2 * i + e / 2);
+          for (int r = 0; r < 2 * rowTiles; ++r) {
+            ofUnit[r] = Rows::isScaled ? shuffle(scale[r], (laneIndex() & ~3) + u) : 1.0f;
           }
-        }
+          uint32_t a[rowTiles][kShare / 4][4];
 #pragma unroll
-        for (int t = 0; t < tokenTiles; ++t) {
-          const int piece = u * tokenTiles + t;
-          if (t + 1 < tokenTiles || u + 1 < kUnits) {
-            loadX(nowK + (piece + 1) / tokenTiles * kUnit, (piece + 1) % tokenTiles, ofX[(piece + 1) % 2]);
-          }
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            float part[4] = {};
-            auto& to = Rows::isScaled ? part : sum[m][t];
+          for (int m = 0; m < rowTiles; ++m) {
 #pragma unroll
             for (int i = 0; i < kShare / 4; ++i) {
-              const uint4 eight = ofX[piece % 2][i / 2];
-              const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
-              mma<T>(to, a[m][i], b);
-            }
-            if constexpr (Rows::isScaled) {
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                sum[m][t][e] = fmaf(ofUnit[2 * m + e / 2], part[e], sum[m][t][e]);
+              for (int e = 0; e < 4; ++e) a[m][i][e] = rows.pair(shares[2 * m + e % 2][u], 2 * i + e / 2);
+            }
+          }
+#pragma unroll
+          for (int t = 0; t < tokenTiles; ++t) {
+            const int piece = u * tokenTiles + t;
+            if (t + 1 < tokenTiles || u + 1 < kUnits) {
+              loadX(nowK + (piece + 1) / tokenTiles * kUnit, (piece + 1) % tokenTiles, ofX[(piece + 1) % 2]);
+            }
+#pragma unroll
+            for (int m = 0; m < rowTiles; ++m) {
+              float part[4] = {};
+              auto& to = Rows::isScaled ? part : sum[m][t];
+#pragma unroll
+              for (int i = 0; i < kShare / 4; ++i) {
+                const uint4 eight = ofX[piece % 2][i / 2];
+                const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
+                mma<T>(to, a[m][i], b);
+              }
+              if constexpr (Rows::isScaled) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  sum[m][t][e] = fmaf(ofUnit[2 * m + e / 2], part[e], sum[m][t][e]);
+                }
               }
             }
           }
         }
       }
+    };
+    if (left > 16) {
+      multiply(std::integral_constant<int, kRowTiles>{});
+    } else if (left > 0) {
+      multiply(std::integral_constant<int, 1>{});
     }
     loadX(kOf(step), 0, ofX[0]);
     if (step > 0) continue;
@@ -307,8 +328,9 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
       for (int i = static_cast<int>(threadIdx.x); i < (kTileRows * tokens) << deal.rowGroupShift;
            i += static_cast<int>(blockDim.x)) {
         const int feature = i % kTileRows, ofGroup = i / kTileRows & (deal.rowGroups() - 1);
-        const int token = i / kTileRows >> deal.rowGroupShift, n = deal.begin(ofGroup) + tile * kTileRows + feature;
-        if (n >= deal.begin(ofGroup + 1)) continue;
+        const int token = i / kTileRows >> deal.rowGroupShift;
+        const int n = blockRow + ((tile << deal.rowGroupShift) + ofGroup) * kTileRows + feature;
+        if (n >= endRow) continue;
         float all = extraOf<T>(g.extra, 8 * pass + token, n);
         for (int j = 0; j < groups; ++j) {
           const int other = (j << deal.rowGroupShift) + ofGroup;
@@ -328,22 +350,19 @@ template <class Rows, int tokenTiles, class Shape>
 void launchFew(Context& context, const Gemm& g) {
   constexpr int64_t kMultiprocessors = 132;
   const int64_t chunks = roundedUp(g.K, Rows::kUnit * Rows::kUnits), rows = roundedUp(g.N, kMultiprocessors);
-  // The least work of all warps together; of equal ones the one with the fewest warps that share K.
+  // The shortest way of a warp, where the sums of a tile count as half a step.
   int64_t least = INT64_MAX, groups = 1;
   Deal deal{};
   for (int shift = 0; 1 << shift <= Shape::warps; ++shift) {
-    const int64_t steps = roundedUp(chunks, Shape::warps >> shift), own = roundedUp(chunks, steps);
-    const int64_t work = (roundedUp(roundedUp(rows, 1 << shift), Shape::tileRows) * steps * own) << shift;
-    if (work > least) continue;
-    least = work, groups = own;
+    const int64_t steps = roundedUp(chunks, Shape::warps >> shift), tiles = roundedUp(rows, Shape::tileRows << shift);
+    if (tiles * (2 * steps + 1) > least) continue;
+    least = tiles * (2 * steps + 1), groups = roundedUp(chunks, steps);
     deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps);
   }
   const int64_t warps = groups << deal.rowGroupShift;
-  const int64_t multiprocessors = context.device->multiprocessors;
-  const int64_t blocks = std::min(multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows << deal.rowGroupShift));
-  const int64_t parts = blocks << deal.rowGroupShift;
-  deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
-  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
+  const int64_t blocks = std::min<int64_t>(context.device->multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows));
+  deal.fewest = static_cast<int>(g.N / blocks), deal.more = static_cast<int>(g.N % blocks);
+  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, blocks), Shape::tileRows << deal.rowGroupShift));
   deal.sumBytes = static_cast<int>(sizeof(float) * warps * 8 * std::min(tokenTiles, 2) * Shape::sumStride);
   constexpr int64_t kStageBytes = Shape::tileRows * Rows::kUnits * Rows::kUnitBytes;
   const size_t bytes = Rows::sharedBytes + static_cast<size_t>(deal.sumBytes + warps * Shape::stages * kStageBytes);
@@ -357,6 +376,7 @@ void launchTokens(Context& context, const Gemm& g) {
   const char way = text ? *text : 'a';
   if (g.M <= 8) {
     if (way == 'b') return launchFew<Rows, 1, FewShape<2, 8, 1, 4>>(context, g);
+    if (way == 'c') return launchFew<Rows, 1, FewShape<1, 16, 1, 4>>(context, g);
     return launchFew<Rows, 1, FewShape<2, 16, 1, 2>>(context, g);
   }
   if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, 2>>(context, g);
