@@ -15,8 +15,6 @@
 // same registers, be it of the next tile. Thus what is on its way is all registers have room for, and begins before
 // anything else does. Rows are dealt evenly to as many blocks as the GPU holds, whatever N: where a tile has fewer rows
 // than an mma, the others repeat the last, which costs no memory. x comes from the first cache, where W leaves it.
-#include <cstdlib>
-
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
 
@@ -24,17 +22,16 @@ namespace qlora::cuda {
 
 namespace {
 
-template <int tiles, int w, int b, int s>
+template <int tiles, int w, int b>
 struct FewShape {
   static constexpr int rowTiles = tiles;       // of 16 rows, that share what is loaded of x
   static constexpr int warps = w, blocks = b;  // at most: of a block, of a multiprocessor
-  static constexpr int stages = s;             // that a warp has on their way
   static constexpr int tileRows = 16 * tiles;
   static constexpr int sumStride = tileRows + 4;  // of a token's sums: lanes write them to different banks
 };
 constexpr int kFewestRows = 8;  // of a block
-constexpr int kLine = 256;  // bytes from an entry of the table to the next, of which lanes use 128: a permutation makes an address
-constexpr int kTableBytes = 256 * kLine;
+constexpr int kAhead = 2;       // chunks that each warp brings to the second cache before it may read them
+constexpr int kTableBytes = 256 * kWarpSize * 4;
 constexpr int kNested = 256;
 
 /// Rows of 4 bits, blocks of at least kUnit weights.
@@ -56,8 +53,7 @@ struct FourBitRows {
   const float *absmax, *nestedCode;
   int nestedShift;
   float offset;
-  const unsigned char* table;
-  uint32_t ofLane;  // offset in an entry
+  const SharedWords table;  // of this lane
 
   QLORA_DEVICE FourBitRows(const Elements& b, unsigned char* shared)
       : b(b),
@@ -65,27 +61,17 @@ struct FourBitRows {
         nestedCode(reinterpret_cast<const float*>(shared + kTableBytes)),
         nestedShift(b.scales.absmax ? 0 : kNestedShift),
         offset(b.scales.absmax ? 0 : b.scales.offset),
-        table(shared),
-        ofLane(4 * static_cast<uint32_t>(laneIndex())) {}
+        table(shared + 4 * laneIndex()) {}
 
-  /// What a byte's place in shared memory is made of. Threads have that of their own before they copy anything, behind
-  /// which it would have to queue.
-  struct Constants {
-    float upper, lower, nested;
-  };
-  QLORA_DEVICE Constants constantsOf(int byte) const {
-    return {b.code[byte >> 4 & 15], b.code[byte & 15], b.scales.absmax ? 1.0f : b.scales.nestedCode[byte % kNested]};
-  }
-  QLORA_DEVICE void fillShared(unsigned char* shared, Constants ofByte) const {
+  QLORA_DEVICE void fillShared(unsigned char* shared) const {
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
-      if (byte != static_cast<int>(threadIdx.x)) ofByte = constantsOf(byte);
       // The even element of a byte is in its upper nibble.
       const uint32_t pair =
-          uint32_t{fromFloat<T>(ofByte.upper).bits} | uint32_t{fromFloat<T>(ofByte.lower).bits} << 16;
-      auto* copies = reinterpret_cast<uint4*>(shared + kLine * byte);
+          uint32_t{fromFloat<T>(b.code[byte >> 4]).bits} | uint32_t{fromFloat<T>(b.code[byte & 15]).bits} << 16;
+      auto* copies = reinterpret_cast<uint4*>(shared) + 8 * byte;
 #pragma unroll
       for (int i = 0; i < 8; ++i) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
-      reinterpret_cast<float*>(shared + kTableBytes)[byte] = ofByte.nested;
+      reinterpret_cast<float*>(shared + kTableBytes)[byte] = b.scales.absmax ? 1 : b.scales.nestedCode[byte];
     }
   }
 
@@ -98,9 +84,7 @@ struct FourBitRows {
 
   /// Elements 2 i and 2 i + 1 of a share.
   QLORA_DEVICE uint32_t pair(const uint32_t (&share)[kWords], int i) const {
-    // Byte 0 of the lane's offset, then the codes.
-    const uint32_t at = __byte_perm(share[i / 4], ofLane, 0x5504 + (i % 4 << 4));
-    return *reinterpret_cast<const uint32_t*>(table + at);
+    return table[4 * kWarpSize * __byte_perm(share[i / 4], 0, 0x4440 + i % 4)];
   }
 };
 
@@ -116,9 +100,7 @@ struct DenseRows {
   const Elements& b;
 
   QLORA_DEVICE DenseRows(const Elements& b, unsigned char*) : b(b) {}
-  struct Constants {};
-  QLORA_DEVICE Constants constantsOf(int) const { return {}; }
-  QLORA_DEVICE void fillShared(unsigned char*, Constants) const {}
+  QLORA_DEVICE void fillShared(unsigned char*) const {}
   QLORA_DEVICE const uint8_t* at(int64_t element) const {
     return reinterpret_cast<const uint8_t*>(static_cast<const T*>(b.data) + element);
   }
@@ -140,13 +122,16 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
 
 /// How rows and K are dealt to the warps of all blocks.
 struct Deal {
-  int rowGroupShift;  // log2 of a block's groups of warps that have the same tile of rows
-  int fewest, more;   // rows of a block; so many blocks have one more
+  int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
+  int fewest, more;   // rows of a group; so many groups have one more
   int tiles, steps;   // that a warp goes over
-  int sumBytes;       // of shared memory
 
   QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
-  QLORA_DEVICE int begin(int block) const { return block * fewest + min(block, more); }
+  /// The first row of a group of a block.
+  QLORA_DEVICE int begin(int group) const {
+    const int i = (static_cast<int>(blockIdx.x) << rowGroupShift) + group;
+    return i * fewest + min(i, more);
+  }
 };
 
 /// For up to 8 tokenTiles tokens.
@@ -160,150 +145,104 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
   const int own = laneIndex() / 4, quarter = laneIndex() % 4, warp = warpIndex();
   const int rowGroup = warp & (deal.rowGroups() - 1), group = warp >> deal.rowGroupShift;
   const int groups = (static_cast<int>(blockDim.x) / kWarpSize) >> deal.rowGroupShift;  // that share K
-  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride);
-  const int blockRow = deal.begin(static_cast<int>(blockIdx.x)), endRow = deal.begin(static_cast<int>(blockIdx.x) + 1);
+  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
   const Rows rows(g.b, shared);
 
-  // Units of a row lie in shared memory in an order that differs among rows that one load reads.
-  constexpr int kRowBytes = kUnits * Rows::kUnitBytes, kPieces = kRowBytes / 16, kPiecesOfUnit = Rows::kUnitBytes / 16;
-  constexpr int kStageBytes = kTileRows * kRowBytes, kRowsAtOnce = kWarpSize / kPieces;
-  const auto orderOf = [](int r) { return r / (128 / kRowBytes) % kUnits; };
-  auto* const ring = reinterpret_cast<unsigned char*>(sums) + deal.sumBytes + warp * Shape::stages * kStageBytes;
-
-  const int beginRow = blockRow + rowGroup * kTileRows;
-  const auto kOf = [&](int step) { return (step * groups + group) * kChunk; };
-  const auto advance = [&](int& row, int& step) {
-    if (++step == deal.steps) step = 0, row += kTileRows << deal.rowGroupShift;
-  };
-  // Where it copies next.
-  int copyRow = beginRow, copyStep = 0;
-  const auto copy = [&](int slot) {
-    const int piece = laneIndex() % kPieces, k = kOf(copyStep), at = k + piece * (kChunk / kPieces);
-    if (copyRow < endRow && at < K) {
-#pragma unroll
-      for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
-        const int r = i + laneIndex() / kPieces;
-        copyAsync16(ring + slot * kStageBytes + r * kRowBytes + (piece ^ (orderOf(r) * kPiecesOfUnit)) * 16,
-                    rows.at(int64_t{min(copyRow + r, endRow - 1)} * stride + at));
-      }
-    }
-    commitCopies();
-    advance(copyRow, copyStep);
-  };
-  // What it multiplies next.
-  int row = beginRow, step = 0;
+  uint32_t shares[kLaneRows][kUnits][Rows::kWords];
   typename Rows::Scale scales[kLaneRows] = {};
-  const auto loadScales = [&] {
-    const int at = kOf(step) + quarter * kUnit;
-    if (row >= endRow || at >= K) return;
+  // Where it loads next, and of that this lane's rows.
+  int row = deal.begin(rowGroup), step = 0, k = group * kChunk;
+  const uint8_t* from[kLaneRows];
+  const auto aim = [&] {
+    if (row >= endRow) return;
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      scales[r] = rows.scaleAt(int64_t{min(row + own + 8 * r, endRow - 1)} * stride + at);
+      const int64_t at = int64_t{min(row + own + 8 * r, endRow - 1)} * stride + k;
+      from[r] = rows.at(at + quarter * kShare);
+      if (k + quarter * kUnit < K) scales[r] = rows.scaleAt(at + quarter * kUnit);
     }
   };
-  const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
-  // x is loaded one step ahead, to one of two places.
-  uint4 ofX[2][kShare / 8];
-  const auto loadX = [&](int k, int t, uint4(&to)[kShare / 8]) {
-    if (k >= K) return;
-    // Columns of C beyond M are not looked at.
-    const T* x =
-        static_cast<const T*>(g.a.data) + int64_t{min(own + 8 * t, lastToken)} * strideX + k + quarter * kShare;
+  const auto load = [&](int u) {
+    if (k + u * kUnit >= K || row >= endRow) return;
 #pragma unroll
-    for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + 8 * i);
+    for (int r = 0; r < kLaneRows; ++r) {
+      loadOnce<Rows::kWords>(shares[r][u], from[r] + u * Rows::kUnitBytes);
+    }
   };
   letNextBegin();
-  for (int i = 0; i < Shape::stages; ++i) {
-    const int n = beginRow + laneIndex() + i / deal.steps * (kTileRows << deal.rowGroupShift), at = kOf(i % deal.steps);
+  for (int i = 0; i < kAhead; ++i) {
+    const int n = row + laneIndex() + i / deal.steps * kTileRows, at = ((i % deal.steps) * groups + group) * kChunk;
     if (n < endRow && at < K) prefetch(rows.at(int64_t{n} * stride + at));
   }
   waitForEarlier();
-  const auto constants = rows.constantsOf(static_cast<int>(threadIdx.x));
-  loadScales();
-  loadX(kOf(step), 0, ofX[0]);
+  aim();
 #pragma unroll
-  for (int slot = 0; slot < Shape::stages; ++slot) copy(slot);
-  rows.fillShared(shared, constants);
+  for (int u = 0; u < kUnits; ++u) load(u);
+  rows.fillShared(shared);
   syncBlock();
 
+  const int lastToken = static_cast<int>(g.M) - 1, strideX = static_cast<int>(g.a.stride);
   float sum[kRowTiles][tokenTiles][4] = {};
-  for (int tile = 0, slot = 0; tile < deal.tiles; slot = slot + 1 == Shape::stages ? 0 : slot + 1) {
-    const int left = endRow - row, nowK = kOf(step);
+  for (int tile = 0; tile < deal.tiles;) {
+    const bool isOwn = row < endRow;
+    const int nowK = k;
+    const T* nowX = static_cast<const T*>(g.a.data) + k + quarter * kShare;
     float scale[kLaneRows];
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) scale[r] = rows.valueOf(scales[r]);
-    advance(row, step);
-    loadScales();
+    if (++step == deal.steps) step = 0, row += kTileRows;
+    k = (step * groups + group) * kChunk;
+    aim();
 
-    waitForCopies<Shape::stages - 1>();
-    syncWarp();  // other lanes' copies
-    uint32_t shares[kLaneRows][kUnits][Rows::kWords];
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
+    for (int u = 0; u < kUnits; ++u) {
+      if (isOwn && nowK + u * kUnit < K) {
+        const auto loadX = [&](int t, uint4(&to)[kShare / 8]) {
+          // Columns of C beyond M are not looked at.
+          const T* x = nowX + int64_t{min(own + 8 * t, lastToken)} * strideX;
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const auto words = loadPack<Rows::kWords>(
-            reinterpret_cast<const uint32_t*>(ring + slot * kStageBytes + (own + 8 * r) * kRowBytes +
-                                              (u ^ orderOf(own)) * Rows::kUnitBytes + quarter * 4 * Rows::kWords));
+          for (int i = 0; i < kShare / 8; ++i) to[i] = *reinterpret_cast<const uint4*>(x + u * kUnit + 8 * i);
+        };
+        uint4 ofX[2][kShare / 8];
+        loadX(0, ofX[0]);
+        float ofUnit[kLaneRows];
 #pragma unroll
-        for (int w = 0; w < Rows::kWords; ++w) shares[r][u][w] = words.value[w];
-      }
-    }
-    syncWarp();
-    copy(slot);
-
-    const auto multiply = [&](auto count) {
-      constexpr int rowTiles = decltype(count)::value;
+        for (int r = 0; r < kLaneRows; ++r) {
+          ofUnit[r] = Rows::isScaled ? shuffle(scale[r], (laneIndex() & ~3) + u) : 1.0f;
+        }
+        uint32_t a[kRowTiles][kShare / 4][4];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (nowK + u * kUnit < K) {
-          float ofUnit[2 * rowTiles];
+        for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-          for (int r = 0; r < 2 * rowTiles; ++r) {
-            ofUnit[r] = Rows::isScaled ? shuffle(scale[r], (laneIndex() & ~3) + u) : 1.0f;
+          for (int i = 0; i < kShare / 4; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[m][i][e] = rows.pair(shares[2 * m + e % 2][u], 2 * i + e / 2);
           }
-          uint32_t a[rowTiles][kShare / 4][4];
+        }
 #pragma unroll
-          for (int m = 0; m < rowTiles; ++m) {
+        for (int t = 0; t < tokenTiles; ++t) {
+          if (t + 1 < tokenTiles) loadX(t + 1, ofX[(t + 1) % 2]);
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+            float part[4] = {};
+            auto& to = Rows::isScaled ? part : sum[m][t];
 #pragma unroll
             for (int i = 0; i < kShare / 4; ++i) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) a[m][i][e] = rows.pair(shares[2 * m + e % 2][u], 2 * i + e / 2);
+              const uint4 eight = ofX[t % 2][i / 2];
+              const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
+              mma<T>(to, a[m][i], b);
             }
-          }
+            if constexpr (Rows::isScaled) {
 #pragma unroll
-          for (int t = 0; t < tokenTiles; ++t) {
-            const int piece = u * tokenTiles + t;
-            if (t + 1 < tokenTiles || u + 1 < kUnits) {
-              loadX(nowK + (piece + 1) / tokenTiles * kUnit, (piece + 1) % tokenTiles, ofX[(piece + 1) % 2]);
-            }
-#pragma unroll
-            for (int m = 0; m < rowTiles; ++m) {
-              float part[4] = {};
-              auto& to = Rows::isScaled ? part : sum[m][t];
-#pragma unroll
-              for (int i = 0; i < kShare / 4; ++i) {
-                const uint4 eight = ofX[piece % 2][i / 2];
-                const uint32_t b[2] = {i % 2 ? eight.z : eight.x, i % 2 ? eight.w : eight.y};
-                mma<T>(to, a[m][i], b);
-              }
-              if constexpr (Rows::isScaled) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  sum[m][t][e] = fmaf(ofUnit[2 * m + e / 2], part[e], sum[m][t][e]);
-                }
+              for (int e = 0; e < 4; ++e) {
+                sum[m][t][e] = fmaf(ofUnit[2 * m + e / 2], part[e], sum[m][t][e]);
               }
             }
           }
         }
       }
-    };
-    if (left > 16) {
-      multiply(std::integral_constant<int, kRowTiles>{});
-    } else if (left > 0) {
-      multiply(std::integral_constant<int, 1>{});
+      load(u);
     }
-    loadX(kOf(step), 0, ofX[0]);
     if (step > 0) continue;
 
     // Some tokens at a time, for which there is shared memory.
@@ -328,9 +267,8 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
       for (int i = static_cast<int>(threadIdx.x); i < (kTileRows * tokens) << deal.rowGroupShift;
            i += static_cast<int>(blockDim.x)) {
         const int feature = i % kTileRows, ofGroup = i / kTileRows & (deal.rowGroups() - 1);
-        const int token = i / kTileRows >> deal.rowGroupShift;
-        const int n = blockRow + ((tile << deal.rowGroupShift) + ofGroup) * kTileRows + feature;
-        if (n >= endRow) continue;
+        const int token = i / kTileRows >> deal.rowGroupShift, n = deal.begin(ofGroup) + tile * kTileRows + feature;
+        if (n >= deal.begin(ofGroup + 1)) continue;
         float all = extraOf<T>(g.extra, 8 * pass + token, n);
         for (int j = 0; j < groups; ++j) {
           const int other = (j << deal.rowGroupShift) + ofGroup;
@@ -350,38 +288,34 @@ template <class Rows, int tokenTiles, class Shape>
 void launchFew(Context& context, const Gemm& g) {
   constexpr int64_t kMultiprocessors = 132;
   const int64_t chunks = roundedUp(g.K, Rows::kUnit * Rows::kUnits), rows = roundedUp(g.N, kMultiprocessors);
-  // The shortest way of a warp, where the sums of a tile count as half a step.
+  // The least work of all warps together; of equal ones the one with the fewest warps that share K.
   int64_t least = INT64_MAX, groups = 1;
   Deal deal{};
   for (int shift = 0; 1 << shift <= Shape::warps; ++shift) {
-    const int64_t steps = roundedUp(chunks, Shape::warps >> shift), tiles = roundedUp(rows, Shape::tileRows << shift);
-    if (tiles * (2 * steps + 1) > least) continue;
-    least = tiles * (2 * steps + 1), groups = roundedUp(chunks, steps);
+    const int64_t steps = roundedUp(chunks, Shape::warps >> shift), own = roundedUp(chunks, steps);
+    const int64_t work = (roundedUp(roundedUp(rows, 1 << shift), Shape::tileRows) * steps * own) << shift;
+    if (work > least) continue;
+    least = work, groups = own;
     deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps);
   }
   const int64_t warps = groups << deal.rowGroupShift;
-  const int64_t blocks = std::min<int64_t>(context.device->multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows));
-  deal.fewest = static_cast<int>(g.N / blocks), deal.more = static_cast<int>(g.N % blocks);
-  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, blocks), Shape::tileRows << deal.rowGroupShift));
-  deal.sumBytes = static_cast<int>(sizeof(float) * warps * 8 * std::min(tokenTiles, 2) * Shape::sumStride);
-  constexpr int64_t kStageBytes = Shape::tileRows * Rows::kUnits * Rows::kUnitBytes;
-  const size_t bytes = Rows::sharedBytes + static_cast<size_t>(deal.sumBytes + warps * Shape::stages * kStageBytes);
+  const int64_t multiprocessors = context.device->multiprocessors;
+  const int64_t blocks = std::min(multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows << deal.rowGroupShift));
+  const int64_t parts = blocks << deal.rowGroupShift;
+  deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
+  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
+  const size_t bytes =
+      Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
   launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g,
               deal);
 }
 
 template <class Rows>
 void launchTokens(Context& context, const Gemm& g) {
-  const char* text = std::getenv("QLORA_FEW");
-  const char way = text ? *text : 'a';
-  if (g.M <= 8) {
-    if (way == 'b') return launchFew<Rows, 1, FewShape<2, 8, 1, 4>>(context, g);
-    if (way == 'c') return launchFew<Rows, 1, FewShape<1, 16, 1, 4>>(context, g);
-    return launchFew<Rows, 1, FewShape<2, 16, 1, 2>>(context, g);
-  }
-  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1, 2>>(context, g);
-  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1, 4>>(context, g);
-  return launchFew<Rows, 8, FewShape<2, 8, 1, 4>>(context, g);
+  if (g.M <= 8) return launchFew<Rows, 1, FewShape<2, 16, 1>>(context, g);
+  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1>>(context, g);
+  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1>>(context, g);
+  return launchFew<Rows, 8, FewShape<2, 8, 1>>(context, g);
 }
 
 template <class T>

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -112,8 +111,7 @@ inline void enqueue(const Context& context, Start start, const void* kernel, con
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  static const bool isOff = std::getenv("QLORA_EARLY") && *std::getenv("QLORA_EARLY") == '0';
-  if (start == Start::early && !isOff && startsEarly(capabilityOf(context))) {
+  if (start == Start::early && startsEarly(capabilityOf(context))) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

@@ -112,7 +112,7 @@ QLORA_DEVICE uint32_t packWord(float low, float high) {
 }
 
 /// Bytes that are read once, and so kept out of the first cache: 1, 2 or 4 words, at a multiple of their size.
-template <int words, bool ahead = false>
+template <int words>
 QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
   static_assert(words == 1 || words == 2 || words == 4);
   checkAligned(from, 4 * words);
@@ -121,8 +121,6 @@ QLORA_DEVICE void loadOnce(uint32_t (&to)[words], const void* from) {
 #else
   if constexpr (words == 1) {
     asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
-  } else if constexpr (words == 2 && ahead) {
-    asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
   } else if constexpr (words == 2) {
     asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
   } else {
