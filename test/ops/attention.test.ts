@@ -148,6 +148,9 @@ const attentionCases = [
   // The same of heads whose rows a GPU copies in pieces of 16 bytes.
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 8, window: 60 },
   { B: 1, Tq: 300, S: 20, H: 1, Hkv: 1, D: 8 },
+  // What the first row sees, and the last one no longer, ends one key beside a tile.
+  { B: 1, Tq: 130, S: 192, H: 1, Hkv: 1, D: 16 },
+  { B: 1, Tq: 130, S: 192, H: 1, Hkv: 1, D: 16, causal: false, window: 125 },
   { B: 1, Tq: 300, S: 300, H: 3, Hkv: 1, D: 16, segment: packed(129) },
   { B: 2, Tq: 130, S: 141, H: 2, Hkv: 1, D: 72, window: 90, softCap: 2, segment: packed(50) },
   // Few queries against a cache with spare room.
