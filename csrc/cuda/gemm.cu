@@ -173,12 +173,28 @@ void skipColumns(Gemm& g, int64_t first) {
   }
 }
 
+/// How many columns of C at a time B is converted for: of gemmWide those that leave the fewest multiprocessors idle.
+int64_t sliceColumns(const Context& context, const Gemm& g) {
+  const int64_t depth = std::max<int64_t>(g.K, 1);
+  const bool wide = isWide(context, g);
+  const int64_t elements = wide ? kWideSliceElements : kSliceElements;
+  const int64_t most = std::max(kSliceColumns, elements / depth / kSliceColumns * kSliceColumns);
+  if (g.N <= most) return g.N;
+  if (!wide) return most;
+  int64_t best = most, least = INT64_MAX;
+  for (int64_t columns = most; columns > most / 2; columns -= kSliceColumns) {
+    const int64_t rest = g.N % columns;
+    const int64_t cost =
+        g.N / columns * wideCost(context, g.M, columns) + (rest > 0 ? wideCost(context, g.M, rest) : 0);
+    if (cost < least) best = columns, least = cost;
+  }
+  return best;
+}
+
 /// B is converted to the compute type, some columns of C at a time.
 void gemmConverted(Context& context, const Gemm& g) {
   const bool rowsAreColumns = g.form == GemmForm::nt;
-  const int64_t depth = std::max<int64_t>(g.K, 1);
-  const int64_t elements = isWide(context, g) ? kWideSliceElements : kSliceElements;
-  const int64_t columns = std::min(g.N, std::max(kSliceColumns, elements / depth / kSliceColumns * kSliceColumns));
+  const int64_t columns = sliceColumns(context, g);
   void* converted = context.scratch.bytes(static_cast<size_t>(columns * g.K) * sizeOf(g.compute));
   for (int64_t first = 0; first < g.N; first += columns) {
     Gemm part = g;

@@ -92,6 +92,8 @@ void gemmPlain(Context& context, const Gemm& g);
 void gemmFew(Context& context, const Gemm& g);
 /// Whether gemmWide is for it, as far as the shape goes.
 bool isWide(const Context& context, const Gemm& g);
+/// What its tiles take for C of that size and a K, in units of its own.
+int64_t wideCost(const Context& context, int64_t M, int64_t N);
 /// Operands, also the extra ones, are of the compute type in rows of whole 16 bytes. C is of that type too, with at
 /// most a factor, in rows of whole 16 bytes; or fp32, without, in rows of whole 8. An extra product without dropout.
 void gemmWide(Context& context, const Gemm& g);

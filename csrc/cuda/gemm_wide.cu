@@ -232,21 +232,31 @@ void launchWide(Context& context, const Gemm& g, int64_t tiles) {
          kThreadsOfBlock, sharedBytes, g, maps);
 }
 
+int64_t tilesOf(int64_t M, int64_t N, int64_t tileN) { return (M + kTileM - 1) / kTileM * ((N + tileN - 1) / tileN); }
+
+/// What tiles of that width take; half as wide a tile takes a little more than half the time.
+int64_t costOf(const Context& context, int64_t tiles, int64_t tileN) {
+  const int64_t multiprocessors = context.device->multiprocessors;
+  return (tiles + multiprocessors - 1) / multiprocessors * (tileN == 128 ? 11 : 20);
+}
+
 template <class T, class Out, GemmForm form>
 void launchForm(Context& context, const Gemm& g) {
-  const auto tilesOf = [&](int64_t tileN) { return (g.M + kTileM - 1) / kTileM * ((g.N + tileN - 1) / tileN); };
-  const int64_t multiprocessors = context.device->multiprocessors;
-  const auto waves = [&](int64_t tiles) { return (tiles + multiprocessors - 1) / multiprocessors; };
-  // Half as wide a tile takes a little more than half the time.
-  const bool narrow = waves(tilesOf(128)) * 11 < waves(tilesOf(256)) * 20;
-  if (narrow) return launchWide<T, Out, form, 128>(context, g, tilesOf(128));
-  launchWide<T, Out, form, 256>(context, g, tilesOf(256));
+  const int64_t narrow = tilesOf(g.M, g.N, 128), wide = tilesOf(g.M, g.N, 256);
+  if (costOf(context, narrow, 128) < costOf(context, wide, 256)) {
+    return launchWide<T, Out, form, 128>(context, g, narrow);
+  }
+  launchWide<T, Out, form, 256>(context, g, wide);
 }
 
 }  // namespace
 
 bool isWide(const Context& context, const Gemm& g) {
   return capabilityOf(context) == 90 && g.form != GemmForm::tn && g.M > kWideRows && g.N >= kBoxColumns && g.K > 0;
+}
+
+int64_t wideCost(const Context& context, int64_t M, int64_t N) {
+  return std::min(costOf(context, tilesOf(M, N, 128), 128), costOf(context, tilesOf(M, N, 256), 256));
 }
 
 void gemmWide(Context& context, const Gemm& g) {
