@@ -7,19 +7,20 @@
 // A second product may ride along in the same accumulators (`extra`: LoRA's, r more steps of K, which come first):
 //   C = alpha * (mask . (A2 B2) + A B) + bias
 //
-// Which kernel does it follows from form, types and shape alone (gemm.cu):
+// Which kernel does it follows from form, types, shape and the device's compute capability alone (gemm.cu):
 //   gemm_plain.cu   any of them, by multiply-adds in fp32 without matrix instructions: f32, and shapes that have no
 //                   rows of whole 16 bytes
-//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once, at the speed of memory. Also nt and nn
-//   of
-//                   at most 64 columns of C, as A B^T = (B A^T)^T: LoRA's products with x and dy
+//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once. Also nt and nn of at most 64 columns of
+//   C,
+//                   as A B^T = (B A^T)^T: LoRA's products with x and dy
 //   gemm_wide.cu    nt and nn of more than 64 rows on compute capability 9.0, both operands 16-bit: wgmma. A weight of
 //                   another kind is converted first, slice by slice, since here that takes less than decoding a tile
 //                   of it once for each tile of rows
 //   gemm_tiles.h    the rest of 16 bits, by matrix instructions on tiles in shared memory, where 4 bits are decoded
 //
 // Precision: operands are rounded to `compute` (a 4-bit weight as fp32(code * absmax) is, so both directions see the
-// same W), products and sums are fp32, summed in an order that depends on the shape alone.
+// same W; gemm_few.cu rounds the code and multiplies sums of a block by its absmax, which is as near), products and
+// sums are fp32, summed in an order that depends on shape and kernel alone.
 #pragma once
 
 #include "cuda/weight.h"
