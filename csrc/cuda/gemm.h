@@ -10,9 +10,8 @@
 // Which kernel does it follows from form, types, shape and the device's compute capability alone (gemm.cu):
 //   gemm_plain.cu   any of them, by multiply-adds in fp32 without matrix instructions: f32, and shapes that have no
 //                   rows of whole 16 bytes
-//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once. Also nt and nn of at most 64 columns of
-//   C,
-//                   as A B^T = (B A^T)^T: LoRA's products with x and dy
+//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once. Also nt and nn where C has at most 64
+//                   columns, as A B^T = (B A^T)^T: LoRA's products with x and dy
 //   gemm_wide.cu    nt and nn of more than 64 rows on compute capability 9.0, both operands 16-bit: wgmma. A weight of
 //                   another kind is converted first, slice by slice, since here that takes less than decoding a tile
 //                   of it once for each tile of rows
