@@ -12,9 +12,10 @@
 // Reading. At 2.8 TB/s and a latency of a microsecond some 25 KB of W must be on their way to each of 132
 // multiprocessors, at all times. So each block owns some of the rows, for the whole of K, and goes over them in tiles;
 // its warps take turns at chunks of K. Once a warp has consumed a unit, it loads the same one of its next chunk to the
-// same registers, be it of the next tile. Thus what is on its way is all registers have room for, and begins before
-// anything else does. Rows are dealt evenly to as many blocks as the GPU holds, whatever N: where a tile has fewer rows
-// than an mma, the others repeat the last, which costs no memory. x comes from the first cache, where W leaves it.
+// same registers, be it of the next tile. Thus what is on its way is all registers have room for. It begins early
+// (launch.h): while the kernel before it ends, a warp asks the second cache for its first chunks. Rows are dealt evenly
+// to as many blocks as the GPU holds, whatever N: where a tile has fewer rows than an mma, the others repeat the last,
+// which costs no memory. x comes from the first cache, where W leaves it.
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
 
