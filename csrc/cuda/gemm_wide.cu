@@ -24,24 +24,25 @@ namespace {
 constexpr int64_t kWideRows = 64;  // more than
 constexpr int kConsumers = 2, kThreadsOfBlock = (1 + kConsumers) * kGroupThreads;
 constexpr int kTileM = kConsumers * kGroupRows, kDepth = 64;
-constexpr int kTilesTogether = 16;  // of M, before the next of N
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 struct WideMaps {
   TensorMap a, b, extraA, extraB;
 };
 
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kTilesTogether = 16;  // of M, before the next of N
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
 /// Tile t of C, in tiles.
 struct TilePosition {
   int m, n;
 };
-QLORA_HOST_DEVICE TilePosition tileAt(int t, int tilesM, int tilesN) {
+QLORA_DEVICE TilePosition tileAt(int t, int tilesM, int tilesN) {
   const int band = t / (kTilesTogether * tilesN), within = t % (kTilesTogether * tilesN);
   const int rows = min(kTilesTogether, tilesM - band * kTilesTogether);
   return {band * kTilesTogether + within % rows, within / rows};
 }
-
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 template <class T, class Out, GemmForm form, int tileN>
 struct WideBlock {
