@@ -111,8 +111,10 @@ struct Bf16Operands {
     withDense(o, [&](const auto* data, int64_t from, auto scale) {
       for (int64_t r = 0; r < rows; ++r) {
         const auto* line = data + (i + r) * from + j;
-        for (int64_t c = 0; c < n; c += 32)
+        for (int64_t c = 0; c < n; c += 32) {
+          _mm_prefetch(line + kAheadRows * from + c, _MM_HINT_T0);
           _mm512_storeu_si512(out + r * stride + c, loadRow(line + c, n - c, scale(r)));
+        }
       }
     });
   }
