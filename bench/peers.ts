@@ -68,7 +68,17 @@ async function compareMatmul(setup: Setup, emit: Emit): Promise<void> {
     const shape = ['--k', String(k), '--n', String(n), '--m', ...tokens.map(String)];
     const peer = await theirs(setup, 'matmul_4bit.py', ...shape, '--ops', 'nf4', 'nf4-packed', '--malloc', 'keep');
     // As their script does it, with one layer, which the cache may hold.
-    const mine = await own('matmul', '--shape', `${k}x${n}`, '--m', tokens.join(','), '--layers', 'one');
+    const mine = await own(
+      'matmul',
+      '--shape',
+      `${k}x${n}`,
+      '--m',
+      tokens.join(','),
+      '--layers',
+      'one',
+      '--seconds',
+      '1.5',
+    );
     for (const m of tokens) {
       const their = (pass: string) =>
         least(

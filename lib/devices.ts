@@ -11,9 +11,13 @@ export interface Backends {
   unavailable: { kind: 'cuda'; device?: Device; error: QLoRAError }[];
 }
 
-/** What this machine can run on, and why not the rest. Never throws, never prints. */
+/**
+ * What this machine can run on, and why not the rest. Prints nothing.
+ *
+ * @throws QLoRAError `ERR_QLORA_CPU` where QLORA_CPU or QLORA_NUM_THREADS asks for what does not exist; never else
+ */
 export function backends(): Backends {
-  const { instructionSets, inUse, chosen, threads } = native.cpu();
+  const { instructionSets, inUse, chosen, threads } = guard(() => native.cpu());
   const found: Backends = {
     available: [
       {

@@ -5,8 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
+#include <string>
 #include <system_error>
+
+#include "core/error.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,11 +38,21 @@ inline void pause() {
 #endif
 }
 
+constexpr int kMostThreads = 256;
+
 int threadsFromEnvironment() {
   const char* text = std::getenv("QLORA_NUM_THREADS");
-  const int asked = text ? std::atoi(text) : 0;
-  if (asked > 0) return std::min(asked, 256);
-  return std::max(1u, std::thread::hardware_concurrency());
+  if (!text || !*text) return std::max(1u, std::thread::hardware_concurrency());
+  const char* end = text + std::strlen(text);
+  int asked = 0;
+  const auto [stop, error] = std::from_chars(text, end, asked);
+  if (error != std::errc() || stop != end || asked < 1 || asked > kMostThreads) {
+    throw Error("ERR_QLORA_CPU",
+                "QLORA_NUM_THREADS must be a whole number from 1 to " + std::to_string(kMostThreads) + ", got '" +
+                    text + "'",
+                "Unset it to take one thread a core.");
+  }
+  return asked;
 }
 
 }  // namespace

@@ -139,6 +139,12 @@ t.test('doctor', async (t) => {
     unavailable: [{ kind: 'cuda', hint: /\S/ }],
   });
   t.match(JSON.stringify(facts), '"path:scalar","threads:1","chosen:by QLORA_CPU"');
+  for (const count of ['all', '0', '1.5', '257', ' 2'])
+    t.match(await cli(['doctor'], { env: { QLORA_NUM_THREADS: count } }), {
+      status: 1,
+      stderr: `QLORA_NUM_THREADS must be a whole number from 1 to 256, got '${count}'`,
+    });
+  t.match(await cli(['doctor', '--json'], { env: { QLORA_NUM_THREADS: '' } }), { status: 0 }, 'empty is not set');
 });
 
 t.test('docs/cli.md has the tables that the code has', async (t) => {
