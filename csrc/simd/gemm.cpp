@@ -4,6 +4,7 @@
 #if QLORA_ISA_avx512bf16
 #include "simd/gemm_few_back_bf16.h"
 #include "simd/gemm_few_bf16.h"
+#include "simd/gemm_thin_bf16.h"
 #elif QLORA_ISA_neonbf16
 #include "simd/gemm_bf16_neon.h"
 #endif
@@ -55,6 +56,7 @@ Gemm rowsOf(const Gemm& g, int64_t begin, int64_t count) {
 void gemmBf16(Context& context, const Gemm& g) {
   if (FewTokens::takes(g)) return FewTokens::run(context, g);
   if (FewTokensBack::takes(g)) return FewTokensBack::run(context, g);
+  if (ThinProducts::takes(g)) return ThinProducts::run(context, g);
   // The last tokens would pay for a whole strip.
   const int64_t tail = g.form == GemmForm::nt ? g.M % Bf16Engine::kStrip : 0;
   if (g.M > tail && tail > 0 && tail <= FewTokens::kMost) {

@@ -209,56 +209,56 @@ struct Bf16Engine : Bf16Operands<512> {
   }
 
   static void tile(int count, int /*lanes*/, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first) {
+    const Steps<bf16> all{rows, strip, depth};
     NoPieces none;
     switch (count) {
       case 1:
-        return tileOf<1>(depth, rows, strip, c, first, none);
+        return tileOf<1>({}, all, c, first, none);
       case 2:
-        return tileOf<2>(depth, rows, strip, c, first, none);
+        return tileOf<2>({}, all, c, first, none);
       case 3:
-        return tileOf<3>(depth, rows, strip, c, first, none);
+        return tileOf<3>({}, all, c, first, none);
       case 4:
-        return tileOf<4>(depth, rows, strip, c, first, none);
+        return tileOf<4>({}, all, c, first, none);
       case 5:
-        return tileOf<5>(depth, rows, strip, c, first, none);
+        return tileOf<5>({}, all, c, first, none);
       case 6:
-        return tileOf<6>(depth, rows, strip, c, first, none);
+        return tileOf<6>({}, all, c, first, none);
       case 7:
-        return tileOf<7>(depth, rows, strip, c, first, none);
+        return tileOf<7>({}, all, c, first, none);
       case 8:
-        return tileOf<8>(depth, rows, strip, c, first, none);
+        return tileOf<8>({}, all, c, first, none);
       case 9:
-        return tileOf<9>(depth, rows, strip, c, first, none);
+        return tileOf<9>({}, all, c, first, none);
       case 10:
-        return tileOf<10>(depth, rows, strip, c, first, none);
+        return tileOf<10>({}, all, c, first, none);
       case 11:
-        return tileOf<11>(depth, rows, strip, c, first, none);
+        return tileOf<11>({}, all, c, first, none);
       default:
-        return tileOf<12>(depth, rows, strip, c, first, none);
+        return tileOf<12>({}, all, c, first, none);
     }
   }
 
-  /// The same of up to kPieceRows rows; a tick a step.
+  /// The same of up to kPieceRows rows; a tick a step. `also` comes first, in the same sums.
   template <class Pieces>
-  static void tile(int count, int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first,
-                   Pieces& pieces) {
+  static void tile(int count, const Steps<bf16>& also, const Steps<bf16>& all, float* c, bool first, Pieces& pieces) {
     switch (count) {
       case 1:
-        return tileOf<1>(depth, rows, strip, c, first, pieces);
+        return tileOf<1>(also, all, c, first, pieces);
       case 2:
-        return tileOf<2>(depth, rows, strip, c, first, pieces);
+        return tileOf<2>(also, all, c, first, pieces);
       case 3:
-        return tileOf<3>(depth, rows, strip, c, first, pieces);
+        return tileOf<3>(also, all, c, first, pieces);
       case 4:
-        return tileOf<4>(depth, rows, strip, c, first, pieces);
+        return tileOf<4>(also, all, c, first, pieces);
       case 5:
-        return tileOf<5>(depth, rows, strip, c, first, pieces);
+        return tileOf<5>(also, all, c, first, pieces);
       case 6:
-        return tileOf<6>(depth, rows, strip, c, first, pieces);
+        return tileOf<6>(also, all, c, first, pieces);
       case 7:
-        return tileOf<7>(depth, rows, strip, c, first, pieces);
+        return tileOf<7>(also, all, c, first, pieces);
       default:
-        return tileOf<kPieceRows>(depth, rows, strip, c, first, pieces);
+        return tileOf<kPieceRows>(also, all, c, first, pieces);
     }
   }
 
@@ -268,20 +268,24 @@ struct Bf16Engine : Bf16Operands<512> {
   };
 
   template <int R, class Pieces>
-  static void tileOf(int64_t depth, const bf16* rows, const bf16* strip, float* c, bool first, Pieces& pieces) {
+  static void tileOf(const Steps<bf16>& also, const Steps<bf16>& all, float* c, bool first, Pieces& pieces) {
     // Each chunk is summed by itself: over a long K (a vocabulary) one running sum would swallow small products.
     __m512 sum[R][2]{};
-    for (int64_t k = 0; k < depth; k += 2) {
-      pieces.tick();
-      const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
-      const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
+    for (const Steps<bf16>* steps : {&also, &all}) {
+      const bf16 *rows = steps->rows, *strip = steps->strip;
+      const int64_t depth = steps->depth;
+      for (int64_t k = 0; k < depth; k += 2) {
+        pieces.tick();
+        const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip));
+        const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip + k * kStrip + 32));
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        __builtin_memcpy(&pair, rows + r * kStride + k, sizeof pair);
-        const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, low);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, high);
+        for (int r = 0; r < R; ++r) {
+          int32_t pair;
+          __builtin_memcpy(&pair, rows + r * kStride + k, sizeof pair);
+          const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, low);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, high);
+        }
       }
     }
 #pragma GCC unroll 12

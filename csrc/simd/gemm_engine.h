@@ -16,17 +16,17 @@
 // A task owns a block of C and walks all of K, so a sum is always made in the same order.
 #pragma once
 
-#include <cstring>
-
-#include "simd/dropout.h"
-#include "simd/gemm_store.h"
+#include "simd/gemm_block.h"
 #include "simd/rows.h"
-#include "simd/vector.h"
 
 namespace qlora::QLORA_ISA {
 
-constexpr int64_t roundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-constexpr int64_t ceilDivide(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+/// Steps of K of one tile: its rows, kStride apart, and its strip.
+template <class Element>
+struct Steps {
+  const Element *rows, *strip;
+  int64_t depth;
+};
 
 template <class E>
 class Engine {
@@ -34,7 +34,7 @@ class Engine {
   using Element = typename E::Element;
   static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
-  static constexpr int64_t kTile = int64_t{kRows} * kStrip;
+  using Block = GemmBlock<E>;
   static constexpr bool kHasPieces = requires { E::kPieceRows; };
   // Tiles take whole units of rows: so many more than there are may be read, and are multiplied for nothing.
   static constexpr int64_t kRowsBeyond = E::kRowUnit - 1;
@@ -140,6 +140,7 @@ class Engine {
     if constexpr (kHasPieces) {
       inPieces_ = g.K > 0 && E::hasPieces(g.b);
       if (inPieces_) groupRows_ = E::kPieceRows;
+      rides_ = inPieces_ && g.extra.K > 0 && g.extra.K <= kChunk && !(g.extra.dropout.p > 0);
     }
     const int64_t sharedUnit = lanesShared_ ? kStrip : kRows, decodedUnit = lanesShared_ ? kStrip : E::kLanesUnit;
     const int threads = context.pool.size();
@@ -151,9 +152,8 @@ class Engine {
     while (tasks() < kTasks * threads && shared_ > 64) shared_ = even(g.M, shared_ / 2, sharedUnit);
     const int64_t rows = lanesShared_ ? decoded_ : shared_, lanes = lanesShared_ ? shared_ : decoded_;
     panelSize_ = lanesShared_ ? decoded_ * kStride : roundUp(decoded_, decodedUnit) * kChunk;
-    if (inPieces_) panelSize_ *= 2;
-    tilesSize_ = (rows / groupRows_ + 1) * ceilDivide(lanes, kStrip) * kTile;
-    panelBuffer_ = context.scratch.take<Element>(threads * panelSize_);
+    tilesSize_ = (rows / groupRows_ + 1) * ceilDivide(lanes, kStrip) * Block::kTile;
+    panelBuffer_ = context.scratch.take<Element>(threads * panels() * panelSize_);
     tilesBuffer_ = context.scratch.take<float>(threads * tilesSize_);
   }
 
@@ -167,6 +167,8 @@ class Engine {
     return std::max(unit, roundUp(ceilDivide(n, blocks), unit));
   }
 
+  /// In pieces: two that take turns, and one of the extra product.
+  int64_t panels() const { return inPieces_ ? 3 : 1; }
   int64_t tasks() const { return ceilDivide(g_.M, shared_) * ceilDivide(g_.N, decoded_); }
 
   void runTasks(Context& context) const {
@@ -179,68 +181,81 @@ class Engine {
   /// Rows [m, m + shared_) by columns [n, n + decoded_) of C.
   void runTask(int64_t m, int64_t n, int thread) const {
     [[maybe_unused]] const typename E::Session session;
-    Element* panel = panelBuffer_ + thread * panelSize_;
+    Element* panel = panelBuffer_ + thread * panels() * panelSize_;
     const int64_t ms = std::min(shared_, g_.M - m), ns = std::min(decoded_, g_.N - n);
     Block block{lanesShared_ ? ns : ms, lanesShared_ ? ms : ns, groupRows_, tilesBuffer_ + thread * tilesSize_};
     bool first = true;
-    for (int i = 0; i < termCount_; ++i) {
+    for (int i = rides_ ? 1 : 0; i < termCount_; ++i) {
       const Term& term = terms_[i];
       if constexpr (kHasPieces) {
         if (inPieces_ && E::hasPieces(term.b)) {
-          const auto multiplyWith = [&](auto&& pieces) { multiplyInPieces(block, term, m, n, panel, first, pieces); };
+          Operands also{};
+          if (rides_) also = decoded(block, terms_[0], m, n, 0, panel + 2 * panelSize_);
+          const auto multiplyWith = [&](auto&& pieces) {
+            multiplyInPieces(block, term, m, n, panel, first, also, pieces);
+          };
           lanesShared_ ? E::withRowPieces(term.b, multiplyWith) : E::withLanePieces(term.b, multiplyWith);
           first = false;
           continue;
         }
       }
       for (int64_t k = 0; k < term.K; k += kChunk) {
-        const int64_t size = std::min<int64_t>(kChunk, term.K - k);
-        if (lanesShared_) {
-          const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
-          if (term.split) {
-            E::rowsSplit(term.b, g_.compute, n, ns, k, size, panel, kStride);
-          } else {
-            E::rowsNatural(term.b, g_.compute, n, ns, k, size, panel, kStride);
-            zeroTails(panel, ns, kStride, size, padded);
-          }
-          const int64_t depth = roundUp(term.K, kGroup);
-          multiply(block, padded, panel, term.a + stripOffset(term.strips, m / kStrip, k, depth),
-                   chunkDepth(k, depth) * kStrip, first);
-        } else {
-          E::lanes(term.b, g_.compute, k, size, n, ns, panel);
-          multiply(block, roundUp(size, kDepth), term.a + (k / kChunk * g_.M + m) * kStride, panel, kChunk * kStrip,
-                   first);
-        }
+        multiply(block, decoded(block, term, m, n, k, panel), first);
         first = false;
       }
-      if (term.dropout.p > 0) applyDropout(block, term.dropout, m, n);
+      if (term.dropout.p > 0) block.applyDropout(term.dropout, g_.N, m, n);
     }
     if (first) std::fill_n(block.tiles, tilesSize_, 0.0f);
     if (store_ == Store::direct) {
-      storeDirect(block, m, n);
+      block.storeDirect(g_, m, n);
+    } else if (lanesShared_) {
+      block.storeTransposed(g_, m, n, LaneOrder::natural);
     } else {
-      lanesShared_ ? storeTransposed(block, m, n) : storeTransposed(block, n, m);
+      block.storeTransposed(g_, n, m, LaneOrder::split);
     }
   }
 
-  struct Block {
-    int64_t rows, lanes;
-    int groupRows;  // at most
-    float* tiles;
+  /// What a block is multiplied from in one chunk of K: rows kStride apart, strips stripSize apart.
+  struct Operands {
+    const Element* rows;
+    const Element* strips;
+    int64_t stripSize, depth;
 
-    int64_t groups() const { return ceilDivide(rows, groupRows); }
-    int64_t strips() const { return ceilDivide(lanes, kStrip); }
-    /// Rows fall into groups of nearly one size, in whole units.
-    int64_t groupStart(int64_t group) const { return std::min(rows, roundUp(group * rows / groups(), E::kRowUnit)); }
-    float* tile(int64_t group, int64_t strip) const { return tiles + (group * strips() + strip) * kTile; }
+    Steps<Element> at(int64_t row, int64_t strip) const {
+      return {rows + row * kStride, strips + strip * stripSize, depth};
+    }
   };
 
-  /// The product of a term, whose next chunk is decoded while one is multiplied.
+  /// Those of the chunk of a term from k on, whose B is decoded into the panel.
+  Operands decoded(const Block& block, const Term& term, int64_t m, int64_t n, int64_t k, Element* panel) const {
+    const int64_t size = std::min<int64_t>(kChunk, term.K - k);
+    if (!lanesShared_) {
+      E::lanes(term.b, g_.compute, k, size, n, block.lanes, panel);
+      return withPacked(term, m, k, panel, roundUp(size, kDepth));
+    }
+    const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
+    if (term.split) {
+      E::rowsSplit(term.b, g_.compute, n, block.rows, k, size, panel, kStride);
+    } else {
+      E::rowsNatural(term.b, g_.compute, n, block.rows, k, size, panel, kStride);
+      zeroTails(panel, block.rows, kStride, size, padded);
+    }
+    return withPacked(term, m, k, panel, padded);
+  }
+
+  /// A decoded panel with the packed operand beside it.
+  Operands withPacked(const Term& term, int64_t m, int64_t k, const Element* panel, int64_t depth) const {
+    if (!lanesShared_) return {term.a + (k / kChunk * g_.M + m) * kStride, panel, int64_t{kChunk} * kStrip, depth};
+    const int64_t whole = roundUp(term.K, kGroup);
+    return {panel, term.a + stripOffset(term.strips, m / kStrip, k, whole), chunkDepth(k, whole) * kStrip, depth};
+  }
+
+  /// The product of a term, whose next chunk is decoded while one is multiplied; `also` comes before the first.
   template <class Pieces>
   void multiplyInPieces(const Block& block, const Term& term, int64_t m, int64_t n, Element* panels, bool first,
-                        Pieces& pieces) const {
+                        Operands also, Pieces& pieces) const {
     const auto sizeAt = [&](int64_t k) { return std::min<int64_t>(kChunk, term.K - k); };
-    const auto panelAt = [&](int64_t k) { return panels + k / kChunk % 2 * (panelSize_ / 2); };
+    const auto panelAt = [&](int64_t k) { return panels + k / kChunk % 2 * panelSize_; };
     const auto start = [&](int64_t k, int64_t ticks) {
       if (lanesShared_) {
         pieces.start(n, block.rows, k, sizeAt(k), panelAt(k), ticks);
@@ -251,102 +266,25 @@ class Engine {
     start(0, 1);
     pieces.finish();
     for (int64_t k = 0; k < term.K; k += kChunk) {
-      const int64_t depth = roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth);
-      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * depth / 2);
-      const int64_t padded = roundUp(term.K, kGroup);
-      const Element* rows = lanesShared_ ? panelAt(k) : term.a + (k / kChunk * g_.M + m) * kStride;
-      const Element* strips = lanesShared_ ? term.a + stripOffset(term.strips, m / kStrip, k, padded) : panelAt(k);
-      const int64_t stripSize = lanesShared_ ? chunkDepth(k, padded) * kStrip : int64_t{kChunk} * kStrip;
-      for (int64_t group = 0; group < block.groups(); ++group) {
-        const int64_t from = block.groupStart(group), count = block.groupStart(group + 1) - from;
-        for (int64_t strip = 0; strip < block.strips(); ++strip) {
-          E::tile(static_cast<int>(count), depth, rows + from * kStride, strips + strip * stripSize,
-                  block.tile(group, strip), first, pieces);
-        }
-      }
+      const Operands all = withPacked(term, m, k, panelAt(k), roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth));
+      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * all.depth / 2);
+      block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
+        E::tile(count, also.at(row, strip), all.at(row, strip), tile, first, pieces);
+      });
       pieces.finish();
       first = false;
+      also.depth = 0;
     }
   }
 
   // Not inline: the tiles' loops within would come twice.
-  __attribute__((noinline)) void multiply(const Block& block, int64_t depth, const Element* rows, const Element* strips,
-                                          int64_t stripSize, bool first) const {
-    for (int64_t group = 0; group < block.groups(); ++group) {
-      const int64_t start = block.groupStart(group), count = block.groupStart(group + 1) - start;
-      for (int64_t strip = 0; strip < block.strips(); ++strip) {
-        // Decoded lanes are dealt over the whole strip, however few there are.
-        const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
-        E::tile(static_cast<int>(count), static_cast<int>(lanes), depth, rows + start * kStride,
-                strips + strip * stripSize, block.tile(group, strip), first);
-      }
-    }
-  }
-
-  /// Calls f(row, its kStrip sums in strip) for each row of the block.
-  template <class F>
-  static void forEachRow(const Block& block, int64_t strip, F&& f) {
-    for (int64_t group = 0; group < block.groups(); ++group) {
-      const int64_t start = block.groupStart(group), end = block.groupStart(group + 1);
-      float* tile = block.tile(group, strip);
-      for (int64_t row = start; row < end; ++row, tile += kStrip) f(row, tile);
-    }
-  }
-
-  /// nn only: rows are m, lanes are n in split order.
-  void applyDropout(const Block& block, const DropoutMask& dropout, int64_t m, int64_t n) const {
-    for (int64_t strip = 0; strip < block.strips(); ++strip) {
-      forEachRow(block, strip, [&](int64_t row, float* sums) {
-        float factor[kStrip];
-        dropoutFactors(dropout, (m + row) * g_.N + n + strip * kStrip, kStrip, factor);
-        for (int l = 0; l < kVector; ++l) {
-          sums[l] *= factor[2 * l];
-          sums[kVector + l] *= factor[2 * l + 1];
-        }
-      });
-    }
-  }
-
-  void storeDirect(const Block& block, int64_t m, int64_t n) const {
-    for (int64_t strip = 0; strip < block.strips(); ++strip) {
-      const int64_t first = n + strip * kStrip, count = std::min<int64_t>(kStrip, n + block.lanes - first);
-      forEachRow(block, strip, [&](int64_t row, const float* sums) {
-        float line[kStrip];
-        for (int l = 0; l < kVector; ++l) {
-          line[2 * l] = sums[l];
-          line[2 * l + 1] = sums[kVector + l];
-        }
-        storeRow(g_, m + row, first, count, line);
-      });
-    }
-  }
-
-  /// The block's lanes are rows of C from m, its rows are columns of C from n.
-  void storeTransposed(const Block& block, int64_t m, int64_t n) const {
-    constexpr int64_t kPiece = kStoreMost;
-    alignas(64) float lines[kStrip][kPiece + kVector];
-    alignas(64) float square[kVector * kStrip];
-    for (int64_t strip = 0; strip < block.strips(); ++strip) {
-      for (int64_t begin = 0; begin < block.rows; begin += kPiece) {
-        const int64_t end = std::min(block.rows, begin + kPiece);
-        int64_t filled = 0;
-        forEachRow(block, strip, [&](int64_t row, const float* sums) {
-          if (row < begin || row >= end) return;
-          std::memcpy(square + filled % kVector * kStrip, sums, sizeof(float) * kStrip);
-          if (++filled % kVector && row + 1 < end) return;
-          const int64_t column = (filled - 1) / kVector * kVector;
-          for (int half = 0; half < 2; ++half) {
-            transpose(square + half * kVector, kStrip, &lines[half * kVector][column], kPiece + kVector);
-          }
-        });
-        for (int lane = 0; lane < kStrip; ++lane) {
-          // Lanes that were decoded are in split order, lanes that were packed from rows are not.
-          const int64_t l = lanesShared_ ? lane : (lane < kVector ? 2 * lane : 2 * (lane - kVector) + 1);
-          const int64_t offset = strip * kStrip + l;
-          if (offset < block.lanes) storeRow(g_, m + offset, n + begin, end - begin, lines[lane]);
-        }
-      }
-    }
+  __attribute__((noinline)) void multiply(const Block& block, const Operands& all, bool first) const {
+    block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
+      // Decoded lanes are dealt over the whole strip, however few there are.
+      const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
+      E::tile(count, static_cast<int>(lanes), all.depth, all.rows + row * kStride, all.strips + strip * all.stripSize,
+              tile, first);
+    });
   }
 
   const Gemm g_;
@@ -356,6 +294,7 @@ class Engine {
   int termCount_ = 0;
   int64_t shared_ = 0, decoded_ = 0;  // block sizes along M and N
   bool inPieces_ = false;             // see multiplyInPieces
+  bool rides_ = false;                // whether the extra product is made in the same registers, not in a round before
   int groupRows_ = kRows;
   int64_t panelSize_ = 0, tilesSize_ = 0;
   Element* panelBuffer_ = nullptr;
