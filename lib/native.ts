@@ -26,7 +26,7 @@ export interface NativeStream {
   sync(): Promise<void>;
   close(): void;
   /** mappedBytes: what the allocator has taken of the device, in use or kept. */
-  memory(): NativeMemory & { mappedBytes: number };
+  memory(): NativeMemory & { mappedBytes: number; pinnedBytes: number; pinnedPeakBytes: number };
   setMemoryLimit(bytes: number): void;
   usage(): Promise<StreamUsage>;
   record(enqueue: () => void): NativeRecording;
@@ -51,6 +51,8 @@ export interface NativeTensor {
   write(data: TypedArray): Promise<void>;
   read(): Promise<TypedArray>;
   view(shape: readonly number[]): NativeTensor;
+  startMove(to: 'host' | 'device'): void;
+  finishMove(): void;
   dispose(): void;
 }
 

@@ -1,14 +1,7 @@
 /** Streams and tensors: handles to what the addon holds. Operations on them are in ops/. */
 
 import { QLoRAError } from './errors.js';
-import type {
-  NativeArgument,
-  NativeMemory,
-  NativeRecording,
-  NativeStream,
-  NativeTensor,
-  StreamUsage,
-} from './native.js';
+import type { NativeArgument, NativeRecording, NativeStream, NativeTensor, StreamUsage } from './native.js';
 import { guard, native } from './native.js';
 
 export type FloatDType = 'f32' | 'bf16' | 'f16';
@@ -73,8 +66,11 @@ export class Stream {
     return guard(() => this.#native.sync());
   }
 
-  /** `mappedBytes`: what the allocator has taken of the device, in use or kept. */
-  memory(): NativeMemory & { mappedBytes: number } {
+  /**
+   * `mappedBytes`: what the allocator has taken of the device, in use or kept. `pinnedBytes`, and at most: what tensors
+   * of a device have of the host's memory.
+   */
+  memory(): ReturnType<NativeStream['memory']> {
     return this.#native.memory();
   }
 
@@ -222,6 +218,19 @@ export class Tensor implements Disposable {
     );
     view.requiresGrad = this.requiresGrad;
     return view;
+  }
+
+  /**
+   * On a device: its bytes set out for pinned memory of the host, or back, beside what is enqueued from here on. On the
+   * way to the host it may still be read; away and on the way back it may not.
+   */
+  startMove(to: 'host' | 'device'): void {
+    guard(() => this.#native.startMove(to));
+  }
+
+  /** What is enqueued from here on comes after the move; its source is free. Nothing where none is under way. */
+  finishMove(): void {
+    guard(() => this.#native.finishMove());
   }
 
   /** Keeps the memory until `release()`, whatever happens to the handle. For the tape. */

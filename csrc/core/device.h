@@ -19,6 +19,12 @@ class DeviceGraph {
   virtual void launch() = 0;
 };
 
+/// A copy that runs beside a queue. Whoever drops one that no queue awaits waits for it.
+class DeviceCopy {
+ public:
+  virtual ~DeviceCopy() = default;
+};
+
 /// What a stream enqueues to, in order. Of the stream's own thread.
 class DeviceQueue {
  public:
@@ -30,6 +36,12 @@ class DeviceQueue {
   virtual void write(void* device, const void* host, size_t bytes) = 0;
   /// Waits for everything enqueued before, and copies to the host.
   virtual void read(void* host, const void* device, size_t bytes) = 0;
+  /// As write() and read(), but with pinned memory and beside the queue: begun when everything enqueued before has
+  /// ended, and the copies that were begun before. The bytes on both sides are the copy's until it is awaited.
+  virtual std::unique_ptr<DeviceCopy> beginWrite(void* device, const void* pinned, size_t bytes) = 0;
+  virtual std::unique_ptr<DeviceCopy> beginRead(void* pinned, const void* device, size_t bytes) = 0;
+  /// What is enqueued from here on begins when the copy has ended. Nobody is held up meanwhile.
+  virtual void await(std::unique_ptr<DeviceCopy> copy) = 0;
   /// Waits for everything enqueued before. Throws ERR_QLORA_DEVICE where some of it failed.
   virtual void wait() = 0;
   /// What `body` enqueues, without running it; null where body has to read, write or wait.
@@ -58,6 +70,9 @@ class Device {
   virtual void* allocate(size_t bytes) = 0;
   /// Waits for what uses it.
   virtual void release(void* pointer) = 0;
+  /// As allocate() and release(), of the host's memory that the device copies from and to by itself.
+  virtual void* allocatePinned(size_t bytes) = 0;
+  virtual void releasePinned(void* pointer) = 0;
   virtual std::unique_ptr<DeviceQueue> makeQueue() = 0;
 
   const int index;

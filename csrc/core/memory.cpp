@@ -49,7 +49,7 @@ SegmentAllocator::~SegmentAllocator() {
 }
 
 void* SegmentAllocator::map(size_t bytes) const {
-  if (device_) return device_->allocate(bytes);
+  if (device_) return backing_ == Backing::device ? device_->allocate(bytes) : device_->allocatePinned(bytes);
   const int reserve = backing_ == Backing::pages ? 0 : MAP_NORESERVE;
   void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | reserve, -1, 0);
   if (start == MAP_FAILED) return nullptr;
@@ -59,7 +59,7 @@ void* SegmentAllocator::map(size_t bytes) const {
 }
 
 void SegmentAllocator::unmap(char* start, size_t bytes) const {
-  if (device_) return device_->release(start);
+  if (device_) return backing_ == Backing::device ? device_->release(start) : device_->releasePinned(start);
   munmap(start, bytes);
 }
 
@@ -156,8 +156,8 @@ SegmentAllocator& Memory::segmentsOf(MemoryClass c) {
 
 void Memory::count(MemoryClass c, int64_t bytes) {
   counter_.add(c, bytes);
-  if (backing_ == Backing::pages) processMemory().add(c, bytes);
-  if (device_) device_->counter.add(c, bytes);
+  if (backing_ == Backing::pages || backing_ == Backing::pinned) processMemory().add(c, bytes);
+  if (backing_ == Backing::device) device_->counter.add(c, bytes);
 }
 
 // A device gives what free segments hold only after they were handed back, and what several streams leave over only so.
@@ -176,7 +176,7 @@ void* Memory::fromSegments(size_t bytes, MemoryClass c) {
 std::string Memory::facts(int64_t limit) const {
   std::string text = limit ? ", the limit is " + std::to_string(limit) : "";
   try {
-    if (device_) text += ", the device has " + std::to_string(device_->freeBytes()) + " free";
+    if (backing_ == Backing::device) text += ", the device has " + std::to_string(device_->freeBytes()) + " free";
   } catch (const Error&) {
     // What is reported is why memory is wanted.
   }
@@ -192,11 +192,14 @@ void* Memory::allocate(size_t bytes, MemoryClass c) {
                            : std::aligned_alloc(kAlignment, roundUp(std::max<size_t>(bytes, 1), kAlignment));
   }
   if (!pointer) {
+    const bool pinned = backing_ == Backing::pinned;
     char message[256];
-    std::snprintf(message, sizeof message, "out of memory: %zu bytes of %s were wanted, %lld bytes are in use%s", bytes,
-                  kMemoryClassNames[static_cast<int>(c)], static_cast<long long>(live), facts(limit).c_str());
+    std::snprintf(message, sizeof message, "out of memory: %zu bytes of %s were wanted%s, %lld bytes are in use%s",
+                  bytes, kMemoryClassNames[static_cast<int>(c)], pinned ? " in the host's pinned memory" : "",
+                  static_cast<long long>(live), facts(limit).c_str());
     throw Error("ERR_QLORA_OUT_OF_MEMORY", message,
-                "Use a smaller batchSize or maxLength, turn gradientCheckpointing on, or free other models.");
+                pinned ? "Use a smaller batchSize or maxLength, or leave activationOffloading out."
+                       : "Use a smaller batchSize or maxLength, turn gradientCheckpointing on, or free other models.");
   }
   count(c, static_cast<int64_t>(bytes));
   return pointer;

@@ -21,12 +21,14 @@ constexpr const char* kMemoryClassNames[kMemoryClasses] = {"weights", "adapters"
 
 class Device;
 
-/// What stands behind the bytes: pages, addresses alone, or a device's memory. Addresses are for a rehearsal, which
-/// counts what a run would take without taking it: reading there gives zeros, and what is written costs a page.
-enum class Backing : uint8_t { pages, addresses, device };
+/// What stands behind the bytes: pages, addresses alone, a device's memory, or pages of the host that a device copies
+/// from and to by itself (pinned). Addresses are for a rehearsal, which counts what a run would take without taking it:
+/// reading there gives zeros, and what is written costs a page.
+enum class Backing : uint8_t { pages, addresses, device, pinned };
 
 /// Where what a stream computes with is. A rehearsal for a device has addresses for it.
 enum class MemoryPlace : uint8_t { host, device };
+constexpr const char* kMemoryPlaceNames[] = {"host", "device"};
 
 /// Bytes in use now and at most, in total and by class. Safe to read from any thread.
 class MemoryCounter {
@@ -52,7 +54,7 @@ MemoryCounter& processMemory();
 enum class FreedPages : uint8_t { kept, returned };
 
 /// Best fit with coalescing over large segments; `trim` hands wholly free segments back. `device` is null but for
-/// Backing::device.
+/// Backing::device and Backing::pinned.
 class SegmentAllocator {
  public:
   SegmentAllocator(Backing backing, FreedPages freed, Device* device)
@@ -94,7 +96,9 @@ class Memory {
  public:
   /// Pages or addresses.
   explicit Memory(Backing backing, MemoryPlace place = MemoryPlace::host) : Memory(backing, place, nullptr) {}
-  explicit Memory(std::shared_ptr<Device> device) : Memory(Backing::device, MemoryPlace::device, std::move(device)) {}
+  /// The device's, or the host's that is pinned for it.
+  Memory(std::shared_ptr<Device> device, MemoryPlace place)
+      : Memory(place == MemoryPlace::device ? Backing::device : Backing::pinned, place, std::move(device)) {}
   virtual ~Memory() = default;
 
   virtual void* allocate(size_t bytes, MemoryClass c);

@@ -32,7 +32,10 @@ struct FindError {
 
   void in(const Tensor& t) {
     if (!error && t.defined()) error = t.storage->error;
-    if (!error && t.defined() && !t.storage->data && t.size() > 0) {
+    if (error || !t.defined() || t.size() == 0) return;
+    if (t.storage->isElsewhere()) {
+      error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "an operation reads a tensor that is not on the device");
+    } else if (!t.storage->data) {
       error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "an operation reads a tensor that nothing has written");
     }
   }

@@ -8,10 +8,13 @@
 namespace qlora {
 
 Stream::Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::shared_ptr<const Device> device,
-               std::unique_ptr<DeviceQueue> queue)
-    : memory_(std::move(memory)), ops_(ops), device_(std::move(device)), queue_(std::move(queue)), thread_([this] {
-        work();
-      }) {}
+               std::unique_ptr<DeviceQueue> queue, std::shared_ptr<Memory> pinned)
+    : memory_(std::move(memory)),
+      ops_(ops),
+      device_(std::move(device)),
+      queue_(std::move(queue)),
+      pinned_(std::move(pinned)),
+      thread_([this] { work(); }) {}
 
 void Stream::post(Task task) {
   {

@@ -42,9 +42,10 @@ class Stream {
  public:
   using Times = std::map<std::string_view, OperationTime>;
 
-  /// `device` where it is one's, and `queue` where it computes.
+  /// `device` where it is one's, `queue` where it computes, and `pinned`, of the host's memory, what its tensors may be
+  /// moved to.
   Stream(std::shared_ptr<Memory> memory, const OpTable& ops, std::shared_ptr<const Device> device = nullptr,
-         std::unique_ptr<DeviceQueue> queue = nullptr);
+         std::unique_ptr<DeviceQueue> queue = nullptr, std::shared_ptr<Memory> pinned = nullptr);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream() { close(); }
@@ -63,6 +64,8 @@ class Stream {
 
   Memory& memory() const { return *memory_; }
   const std::shared_ptr<Memory>& sharedMemory() const { return memory_; }
+  /// Null on the CPU.
+  const std::shared_ptr<Memory>& pinned() const { return pinned_; }
   const OpTable& ops() const { return ops_; }
   /// By the operation's name. For tasks, on the stream's own thread.
   Times& times() { return times_; }
@@ -77,6 +80,7 @@ class Stream {
   const OpTable& ops_;
   const std::shared_ptr<const Device> device_;
   const std::unique_ptr<DeviceQueue> queue_;
+  const std::shared_ptr<Memory> pinned_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Task> tasks_;

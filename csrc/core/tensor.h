@@ -13,6 +13,7 @@
 namespace qlora {
 
 class PageFile;
+struct Offloaded;
 
 /// Bytes on a stream. `data` is null until something was written there; `error` says why that failed, and every
 /// operation that would read it fails likewise, up to the read that tells the user.
@@ -22,6 +23,7 @@ struct Storage {
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
   ~Storage() {
+    offloaded = nullptr;  // a copy that is under way uses both memories
     if (data) memory->release(data, bytes, memoryClass);
   }
 
@@ -41,6 +43,10 @@ struct Storage {
   /// Where the bytes are kept in a file instead, from pageOffset on: optimizer state only. `data` stays null.
   std::shared_ptr<PageFile> pages;
   uint64_t pageOffset = 0;
+  /// Whether the device has the bytes, or the host keeps them for a while, which core/offload.h says.
+  enum class Where : uint8_t { here, leaving, away, arriving } where = Where::here;
+  bool isElsewhere() const { return where == Where::away || where == Where::arriving; }
+  std::shared_ptr<Offloaded> offloaded;
 };
 
 constexpr int kMaxRank = 4;

@@ -134,9 +134,10 @@ void launchAt(const Context& context, Start start, void (*kernel)(Parameters...)
       values);
 #else
   static_cast<void>(start);
-  streamOf(context);
+  const cudaStream_t stream = streamOf(context);
   checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
-  emulated::submit([=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
+  emulated::submit(stream,
+                   [=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
 #endif
 }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
@@ -99,6 +100,60 @@ class Graph : public DeviceGraph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
+/// A copy by the stream of copies.
+class Copy : public DeviceCopy {
+ public:
+  Copy() { checkCuda(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "making an event"); }
+  Copy(const Copy&) = delete;
+  Copy& operator=(const Copy&) = delete;
+  ~Copy() override {
+    if (!awaited_) cudaEventSynchronize(done_);
+    cudaEventDestroy(done_);
+  }
+
+  void beginOn(cudaStream_t copies, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    checkCuda(cudaMemcpyAsync(to, from, bytes, kind, copies), "a copy beside the kernels");
+    checkCuda(cudaEventRecord(done_, copies), "an event");
+  }
+  void awaitOn(cudaStream_t stream) {
+    checkCuda(cudaStreamWaitEvent(stream, done_, 0), "waiting for a copy");
+    awaited_ = true;
+  }
+
+ private:
+  cudaEvent_t done_ = nullptr;
+  bool awaited_ = false;
+};
+
+/// Copies beside a stream, in an order of their own.
+class Copies {
+ public:
+  Copies() {
+    checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
+    checkCuda(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "making an event");
+  }
+  Copies(const Copies&) = delete;
+  Copies& operator=(const Copies&) = delete;
+  ~Copies() {
+    cudaStreamSynchronize(stream_);
+    if (ready_) cudaEventDestroy(ready_);
+    cudaStreamDestroy(stream_);
+  }
+
+  /// Begins when what `after` has been given so far has ended.
+  std::unique_ptr<DeviceCopy> begin(cudaStream_t after, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    auto copy = std::make_unique<Copy>();
+    checkCuda(cudaEventRecord(ready_, after), "an event");
+    checkCuda(cudaStreamWaitEvent(stream_, ready_, 0), "waiting for a kernel");
+    copy->beginOn(stream_, to, from, bytes, kind);
+    return copy;
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t ready_ = nullptr;
+};
+
 class Queue : public CudaQueue {
  public:
   explicit Queue(int device) : device_(chosen(device)) {
@@ -118,6 +173,16 @@ class Queue : public CudaQueue {
   void read(void* host, const void* device, size_t bytes) override {
     leaveCapture();
     staging_.read(stream(), static_cast<char*>(host), static_cast<const char*>(device), bytes);
+  }
+  std::unique_ptr<DeviceCopy> beginWrite(void* device, const void* pinned, size_t bytes) override {
+    return beginCopy(device, pinned, bytes, cudaMemcpyHostToDevice);
+  }
+  std::unique_ptr<DeviceCopy> beginRead(void* pinned, const void* device, size_t bytes) override {
+    return beginCopy(pinned, device, bytes, cudaMemcpyDeviceToHost);
+  }
+  void await(std::unique_ptr<DeviceCopy> copy) override {
+    leaveCapture();
+    static_cast<Copy&>(*copy).awaitOn(stream());
   }
   void wait() override {
     leaveCapture();
@@ -148,6 +213,13 @@ class Queue : public CudaQueue {
     fail("ERR_QLORA_INTERNAL", "a graph cannot wait for the host");
   }
 
+  std::unique_ptr<DeviceCopy> beginCopy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    leaveCapture();
+    const cudaStream_t after = stream();
+    if (!copies_) copies_.emplace();
+    return copies_->begin(after, to, from, bytes, kind);
+  }
+
   static int chosen(int device) {
     checkCuda(cudaSetDevice(device), "choosing the device");
     return device;
@@ -155,6 +227,7 @@ class Queue : public CudaQueue {
 
   const int device_;
   Staging staging_;
+  std::optional<Copies> copies_;  // where any was asked for
   Capture capture_ = Capture::none;
 };
 
@@ -187,6 +260,20 @@ class CudaDevice : public Device {
     cudaSetDevice(index);
     cudaFree(pointer);
   }
+
+  void* allocatePinned(size_t bytes) override {
+    void* pointer = nullptr;
+    checkCuda(cudaSetDevice(index), "choosing the device");
+    const cudaError_t error = cudaHostAlloc(&pointer, bytes, cudaHostAllocDefault);
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // which would be reported to the next launch
+      return nullptr;
+    }
+    checkCuda(error, "taking pinned memory");
+    return pointer;
+  }
+
+  void releasePinned(void* pointer) override { cudaFreeHost(pointer); }
 
   std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
 

@@ -146,6 +146,8 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value write(const Napi::CallbackInfo& info);
   Napi::Value read(const Napi::CallbackInfo& info);
   Napi::Value view(const Napi::CallbackInfo& info);
+  Napi::Value startMove(const Napi::CallbackInfo& info);
+  Napi::Value finishMove(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
   void release();
 

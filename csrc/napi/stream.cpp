@@ -86,9 +86,10 @@ std::shared_ptr<Stream> makeStream(const Napi::Value& cuda, bool rehearsal) {
   const std::shared_ptr<Device> device = deviceOf(cuda);
   if (rehearsal) {
     return std::make_shared<Stream>(std::make_shared<Memory>(Backing::addresses, MemoryPlace::device),
-                                    *cudaPlugin().ops, device);
+                                    *cudaPlugin().ops, device, nullptr, std::make_shared<Memory>(Backing::addresses));
   }
-  return std::make_shared<Stream>(std::make_shared<Memory>(device), *cudaPlugin().ops, device, device->makeQueue());
+  return std::make_shared<Stream>(std::make_shared<Memory>(device, MemoryPlace::device), *cudaPlugin().ops, device,
+                                  device->makeQueue(), std::make_shared<Memory>(device, MemoryPlace::host));
 }
 
 }  // namespace
@@ -129,6 +130,7 @@ Napi::Value StreamHandle::close(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     stream->close();
     stream->memory().trim();
+    if (stream->pinned()) stream->pinned()->trim();
     return info.Env().Undefined();
   });
 }
@@ -136,6 +138,9 @@ Napi::Value StreamHandle::close(const Napi::CallbackInfo& info) {
 Napi::Value StreamHandle::memory(const Napi::CallbackInfo& info) {
   Napi::Object result = counts(info.Env(), stream->memory().counter());
   result.Set("mappedBytes", static_cast<double>(stream->memory().mappedBytes()));
+  const MemoryCounter* pinned = stream->pinned() ? &stream->pinned()->counter() : nullptr;
+  result.Set("pinnedBytes", static_cast<double>(pinned ? pinned->live() : 0));
+  result.Set("pinnedPeakBytes", static_cast<double>(pinned ? pinned->peak() : 0));
   return result;
 }
 

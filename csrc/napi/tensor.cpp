@@ -2,6 +2,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/offload.h"
 #include "core/page_file.h"
 #include "napi/bind.h"
 
@@ -71,9 +72,11 @@ void readShape(const Napi::Value& value, Tensor& t) {
 DType readDType(const Napi::Value& value) { return static_cast<DType>(indexOf(kDTypeNames, value, "dtype")); }
 
 Napi::Function TensorHandle::define(Napi::Env env) {
-  return DefineClass(env, "Tensor",
-                     {InstanceMethod<&TensorHandle::write>("write"), InstanceMethod<&TensorHandle::read>("read"),
-                      InstanceMethod<&TensorHandle::view>("view"), InstanceMethod<&TensorHandle::dispose>("dispose")});
+  return DefineClass(
+      env, "Tensor",
+      {InstanceMethod<&TensorHandle::write>("write"), InstanceMethod<&TensorHandle::read>("read"),
+       InstanceMethod<&TensorHandle::view>("view"), InstanceMethod<&TensorHandle::startMove>("startMove"),
+       InstanceMethod<&TensorHandle::finishMove>("finishMove"), InstanceMethod<&TensorHandle::dispose>("dispose")});
 }
 
 /// new Tensor(stream, dtype, shape, memoryClass)
@@ -164,6 +167,7 @@ Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
         [source, target, bytes](Context& context) {
           if (source.storage->error) throw Error(*source.storage->error);
           if (source.storage->pages) return source.storage->pages->read(target, bytes, source.storage->pageOffset);
+          if (source.storage->isElsewhere()) fail("ERR_QLORA_INTERNAL", "read: the tensor is not on the device");
           if (!source.storage->data && bytes) fail("ERR_QLORA_INTERNAL", "read: nothing has written this tensor");
           if (context.queue) return context.queue->read(target, source.storage->data, bytes);
           if (bytes) std::memcpy(target, source.storage->data, bytes);
@@ -182,6 +186,36 @@ Napi::Value TensorHandle::view(const Napi::CallbackInfo& info) {
            shapeText(tensor()).c_str());
     }
     return wrap(info.Env(), stream, std::move(viewed));
+  });
+}
+
+namespace {
+
+/// Of a tensor of a device that computes now: a graph would repeat neither the memory that a move takes nor its copy.
+void checkMove(const Stream& stream) {
+  if (!stream.pinned()) fail("ERR_QLORA_INTERNAL", "only a device's tensors move to the host");
+  if (stream.recording()) fail("ERR_QLORA_INTERNAL", "only operations can be recorded, no moves");
+}
+
+}  // namespace
+
+/// startMove(to): see core/offload.h; to: 'host' or 'device'.
+Napi::Value TensorHandle::startMove(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto to = static_cast<MemoryPlace>(indexOf(kMemoryPlaceNames, info[0], "place"));
+    checkMove(*stream);
+    stream->post([storage = tensor().storage, to, host = stream->pinned()](Context& context) {
+      qlora::startMove(context, *storage, to, host);
+    });
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value TensorHandle::finishMove(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    checkMove(*stream);
+    stream->post([storage = tensor().storage](Context& context) { qlora::finishMove(context, *storage); });
+    return info.Env().Undefined();
   });
 }
 

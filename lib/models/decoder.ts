@@ -17,6 +17,7 @@ import { type RopeTable, rope } from '../ops/rope.js';
 import { selectRows } from '../ops/select-rows.js';
 import type { Weight } from '../ops/weight.js';
 import type { FloatDType, Tensor } from '../tensor.js';
+import { ActivationOffloading } from './activation-offloading.js';
 import type { DecoderConfig } from './config.js';
 import type { KeyValueCache } from './key-value-cache.js';
 
@@ -63,6 +64,8 @@ export interface DecoderPass extends Pass {
    * first so many blocks: the others are done with before the backward pass comes to them.
    */
   checkpointing: 'none' | 'blocks' | number;
+  /** Where these inputs are meanwhile; 'host' needs a device. Default 'device'. */
+  keptInputs?: 'device' | 'host';
   /** While training: NEFTune's alpha, and the key of this micro-step's noise. */
   neftune?: { alpha: number; seed: number; microStep: number };
 }
@@ -85,10 +88,11 @@ export function decode(
   pass.inspect?.(weights.embedding, x);
   const { checkpointing } = pass;
   const again = checkpointing === 'none' ? 0 : checkpointing === 'blocks' ? weights.layers.length : checkpointing;
+  const offloading = tape && pass.keptInputs === 'host' ? new ActivationOffloading(again) : undefined;
   weights.layers.forEach((block, layer) => {
     const run = (inner: Tape | undefined, h: Tensor) => runBlock(inner, config, block, layer, h, input, pass);
     const needs = [input.rope.cos, input.rope.sin, input.segments, wanted].filter((t) => t !== undefined);
-    const y = tape && layer < again ? checkpoint(tape, x, run, needs) : run(tape, x);
+    const y = tape && layer < again ? checkpoint(tape, x, offloading?.around(x, run) ?? run, needs) : run(tape, x);
     x.dispose();
     x = y;
   });

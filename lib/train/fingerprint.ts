@@ -15,6 +15,7 @@ const harmless = new Set([
   'device',
   'maxMemory',
   'gradientCheckpointing',
+  'activationOffloading',
   'evalSteps',
   'saveSteps',
   'saveTotalLimit',

@@ -1,6 +1,6 @@
 /** Options that were given and change nothing beside the others. */
 import { log } from '../logger.js';
-import { type ResolvedTrainerOptions, schema, type TrainerOptions } from './options.js';
+import { deviceOf, type ResolvedTrainerOptions, schema, type TrainerOptions } from './options.js';
 
 type Name = keyof TrainerOptions;
 
@@ -37,6 +37,11 @@ const idle: readonly { names: readonly Name[]; where: (options: ResolvedTrainerO
     names: ['schedulerOptions'],
     where: ({ lrScheduler }) => !/^(cosine|polynomial)/.test(lrScheduler),
     why: 'they are for cosine and polynomial schedules',
+  },
+  {
+    names: ['activationOffloading'],
+    where: (options) => options.activationOffloading && deviceOf(options) === 'cpu',
+    why: 'it moves what a GPU holds to the host, and the model is on the CPU',
   },
   { names: ['offline', 'revision'], where: ({ model }) => typeof model !== 'string', why: 'the model is loaded' },
 ];

@@ -12,7 +12,7 @@ import { packedLength } from './step-plan.js';
 export async function refuseAbove(run: Rehearsal, plan: MemoryPlan): Promise<void> {
   const budget = budgetOf(run);
   if (!budget || plan.total <= budget.bytes) return;
-  const { total, ...classes } = plan;
+  const { total, pinned: _, ...classes } = plan;
   const parts = Object.entries(classes).map(([name, n]) => `${name} ${bytes(n)}`);
   throw new QLoRAError(
     'ERR_QLORA_MEMORY_PLAN',
@@ -58,7 +58,7 @@ async function advice(run: Rehearsal, maxMemory: number): Promise<string> {
 }
 
 /** What may be changed, kind by kind, each from the mildest change on. */
-function changesOf({ options, heaviest }: Rehearsal): Change[][] {
+function changesOf({ core, options, heaviest }: Rehearsal): Change[][] {
   const { batchSize, gradientAccumulationSteps: accumulation, gradientCheckpointing, lora } = options;
   const halves = (from: number, least: number) => {
     const values: number[] = [];
@@ -68,9 +68,11 @@ function changesOf({ options, heaviest }: Rehearsal): Change[][] {
   const longest = Math.max(...heaviest.train.flat(2).map(({ ids }) => ids.length));
   const r = lora === 'none' || options.initialAdapter ? 0 : (lora?.r ?? 64);
   const checkpointing = gradientCheckpointing === false;
+  const offloading = core.stream.device !== 'cpu' && !options.activationOffloading;
   const paged = `paged_${options.optimizer}` as typeof options.optimizer;
   return [
     checkpointing ? [{ text: 'gradientCheckpointing: true', options: { gradientCheckpointing: true } }] : [],
+    offloading ? [{ text: 'activationOffloading: true', options: { activationOffloading: true } }] : [],
     paged in optimizerKinds ? [{ text: `optimizer: '${paged}'`, options: { optimizer: paged } }] : [],
     halves(batchSize, 1).map((n) => ({
       text: `batchSize: ${n} with gradientAccumulationSteps: ${Math.ceil((accumulation * batchSize) / n)}`,

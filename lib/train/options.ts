@@ -2,10 +2,12 @@ import { z } from 'zod';
 import type { DatasetSource } from '../data/read-rows.js';
 import { formatNames } from '../data/rows.js';
 import { checkTemplate } from '../data/templates.js';
+import { chooseDevice } from '../devices.js';
 import { didYouMean, QLoRAError } from '../errors.js';
 import type { LoraOptions } from '../models/lora-adapter.js';
 import { checkOptions } from '../options.js';
 import { type LoadOptions, loraSchema, QuantizedModel, resolveLoadOptions } from '../quantized-model.js';
+import type { Device } from '../tensor.js';
 import { type ScheduleName, scheduleNames } from './schedule.js';
 
 export interface MixedDataset {
@@ -89,6 +91,11 @@ export interface TrainerOptions {
    * many layers as maxMemory demands or, without it, what the system has free. The bits are the same.
    */
   gradientCheckpointing?: boolean | 'auto';
+  /**
+   * On a GPU, keep the layers' inputs in pinned memory of the host, to which they go and from which they come beside the
+   * computing; needs gradientCheckpointing. Default false. The bits are the same.
+   */
+  activationOffloading?: boolean;
   /** Rows of like length, in tokens, come in one step; default false. */
   groupByLength?: boolean;
   /**
@@ -193,6 +200,7 @@ export const schema = z.strictObject({
   warmupSteps: z.int().min(0).optional(),
   optimizer: z.enum(optimizerNames).default('paged_adamw_32bit'),
   gradientCheckpointing: z.union([z.boolean(), z.literal('auto')]).default(true),
+  activationOffloading: z.boolean().default(false),
   groupByLength: z.boolean().default(false),
   packing: z.boolean().default(false),
   trainOnSource: z.boolean().default(false),
@@ -228,6 +236,11 @@ export function isMixed(dataset: DatasetSource | MixedDataset[]): dataset is Mix
   );
 }
 
+/** What a run computes on. @throws ERR_QLORA_DEVICE where that cannot be used */
+export function deviceOf({ model, device }: ResolvedTrainerOptions): Device {
+  return typeof model === 'string' ? chooseDevice(device ?? 'auto') : model.device;
+}
+
 /** Defaults filled in; wrong options and wrong combinations are errors. */
 export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerOptions {
   const resolved = checkOptions(schema, options, 'QLoRATrainer') as ResolvedTrainerOptions;
@@ -258,6 +271,12 @@ export function resolveTrainerOptions(options: TrainerOptions): ResolvedTrainerO
         'Pass the path of the model.',
       );
     }
+  }
+  if (resolved.activationOffloading && resolved.gradientCheckpointing === false) {
+    throw conflict(
+      "activationOffloading moves what gradientCheckpointing keeps, which must be true or 'auto', and is false",
+      'Leave one of them out.',
+    );
   }
   const { keepBest, earlyStoppingPatience, evalDataset, evalSteps } = resolved;
   const compares = keepBest ? 'keepBest' : earlyStoppingPatience && 'earlyStoppingPatience';

@@ -2,7 +2,6 @@
 import { givingWay } from '../data/give-way.js';
 import type { RowStore } from '../data/row-store.js';
 import { templateOf } from '../data/templates.js';
-import { chooseDevice } from '../devices.js';
 import { bytes } from '../format.js';
 import { locate } from '../io/hub.js';
 import { readTrainingRecord } from '../io/training-record.js';
@@ -12,7 +11,7 @@ import { type Datasets, prepareDatasets } from './dataset.js';
 import { refuseAbove } from './memory-advice.js';
 import { chooseMemory, type MemoryChoice } from './memory-plan.js';
 import { evalBatches, microBatches } from './micro-step.js';
-import type { ResolvedTrainerOptions } from './options.js';
+import { deviceOf, type ResolvedTrainerOptions } from './options.js';
 import type { Heaviest } from './rehearsal.js';
 import { StepPlan } from './step-plan.js';
 
@@ -23,9 +22,8 @@ export interface PlannedRun extends MemoryChoice {
 }
 
 /** Whether a run cannot begin without a plan: a device has no memory but its own. */
-export function needsPlan({ maxMemory, gradientCheckpointing, model, device }: ResolvedTrainerOptions): boolean {
-  if (maxMemory !== undefined || gradientCheckpointing === 'auto') return true;
-  return (typeof model === 'string' ? chooseDevice(device ?? 'auto') : model.device) !== 'cpu';
+export function needsPlan(options: ResolvedTrainerOptions): boolean {
+  return options.maxMemory !== undefined || options.gradientCheckpointing === 'auto' || deviceOf(options) !== 'cpu';
 }
 
 /**

@@ -28,6 +28,8 @@ export interface MemoryPlan {
   /** What operations need while they run, and what loading takes beyond all of training. */
   scratch: number;
   total: number;
+  /** With activationOffloading: bytes of pinned memory of the host, which are not the device's. */
+  pinned?: number;
 }
 
 /** Micro-batches that a run will meet: those that may take most memory. */
@@ -95,7 +97,8 @@ export async function rehearse({ core, options, steps, heaviest, outside, paging
   }
 }
 
-function planOf({ peakBytes, byClass, peakByClass }: ReturnType<Stream['memory']>, outside: Outside): MemoryPlan {
+function planOf(memory: ReturnType<Stream['memory']>, outside: Outside): MemoryPlan {
+  const { peakBytes, byClass, peakByClass, pinnedPeakBytes } = memory;
   const { weights, adapters, optimizer } = byClass as Record<keyof MemoryPlan, number>;
   const training = Math.max(peakBytes, outside.loading);
   const rest = training - weights - adapters - optimizer;
@@ -107,5 +110,6 @@ function planOf({ peakBytes, byClass, peakByClass }: ReturnType<Stream['memory']
     activations,
     scratch: rest - activations,
     total: training + outside.others,
+    ...(pinnedPeakBytes > 0 && { pinned: pinnedPeakBytes }),
   };
 }

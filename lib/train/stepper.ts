@@ -91,10 +91,11 @@ export class Stepper {
   }
 
   passOf(microStep: number): Omit<DecoderPass, 'computeDtype'> {
-    const { seed, neftuneNoiseAlpha: alpha } = this.options;
+    const { seed, neftuneNoiseAlpha: alpha, activationOffloading } = this.options;
     return {
       adapter: this.adapterName,
       checkpointing: checkpointingOf(this.options),
+      keptInputs: activationOffloading && this.core.stream.device !== 'cpu' ? 'host' : 'device',
       dropout: { seed, microStep },
       neftune: alpha > 0 ? { alpha, seed, microStep } : undefined,
     };

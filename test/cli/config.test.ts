@@ -114,6 +114,7 @@ const ofLlamaFactory: readonly Case[] = [
   ['val_size', '0.1', 'evalDataset', 0.1],
   ['val_size', '0', 'evalDataset', undefined],
   ['disable_gradient_checkpointing', 'true', 'gradientCheckpointing', false],
+  ['use_unsloth_gc', 'true', 'activationOffloading', true],
   ['adapter_name_or_path', 'saves/a', 'initialAdapter', 'saves/a'],
   ['export_dir', 'merged', '@exportDir', 'merged'],
 ];

@@ -145,6 +145,8 @@ const attentionCases = [
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 1, window: 60 },
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 2, segment: packed(129) },
   { B: 2, Tq: 130, S: 141, H: 2, Hkv: 1, D: 3, window: 90, softCap: 2, segment: packed(50) },
+  // Tiles at the causal bound alone, of which a GPU must not take any as seen whole.
+  { B: 1, Tq: 200, S: 200, H: 1, Hkv: 1, D: 8 },
   // The same of heads whose rows a GPU copies in pieces of 16 bytes.
   { B: 1, Tq: 260, S: 260, H: 1, Hkv: 1, D: 8, window: 60 },
   { B: 1, Tq: 300, S: 20, H: 1, Hkv: 1, D: 8 },

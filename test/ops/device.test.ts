@@ -114,6 +114,85 @@ await t.test('out of memory, and on', async (t) => {
   await t.rejects(x.read(), { code: 'ERR_QLORA_DISPOSED' });
 });
 
+const onCpu = testDevice === 'cpu' && 'the CPU has no memory beside its own';
+
+await t.test('what moves to the host comes back as it was', { skip: onCpu }, async (t) => {
+  const stream = new Stream(testDevice);
+  const values = normals(200_000);
+  const written = Tensor.from(stream, values, [values.length]);
+  const x = scale(undefined, written, 2);
+  written.dispose();
+  const doubled = values.map((v) => 2 * v);
+  const ofHost = () => memory()[0]?.byClass.activations as number;
+  const before = ofHost();
+  for (let round = 0; round < 3; round++) {
+    x.startMove('host');
+    using same = scale(undefined, x, 1);
+    x.finishMove();
+    t.same(await same.read(), doubled, 'it may be read while it leaves');
+    t.same([stream.memory().liveBytes, stream.memory().pinnedBytes], [4 * x.size, 4 * x.size]);
+    t.equal(ofHost() - before, 4 * x.size, 'which the host counts');
+    using failed = scale(undefined, x, 1);
+    const notThere = { code: 'ERR_QLORA_INTERNAL', message: /not on the device/ };
+    await t.rejects(failed.read(), notThere);
+    await t.rejects(x.read(), notThere);
+    // What else gets its memory meanwhile leaves it alone.
+    using other = zeros(stream, [x.size], 'f32');
+    x.startMove('device');
+    using tooEarly = scale(undefined, x, 1);
+    await t.rejects(tooEarly.read(), notThere);
+    x.finishMove();
+    using back = scale(undefined, x, 1);
+    t.same(await back.read(), doubled);
+    t.ok((await other.read()).every((v) => v === 0));
+    t.equal(stream.memory().pinnedBytes, 0);
+  }
+  await stream.close();
+});
+
+await t.test('moves that nobody ends', { skip: onCpu }, async (t) => {
+  const stream = new Stream(testDevice);
+  const make = () => {
+    using zero = zeros(stream, [200_000], 'f32');
+    return scale(undefined, zero, 1);
+  };
+  for (const to of ['host', 'device'] as const) {
+    const x = make();
+    x.startMove('host');
+    if (to === 'device') {
+      x.finishMove();
+      x.startMove('device');
+    }
+    x.dispose();
+    const next = new Tensor(stream, 'f32', [x.size]);
+    stream.run('fill', next, 1);
+    t.ok(
+      (await next.read()).every((v) => v === 1),
+      `on the way to the ${to}`,
+    );
+    next.dispose();
+  }
+  const left = make();
+  left.startMove('host');
+  left.startMove('host');
+  await t.rejects(left.read(), { code: 'ERR_QLORA_INTERNAL', message: /on its way already/ });
+  left.dispose();
+  const x = make();
+  t.throws(() => stream.record(() => x.startMove('host')), { code: 'ERR_QLORA_INTERNAL', message: /no moves/ });
+  x.startMove('host');
+  x.finishMove();
+  await stream.sync();
+  stream.setMemoryLimit(1000);
+  x.startMove('device');
+  x.finishMove();
+  await t.rejects(x.read(), { code: 'ERR_QLORA_OUT_OF_MEMORY' }, 'no memory to come back to');
+  x.dispose();
+  await stream.sync();
+  t.same([stream.memory().liveBytes, stream.memory().pinnedBytes], [0, 0]);
+  x.dispose();
+  await stream.close();
+});
+
 await t.test('the same bits each time', async (t) => {
   const stream = new Stream(testDevice);
   const x = Tensor.from(stream, normals(300 * 1001), [300, 1001]);

@@ -2,11 +2,12 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
+/** Sizes of a model. */
 export const randomLlama = { hidden: 256, intermediate: 640, layers: 6, heads: 8, kvHeads: 4, vocabulary: 1500 };
 
-/** Writes config.json and model.safetensors, 11 MB, into `directory`, which exists. */
-export function writeRandomLlama(directory: string): void {
-  const { hidden: C, intermediate: F, layers, heads, kvHeads, vocabulary: V } = randomLlama;
+/** Writes config.json and model.safetensors, 11 MB by default, into `directory`, which exists. */
+export function writeRandomLlama(directory: string, sizes: Partial<typeof randomLlama> = {}): void {
+  const { hidden: C, intermediate: F, layers, heads, kvHeads, vocabulary: V } = { ...randomLlama, ...sizes };
   const kv = (C / heads) * kvHeads;
   const shapes: Record<string, number[]> = { 'model.embed_tokens.weight': [V, C], 'model.norm.weight': [C] };
   for (let i = 0; i < layers; i++) {

@@ -2,9 +2,11 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -41,6 +43,79 @@ std::vector<size_t> setting(const char* name, size_t otherwise) {
 
 size_t totalBytes() { return setting("QLORA_CUDA_MEMORY", size_t{64} << 30)[0]; }
 std::vector<size_t> capabilities() { return setting("QLORA_CUDA_CAPABILITY", 90); }
+
+}  // namespace
+
+/// A stream's copies between host and device, which wait to be waited for.
+struct EmulatedStream {
+  struct Copy {
+    char* to;
+    const char* from;  // null: the copy did not wait for what it copies
+    size_t bytes;
+
+    bool touches(const char* begin, size_t length) const {
+      const auto overlaps = [&](const char* start) { return start && start < begin + length && begin < start + bytes; };
+      return overlaps(to) || overlaps(from);
+    }
+  };
+
+  std::deque<Copy> waiting;
+  uint64_t arrived = 0;  // copies
+  uint64_t given = 0;    // copies and kernels
+  bool hasKernels = false;
+  /// A stream that this one waited for or that waited for this one, and how much of what it was given.
+  std::shared_ptr<EmulatedStream> other;
+  uint64_t awaited = 0;
+
+  bool isBehind() const { return other && !hasKernels && awaited < other->given; }
+
+  void add(char* to, const char* from, size_t bytes) {
+    const bool isFree = std::none_of(waiting.begin(), waiting.end(), [&](auto& c) { return c.touches(to, bytes); });
+    if (isFree) poison(to, bytes);
+    waiting.push_back({to, isBehind() ? nullptr : from, bytes});
+    ++given;
+  }
+
+  void arriveUpTo(uint64_t copies) {
+    if (arrived >= copies || waiting.empty()) return;
+    const qlora::emulated::MemoryAccess access;
+    for (; arrived < copies && !waiting.empty(); ++arrived, waiting.pop_front()) {
+      const Copy& copy = waiting.front();
+      copy.from ? static_cast<void>(std::memcpy(copy.to, copy.from, copy.bytes)) : poison(copy.to, copy.bytes);
+    }
+  }
+  void arriveAll() { arriveUpTo(arrived + waiting.size()); }
+
+ private:
+  static void poison(char* at, size_t bytes) {
+    const qlora::emulated::MemoryAccess access;
+    std::memset(at, 0xff, bytes);
+  }
+};
+
+struct EmulatedEvent {
+  std::shared_ptr<EmulatedStream> stream;  // null: it was never recorded
+  uint64_t copies = 0, given = 0;          // of the stream, when it was
+};
+
+namespace {
+
+/// All streams there are. Whoever looks into one holds the mutex.
+struct Streams {
+  std::mutex mutex;
+  std::map<cudaStream_t, std::shared_ptr<EmulatedStream>> all;
+
+  /// As what frees memory does.
+  void arriveAll() {
+    std::lock_guard lock(mutex);
+    for (const auto& [handle, stream] : all) stream->arriveAll();
+  }
+};
+
+Streams& streams() {
+  static auto& streams = *new Streams;
+  return streams;
+}
 
 }  // namespace
 
@@ -105,6 +180,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
 
 cudaError_t cudaFree(void* pointer) {
   if (const cudaError_t error = answer(__func__)) return error;
+  streams().arriveAll();
   DeviceMemory& memory = deviceMemory();
   std::lock_guard lock(memory.mutex);
   const auto segment = memory.segments.find(pointer);
@@ -130,19 +206,25 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 }
 
 cudaError_t cudaFreeHost(void* pointer) {
+  streams().arriveAll();
   std::free(pointer);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (const cudaError_t error = answer(__func__)) return error;
-  qlora::emulated::submit([=] { std::memcpy(to, from, bytes); });
+  if (kind == cudaMemcpyDeviceToDevice) {
+    qlora::emulated::submit(stream, [=] { std::memcpy(to, from, bytes); });
+  } else {
+    std::lock_guard lock(streams().mutex);
+    stream->add(static_cast<char*>(to), static_cast<const char*>(from), bytes);
+  }
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (const cudaError_t error = answer(__func__)) return error;
-  qlora::emulated::submit([=] { std::memset(to, value, bytes); });
+  qlora::emulated::submit(stream, [=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 
@@ -165,9 +247,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
   return cudaSuccess;
 }
 
-cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   if (const cudaError_t error = answer(__func__)) return error;
-  for (const auto& work : *graph) qlora::emulated::submit(work);
+  for (const auto& work : *graph) qlora::emulated::submit(stream, work);
   return cudaSuccess;
 }
 
@@ -189,20 +271,67 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = nullptr;
-  return answer(__func__);
+  if (const cudaError_t error = answer(__func__)) return error;
+  auto made = std::make_shared<EmulatedStream>();
+  *stream = made.get();
+  std::lock_guard lock(streams().mutex);
+  streams().all.emplace(*stream, std::move(made));
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (!stream) return cudaSuccess;
+  std::lock_guard lock(streams().mutex);
+  stream->arriveAll();
+  stream->other = nullptr;
+  streams().all.erase(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = answer(__func__)) return error;
+  std::lock_guard lock(streams().mutex);
+  stream->arriveAll();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (const cudaError_t error = answer(__func__)) return error;
+  std::lock_guard lock(streams().mutex);
+  event->stream->arriveUpTo(event->copies);
+  stream->other = event->stream;
+  stream->awaited = event->given;
+  if (stream->hasKernels && !event->stream->other) event->stream->other = streams().all.at(stream);
+  return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = nullptr;
-  return answer(__func__);
+  if (const cudaError_t error = answer(__func__)) return error;
+  *event = new EmulatedEvent;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = answer(__func__)) return error;
+  std::lock_guard lock(streams().mutex);
+  *event = {streams().all.at(stream), stream->arrived + stream->waiting.size(), stream->given};
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = answer(__func__)) return error;
+  std::lock_guard lock(streams().mutex);
+  if (event->stream) event->stream->arriveUpTo(event->copies);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int) { return answer(__func__); }
-cudaError_t cudaStreamDestroy(cudaStream_t) { return answer(__func__); }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return answer(__func__); }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return answer(__func__); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return answer(__func__); }
-cudaError_t cudaEventDestroy(cudaEvent_t) { return answer(__func__); }
 cudaError_t cudaGetLastError() { return answer(__func__); }
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -217,10 +346,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-void qlora::emulated::submit(std::function<void()> work) {
+void qlora::emulated::submit(cudaStream_t stream, std::function<void()> work) {
   if (captured) {
     captured->push_back(std::move(work));
     return;
+  }
+  {
+    std::lock_guard lock(streams().mutex);
+    stream->arriveAll();
+    stream->hasKernels = true;
+    ++stream->given;
   }
   MemoryAccess access;
   work();

@@ -1,10 +1,13 @@
-// The part of CUDA's runtime API that the plugin uses, on pretended devices of the host's memory. Streams do at once
-// what they are given. What tests want the devices to be like is in the environment:
+// The part of CUDA's runtime API that the plugin uses, on pretended devices of the host's memory. Streams run kernels
+// at once. A copy between host and device arrives when somebody waits for it and not before: a kernel behind it, an
+// event or a stream that is waited for. Until then what it is to fill is NaN, so that a missing wait shows. And a
+// stream that has copies alone, beside another, copies NaN where it did not wait for all that the other was given
+// before. Outside of kernels and copies the device's memory cannot be touched, so that a launcher that reads it on the
+// host crashes here as it would with a GPU. What tests want the devices to be like is in the environment:
 //   QLORA_CUDA_MEMORY        bytes of them all
 //   QLORA_CUDA_CAPABILITY    compute capability x 10 of each, as 70,90
 //   QLORA_CUDA_FAIL          as cudaMemcpyAsync:3, the call that fails, and after which all others fail, as after an
-//                            illegal access Outside of kernels and copies the device's memory cannot be touched, so that a launcher that
-// reads it on the host crashes here as it would with a GPU.
+//                            illegal access
 #pragma once
 
 #include <cstddef>
@@ -48,6 +51,7 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
@@ -60,8 +64,9 @@ namespace qlora::emulated {
 /// What a call of that name answers: success, or what QLORA_CUDA_FAIL wants.
 cudaError_t answer(const char* name);
 
-/// Does what a stream is given: now, or when the graph is launched that this thread captures.
-void submit(std::function<void()> work);
+/// Does what a stream is given, after the copies before it: now, or when the graph is launched that this thread
+/// captures.
+void submit(cudaStream_t stream, std::function<void()> work);
 
 /// While one is alive, the device's memory can be touched.
 class MemoryAccess {

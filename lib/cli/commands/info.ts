@@ -61,7 +61,7 @@ function writeMemory(memory: MemoryFacts | { error: string }, what: string, outp
   const { rowTokens, loading, training, withoutCheckpointing } = memory;
   const plans = [loading, training, withoutCheckpointing];
   const classes = Object.keys(loading) as (keyof typeof loading)[];
-  const rows = classes.map((name) => [name, ...plans.map((plan) => bytes(plan[name]))]);
+  const rows = classes.map((name) => [name, ...plans.map((plan) => bytes(plan[name] ?? 0))]);
   for (const line of table([['memory', 'loading', 'training', 'without checkpointing'], ...rows])) output.line(line);
   output.line(`Training: ${what}, rows of up to ${rowTokens} tokens. \`qlora-node plan\` takes your rows and options.`);
 }

@@ -67,6 +67,7 @@ const own: Rules = {
   plot_loss: agrees(boolean, 'report.html always has the curves'),
   val_size: maps('evalDataset', number, 'a share below 1, or a count; 0: none', ifPositive),
   disable_gradient_checkpointing: maps('gradientCheckpointing', boolean, 'true: off', whenTrue(false)),
+  use_unsloth_gc: maps('activationOffloading', boolean),
   flash_attn: agrees(
     z.enum(['auto', 'fa2', 'sdpa', 'disabled']),
     'attention always goes by blocks, with the same result',

@@ -103,6 +103,7 @@ export const trainerRules: Rules = {
   warmupSteps: maps('warmupSteps', whole, 'wins over warmupRatio'),
   optimizer: maps('optimizer', text, 'default paged_adamw_32bit'),
   gradientCheckpointing: maps('gradientCheckpointing', z.union([boolean, z.literal('auto')]), 'default true'),
+  activationOffloading: maps('activationOffloading', boolean, "layers' inputs go to the host; default false"),
   groupByLength: maps('groupByLength', boolean, 'rows of like length in one step; default false'),
   packing: maps('packing', boolean, 'several rows in one sequence, apart from each other; default false'),
   trainOnSource: maps('trainOnSource', boolean, 'train the prompt too; default false'),
