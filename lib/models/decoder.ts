@@ -150,30 +150,34 @@ function attend(
     using flat = projected;
     return reshape(tape, flat, [B, T, heads, D]);
   };
-  const projected = Linear.forwardAll(tape, [block.q, block.k, block.v] as const, x, pass);
-  using q = split(projected[0], H);
-  using k = split(projected[1], G);
-  using v = split(projected[2], G);
+  const turned = (projected: Tensor, heads: number) => {
+    using x = split(projected, heads);
+    return rope(tape, x, table);
+  };
+  const [flatQ, flatK, flatV] = Linear.forwardAll(tape, [block.q, block.k, block.v] as const, x, pass);
+  using v = split(flatV, G);
   const { scale, windows } = config.attention;
   const options = { scale, causal: true, window: windows?.[layer] };
   if (cache) {
     const { keys, values } = cache.layer(layer);
-    using turned = ropeAppend(q, k, v, table, { keys, values }, cache.ends);
-    using out = attention(tape, turned, keys, values, { ...options, pastLength: cache.ends });
+    using still = split(flatQ, H);
+    using k = split(flatK, G);
+    using q = ropeAppend(still, k, v, table, { keys, values }, cache.ends);
+    using out = attention(tape, q, keys, values, { ...options, pastLength: cache.ends });
     return reshape(tape, out, [B * T, H * D]);
   }
-  using turnedQ = rope(tape, q, table);
-  using turnedK = rope(tape, k, table);
-  using out = attention(tape, turnedQ, turnedK, v, { ...options, querySegments: segments, keySegments: segments });
+  using q = turned(flatQ, H);
+  using k = turned(flatK, G);
+  using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });
   pass.inspect?.(`the attention of layer ${layer}`, out);
   return reshape(tape, out, [B * T, H * D]);
 }
 
 /** [.., C] to [.., F], what `down` is given */
 function gatedUnits(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Tensor, pass: Pass): Tensor {
-  const projected = Linear.forwardAll(tape, [block.gate, block.up] as const, x, pass);
-  using gate = projected[0];
-  using up = projected[1];
+  const [ofGate, ofUp] = Linear.forwardAll(tape, [block.gate, block.up] as const, x, pass);
+  using gate = ofGate;
+  using up = ofUp;
   const gated = glu(tape, gate, up, config.activation);
   pass.inspect?.(`the activation before ${block.down.path}`, gated);
   return gated;
