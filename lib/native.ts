@@ -43,6 +43,8 @@ export interface StreamUsage {
   operations: Record<string, { calls: number; seconds: number }>;
   /** Pages that the system has given to the stream's thread since it began; 0 where it does not count them. */
   minorFaults: number;
+  /** Kernels that it has enqueued to its device since it began, or made part of a graph; 0 on the CPU. */
+  kernels: number;
 }
 
 type TypedArray = Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array;

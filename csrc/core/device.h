@@ -46,6 +46,9 @@ class DeviceQueue {
   virtual void wait() = 0;
   /// What `body` enqueues, without running it; null where body has to read, write or wait.
   virtual std::unique_ptr<DeviceGraph> capture(const std::function<void()>& body) = 0;
+
+  /// Kernels that were enqueued so far, or made part of a graph.
+  int64_t kernels = 0;
 };
 
 struct DeviceDescription {

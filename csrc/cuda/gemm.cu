@@ -33,6 +33,16 @@ bool isFew(const Gemm& g) {
          g.N * g.b.stride / kCodes < kMostRows;
 }
 
+/// Whether gemm() makes it by gemmFew without converting anything.
+bool goesToFew(const Gemm& g) {
+  return g.M > 0 && g.N > 0 && g.compute != DType::f32 && hasPieces(g) && isFew(g) &&
+         (isOf(g.b, g.compute) || g.b.dtype == DType::u8);
+}
+
+bool isOneKind(const Elements& a, const Elements& b) {
+  return a.dtype == b.dtype && (a.dtype != DType::u8 || (a.blockShift == 5) == (b.blockShift == 5));
+}
+
 __global__ void scalesKernel(int64_t blocks, BlockScales scales, float* absmax) {
   for (int64_t b = threadIndex(); b < blocks; b += threadCount()) absmax[b] = scales[b];
 }
@@ -166,6 +176,7 @@ void skipColumns(Gemm& g, int64_t first) {
   g.out.c = const_cast<char*>(move(g.out.c, sizeOf(g.out.dtype)));
   g.out.bias = move(g.out.bias, sizeOf(g.out.biasDtype));
   if (g.out.columnScale) g.out.columnScale += first;
+  g.out.residual = move(g.out.residual, sizeOf(g.out.dtype));
   if (g.extra.K > 0) {
     const int64_t elements = g.form == GemmForm::nt ? g.extra.b.stride : 1;
     g.extra.b.data = move(g.extra.b.data, sizeOf(g.extra.b.dtype) * static_cast<size_t>(elements));
@@ -222,8 +233,8 @@ void gemmWideAndRest(Context& context, Gemm g) {
   }
   const GemmOutput out = g.out;
   const int64_t unit = out.dtype == DType::f32 ? 2 : kPiece;
-  const bool plain = !out.add && !out.bias && !out.rowScale && !out.columnScale && out.stride % unit == 0 &&
-                     g.N % unit == 0 && reinterpret_cast<uintptr_t>(out.c) % 16 == 0;
+  const bool plain = !out.add && !out.bias && !out.rowScale && !out.columnScale && !out.residual &&
+                     out.stride % unit == 0 && g.N % unit == 0 && reinterpret_cast<uintptr_t>(out.c) % 16 == 0;
   if (!masked && plain && (out.dtype == DType::f32 ? out.alpha == 1 : out.dtype == g.compute)) {
     return gemmWide(context, g);
   }
@@ -268,15 +279,22 @@ void gemm(Context& context, const Gemm& given) {
   if (g.compute != DType::f32 && isThin(g) && isFew(transposed(g))) {
     Gemm few = transposed(g);
     few.a = inPieces(context, {.elements = g.b, .transposed = g.form == GemmForm::nn}, g.N, g.K, g.compute);
-    return gemmFew(context, few);
+    return gemmFew(context, &few, 1);
   }
   if (g.extra.maskRow == 0) g.extra.maskRow = g.N;
   if (g.compute == DType::f32 || !hasPieces(g)) return gemmPlain(context, g);
   const bool fourBit = g.b.dtype == DType::u8, wide = isWide(context, g);
   if (!isOf(g.b, g.compute) && (wide || !fourBit)) return gemmConverted(context, g);
   if (wide) return gemmWideAndRest(context, g);
-  if (isFew(g)) return gemmFew(context, g);
+  if (isFew(g)) return gemmFew(context, &g, 1);
   gemmTiles(context, g);
+}
+
+void gemms(Context& context, const Gemm* list, int count) {
+  bool together = count > 1;
+  for (int i = 0; i < count; ++i) together = together && goesToFew(list[i]) && isOneKind(list[i].b, list[0].b);
+  if (together) return gemmFew(context, list, count);
+  for (int i = 0; i < count; ++i) gemm(context, list[i]);
 }
 
 }  // namespace qlora::cuda

@@ -10,8 +10,9 @@
 // Which kernel does it follows from form, types, shape and the device's compute capability alone (gemm.cu):
 //   gemm_plain.cu   any of them, by multiply-adds in fp32 without matrix instructions: f32, and shapes that have no
 //                   rows of whole 16 bytes
-//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once. Also nt and nn where C has at most 64
-//                   columns, as A B^T = (B A^T)^T: LoRA's products with x and dy
+//   gemm_few.cu     nt of at most 64 rows of A, 16-bit: reads the weight once, and several weights that multiply one A
+//                   in one launch. Also nt and nn where C has at most 64 columns, as A B^T = (B A^T)^T: LoRA's products
+//                   with x and dy
 //   gemm_wide.cu    nt and nn of more than 64 rows on compute capability 9.0, both operands 16-bit: wgmma. A weight of
 //                   another kind is converted first, slice by slice, since here that takes less than decoding a tile
 //                   of it once for each tile of rows
@@ -51,11 +52,18 @@ struct GemmOutput {
   DType biasDtype = DType::f32;
   const float* rowScale = nullptr;     // [M], multiplies what alpha multiplies
   const float* columnScale = nullptr;  // [N], likewise
+  const void* residual = nullptr;      // [M, N] that lies as C does: is added to C as it was rounded
 
   QLORA_DEVICE static float read(const void* p, DType dtype, int64_t i) {
     return dtype == DType::f32    ? static_cast<const float*>(p)[i]
            : dtype == DType::bf16 ? toFloat(static_cast<const bf16*>(p)[i])
                                   : toFloat(static_cast<const f16*>(p)[i]);
+  }
+
+  QLORA_DEVICE float rounded(float value) const {
+    return dtype == DType::f32    ? value
+           : dtype == DType::bf16 ? toFloat(fromFloat<bf16>(value))
+                                  : toFloat(fromFloat<f16>(value));
   }
 
   /// C[m, n] from its sum.
@@ -65,6 +73,7 @@ struct GemmOutput {
     if (bias) value += read(bias, biasDtype, n);
     const int64_t at = m * stride + n * columnStride;
     if (add) value += read(c, dtype, at);
+    if (residual) value = read(residual, dtype, at) + rounded(value);
     if (dtype == DType::f32) {
       static_cast<float*>(c)[at] = value;
     } else if (dtype == DType::bf16) {
@@ -85,11 +94,15 @@ struct Gemm {
 };
 
 void gemm(Context& context, const Gemm& g);
+/// Products of one A, each as by itself: in one launch where gemmFew is for all of them.
+void gemms(Context& context, const Gemm* list, int count);
 
 // The kernels by themselves, for gemm.cu.
 constexpr int64_t kFewRows = 64;
 void gemmPlain(Context& context, const Gemm& g);
-void gemmFew(Context& context, const Gemm& g);
+/// Products of one A with weights of one kind: all dense, or all of 4 bits, in blocks of 32 or all of more.
+constexpr int kMostTogether = 3;
+void gemmFew(Context& context, const Gemm* list, int count);
 /// Whether gemmWide is for it, as far as the shape goes.
 bool isWide(const Context& context, const Gemm& g);
 /// What its tiles take for C of that size and a K, in units of its own.
@@ -110,6 +123,9 @@ inline void setBias(GemmOutput& out, const Tensor& bias) {
   out.bias = bias.data<void>();
   out.biasDtype = bias.dtype;
 }
+
+/// The product of linearForward, where W is not of 8 bits.
+Gemm linearGemm(const Tensor& x, const Weight& weight, const Tensor& bias, const Tensor& y, const GemmExtra& extra);
 
 /// y = x W^T + bias + extra, W [N, K]; the compute type is x's. An 8-bit W multiplies as simd/linear.h says.
 void linearForward(Context& context, const Tensor& x, const Weight& weight, const Tensor& bias, const Tensor& y,

@@ -16,6 +16,9 @@
 // (launch.h): while the kernel before it ends, a warp asks the second cache for its first chunks. Rows are dealt evenly
 // to as many blocks as the GPU holds, whatever N: where a tile has fewer rows than an mma, the others repeat the last,
 // which costs no memory. x comes from the first cache, where W leaves it.
+//
+// Several products of one x have blocks of their own in one launch, as many as they have of all rows; how sums are made
+// follows from the shape of each alone, so that they are those of a launch of its own.
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
 
@@ -121,32 +124,51 @@ QLORA_DEVICE float extraOf(const GemmExtra& extra, int64_t m, int64_t n) {
   return sum;
 }
 
-/// How rows and K are dealt to the warps of all blocks.
+/// How rows and K of a product are dealt to the warps of its blocks.
 struct Deal {
+  int firstBlock;
   int rowGroupShift;  // log2 of a block's groups of warps that have the same rows
+  int groups;         // of warps that share K; those of a block beyond have nothing to do
   int fewest, more;   // rows of a group; so many groups have one more
   int tiles, steps;   // that a warp goes over
 
   QLORA_DEVICE int rowGroups() const { return 1 << rowGroupShift; }
   /// The first row of a group of a block.
   QLORA_DEVICE int begin(int group) const {
-    const int i = (static_cast<int>(blockIdx.x) << rowGroupShift) + group;
+    const int i = ((static_cast<int>(blockIdx.x) - firstBlock) << rowGroupShift) + group;
     return i * fewest + min(i, more);
+  }
+};
+
+struct Products {
+  Gemm products[kMostTogether];
+  Deal deals[kMostTogether];
+  int count;
+
+  /// The one that this block works for.
+  QLORA_DEVICE int own() const {
+    int i = count - 1;
+    while (static_cast<int>(blockIdx.x) < deals[i].firstBlock) --i;
+    return i;
   }
 };
 
 /// For up to 8 tokenTiles tokens.
 template <class Rows, int tokenTiles, class Shape>
-__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(Gemm g, Deal deal) {
+__global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKernel(QLORA_GRID_CONSTANT Products all) {
   using T = typename Rows::Element;
   constexpr int kRowTiles = Shape::rowTiles, kTileRows = Shape::tileRows, kLaneRows = 2 * kRowTiles;
   constexpr int kUnit = Rows::kUnit, kUnits = Rows::kUnits, kChunk = kUnit * kUnits, kShare = kUnit / 4;
+  const int ownProduct = all.own();
+  const Gemm& g = all.products[ownProduct];
+  const Deal& deal = all.deals[ownProduct];
   auto* const shared = dynamicShared<unsigned char>();
   auto* const sums = reinterpret_cast<float*>(shared + Rows::sharedBytes);  // [warps, kPassTokens, sumStride]
   const int own = laneIndex() / 4, quarter = laneIndex() % 4, warp = warpIndex();
   const int rowGroup = warp & (deal.rowGroups() - 1), group = warp >> deal.rowGroupShift;
-  const int groups = (static_cast<int>(blockDim.x) / kWarpSize) >> deal.rowGroupShift;  // that share K
-  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride), endRow = deal.begin(rowGroup + 1);
+  const int groups = deal.groups;
+  const int K = static_cast<int>(g.K), stride = static_cast<int>(g.b.stride);
+  const int endRow = deal.begin(group < groups ? rowGroup + 1 : rowGroup);
   const Rows rows(g.b, shared);
 
   uint32_t shares[kLaneRows][kUnits][Rows::kWords];
@@ -270,12 +292,12 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
         const int feature = i % kTileRows, ofGroup = i / kTileRows & (deal.rowGroups() - 1);
         const int token = i / kTileRows >> deal.rowGroupShift, n = deal.begin(ofGroup) + tile * kTileRows + feature;
         if (n >= deal.begin(ofGroup + 1)) continue;
-        float all = extraOf<T>(g.extra, 8 * pass + token, n);
+        float total = extraOf<T>(g.extra, 8 * pass + token, n);
         for (int j = 0; j < groups; ++j) {
           const int other = (j << deal.rowGroupShift) + ofGroup;
-          all += sums[(other * kPassTokens + token) * Shape::sumStride + feature];
+          total += sums[(other * kPassTokens + token) * Shape::sumStride + feature];
         }
-        g.out.store(8 * pass + token, n, all);
+        g.out.store(8 * pass + token, n, total);
       }
     }
     ++tile;
@@ -284,52 +306,74 @@ __global__ void __launch_bounds__(Shape::warps* kWarpSize, Shape::blocks) fewKer
 
 int64_t roundedUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// By shapes alone, as a large GPU has multiprocessors, where sums depend on it.
-template <class Rows, int tokenTiles, class Shape>
-void launchFew(Context& context, const Gemm& g) {
+/// How K is dealt: by shapes alone, as a large GPU has multiprocessors, since sums depend on it.
+template <class Rows, class Shape>
+Deal dealOf(const Gemm& g) {
   constexpr int64_t kMultiprocessors = 132;
   const int64_t chunks = roundedUp(g.K, Rows::kUnit * Rows::kUnits), rows = roundedUp(g.N, kMultiprocessors);
   // The least work of all warps together; of equal ones the one with the fewest warps that share K.
-  int64_t least = INT64_MAX, groups = 1;
+  int64_t least = INT64_MAX;
   Deal deal{};
   for (int shift = 0; 1 << shift <= Shape::warps; ++shift) {
     const int64_t steps = roundedUp(chunks, Shape::warps >> shift), own = roundedUp(chunks, steps);
     const int64_t work = (roundedUp(roundedUp(rows, 1 << shift), Shape::tileRows) * steps * own) << shift;
     if (work > least) continue;
-    least = work, groups = own;
-    deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps);
+    least = work;
+    deal.rowGroupShift = shift, deal.steps = static_cast<int>(steps), deal.groups = static_cast<int>(own);
   }
-  const int64_t warps = groups << deal.rowGroupShift;
-  const int64_t multiprocessors = context.device->multiprocessors;
-  const int64_t blocks = std::min(multiprocessors * Shape::blocks, roundedUp(g.N, kFewestRows << deal.rowGroupShift));
-  const int64_t parts = blocks << deal.rowGroupShift;
-  deal.fewest = static_cast<int>(g.N / parts), deal.more = static_cast<int>(g.N % parts);
-  deal.tiles = static_cast<int>(roundedUp(roundedUp(g.N, parts), Shape::tileRows));
+  return deal;
+}
+
+template <class Rows, int tokenTiles, class Shape>
+void launchFew(Context& context, const Gemm* list, int count) {
+  Products all{.count = count};
+  int64_t rows = 0, most = 0;
+  int warps = 0;
+  for (int i = 0; i < count; ++i) {
+    all.products[i] = list[i];
+    const Deal& deal = all.deals[i] = dealOf<Rows, Shape>(list[i]);
+    rows += list[i].N;
+    most += roundedUp(list[i].N, kFewestRows << deal.rowGroupShift);
+    warps = std::max(warps, deal.groups << deal.rowGroupShift);
+  }
+  const int64_t blocks = std::min<int64_t>(context.device->multiprocessors * Shape::blocks, most);
+  int64_t before = 0, block = 0;
+  for (int i = 0; i < count; ++i) {
+    Deal& deal = all.deals[i];
+    const int64_t N = list[i].N, first = block;
+    before += N;
+    block = std::max(first + 1, blocks * before / rows);
+    const int64_t parts = (block - first) << deal.rowGroupShift;
+    deal.firstBlock = static_cast<int>(first);
+    deal.fewest = static_cast<int>(N / parts), deal.more = static_cast<int>(N % parts);
+    deal.tiles = static_cast<int>(roundedUp(roundedUp(N, parts), Shape::tileRows));
+  }
   const size_t bytes =
       Rows::sharedBytes + sizeof(float) * static_cast<size_t>(warps) * 8 * std::min(tokenTiles, 2) * Shape::sumStride;
-  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, blocks, static_cast<unsigned>(warps * kWarpSize), bytes, g,
-              deal);
+  launchEarly(context, fewKernel<Rows, tokenTiles, Shape>, block, static_cast<unsigned>(warps * kWarpSize), bytes, all);
 }
 
 template <class Rows>
-void launchTokens(Context& context, const Gemm& g) {
-  if (g.M <= 8) return launchFew<Rows, 1, FewShape<2, 16, 1>>(context, g);
-  if (g.M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1>>(context, g);
-  if (g.M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1>>(context, g);
-  return launchFew<Rows, 8, FewShape<2, 8, 1>>(context, g);
+void launchTokens(Context& context, const Gemm* list, int count) {
+  const int64_t M = list[0].M;
+  if (M <= 8) return launchFew<Rows, 1, FewShape<2, 16, 1>>(context, list, count);
+  if (M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1>>(context, list, count);
+  if (M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1>>(context, list, count);
+  launchFew<Rows, 8, FewShape<2, 8, 1>>(context, list, count);
 }
 
 template <class T>
-void gemmFewOf(Context& context, const Gemm& g) {
-  if (g.b.dtype != DType::u8) return launchTokens<DenseRows<T>>(context, g);
-  if (g.b.blockShift == 5) return launchTokens<FourBitRows<T, 32>>(context, g);
-  launchTokens<FourBitRows<T, 64>>(context, g);
+void gemmFewOf(Context& context, const Gemm* list, int count) {
+  const Elements& b = list[0].b;
+  if (b.dtype != DType::u8) return launchTokens<DenseRows<T>>(context, list, count);
+  if (b.blockShift == 5) return launchTokens<FourBitRows<T, 32>>(context, list, count);
+  launchTokens<FourBitRows<T, 64>>(context, list, count);
 }
 
 }  // namespace
 
-void gemmFew(Context& context, const Gemm& g) {
-  g.compute == DType::bf16 ? gemmFewOf<bf16>(context, g) : gemmFewOf<f16>(context, g);
+void gemmFew(Context& context, const Gemm* list, int count) {
+  list[0].compute == DType::bf16 ? gemmFewOf<bf16>(context, list, count) : gemmFewOf<f16>(context, list, count);
 }
 
 }  // namespace qlora::cuda

@@ -18,6 +18,8 @@
 #define QLORA_HOST_DEVICE __host__ __device__ __forceinline__
 /// An array of the block.
 #define QLORA_SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+/// Before a parameter of a kernel: it is read where it was put, also by an index that is not constant.
+#define QLORA_GRID_CONSTANT const __grid_constant__
 
 #else
 
@@ -26,6 +28,7 @@
 
 #define QLORA_DEVICE inline
 #define QLORA_HOST_DEVICE inline
+#define QLORA_GRID_CONSTANT const
 #define QLORA_SHARED_ARRAY(type, name, count) \
   static const char name##Declaration = 0;    \
   type* const name = static_cast<type*>(::qlora::emulated::sharedArray(&name##Declaration, sizeof(type) * (count)))
@@ -124,6 +127,7 @@ void launchAt(const Context& context, Start start, void (*kernel)(Parameters...)
               size_t sharedBytes, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "a kernel is given as many arguments as it takes");
   if (!context.queue || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  ++context.queue->kernels;
   std::tuple<Parameters...> values(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 #if defined(__CUDACC__)
   std::apply(

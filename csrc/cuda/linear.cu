@@ -146,20 +146,25 @@ void forwardInt8(Context& context, const Tensor& x, const Weight& weight, const 
 
 }  // namespace
 
+Gemm linearGemm(const Tensor& x, const Weight& weight, const Tensor& bias, const Tensor& y, const GemmExtra& extra) {
+  Gemm g{.form = GemmForm::nt,
+         .compute = x.dtype,
+         .M = leading(x),
+         .N = weight.N,
+         .K = weight.K,
+         .a = elementsOf(x),
+         .b = elementsOf(weight),
+         .out = {.c = y.data<void>(), .dtype = y.dtype, .stride = weight.N},
+         .extra = extra};
+  setBias(g.out, bias);
+  return g;
+}
+
 void linearForward(Context& context, const Tensor& x, const Weight& weight, const Tensor& bias, const Tensor& y,
                    const GemmExtra& extra) {
-  GemmOutput out{.c = y.data<void>(), .dtype = y.dtype, .stride = weight.N};
-  setBias(out, bias);
-  if (weight.data.dtype == DType::i8) return forwardInt8(context, x, weight, out, extra);
-  gemm(context, {.form = GemmForm::nt,
-                 .compute = x.dtype,
-                 .M = leading(x),
-                 .N = weight.N,
-                 .K = weight.K,
-                 .a = elementsOf(x),
-                 .b = elementsOf(weight),
-                 .out = out,
-                 .extra = extra});
+  const Gemm g = linearGemm(x, weight, bias, y, extra);
+  if (weight.data.dtype == DType::i8) return forwardInt8(context, x, weight, g.out, extra);
+  gemm(context, g);
 }
 
 }  // namespace qlora::cuda

@@ -14,9 +14,6 @@
 
 #if defined(__CUDACC__)
 #include <cuda.h>
-#define QLORA_GRID_CONSTANT const __grid_constant__
-#else
-#define QLORA_GRID_CONSTANT const
 #endif
 
 namespace qlora::cuda {

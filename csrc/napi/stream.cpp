@@ -149,20 +149,21 @@ Napi::Value StreamHandle::setMemoryLimit(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-/// Resolves to {operations: {name: {calls, seconds}}, minorFaults} of what has run since the last such call.
-/// minorFaults are the pages that the system gave to the stream's thread since it began.
+/// Resolves to {operations: {name: {calls, seconds}}, minorFaults, kernels}: operations of what has run since the last
+/// such call; the pages that the system gave to the stream's thread, and the kernels that it enqueued, since it began.
 Napi::Value StreamHandle::usage(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     struct Usage {
       Stream::Times times;
-      int64_t minorFaults = 0;
+      int64_t minorFaults = 0, kernels = 0;
     };
     auto usage = std::make_shared<Usage>();
     return onStream(
         info.Env(), stream,
-        [usage, own = stream.get()](Context&) {
+        [usage, own = stream.get()](Context& context) {
           usage->times.swap(own->times());
           usage->minorFaults = minorFaultsOfThread();
+          if (context.queue) usage->kernels = context.queue->kernels;
         },
         [usage](Napi::Env env) {
           Napi::Object operations = Napi::Object::New(env);
@@ -175,6 +176,7 @@ Napi::Value StreamHandle::usage(const Napi::CallbackInfo& info) {
           Napi::Object result = Napi::Object::New(env);
           result.Set("operations", operations);
           result.Set("minorFaults", static_cast<double>(usage->minorFaults));
+          result.Set("kernels", static_cast<double>(usage->kernels));
           return result;
         });
   });

@@ -16,29 +16,14 @@ int64_t bytesOfToken(const Tensor& cache) {
 
 }  // namespace
 
-void appendKeyValue(Context& context, const AppendKeyValue& a) {
-  const int64_t B = a.rows.dim(0), T = a.rows.dim(1), S = a.cache.dim(1), token = bytesOfToken(a.rows);
-  const int32_t* at = a.at.data<int32_t>();
-  for (int64_t b = 0; b < B; ++b) {
-    if (at[b] < 0 || at[b] + T > S) {
-      fail("ERR_QLORA_SHAPE", "appendKeyValue: %lld rows at %d do not fit into a cache of %lld",
-           static_cast<long long>(T), at[b], static_cast<long long>(S));
-    }
-  }
-  const char* rows = a.rows.data<char>();
-  char* cache = a.cache.data<char>();
-  context.pool.parallelFor(
-      B, [&](int64_t b, int) { std::memcpy(cache + (b * S + at[b]) * token, rows + b * T * token, T * token); });
-}
-
 void gatherKeyValue(Context& context, const GatherKeyValue& a) {
   const int64_t B = a.cache.dim(0), token = bytesOfToken(a.cache);
   const int64_t sourceBytes = a.source.dim(1) * token, cacheBytes = a.cache.dim(1) * token;
   const int32_t* from = a.from.data<int32_t>();
   for (int64_t b = 0; b < B; ++b) {
     if (from[b] < -1 || from[b] >= a.source.dim(0)) {
-      fail("ERR_QLORA_ARGUMENT", "gatherKeyValue: from[%lld] must be from -1 to %lld, got %d", static_cast<long long>(b),
-           static_cast<long long>(a.source.dim(0) - 1), from[b]);
+      fail("ERR_QLORA_ARGUMENT", "gatherKeyValue: from[%lld] must be from -1 to %lld, got %d",
+           static_cast<long long>(b), static_cast<long long>(a.source.dim(0) - 1), from[b]);
     }
   }
   const char* source = a.source.data<char>();

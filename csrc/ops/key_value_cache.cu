@@ -21,31 +21,6 @@ void dispatchWord(int64_t bytes, F&& f) {
   f(uint16_t{});
 }
 
-/// to[b, toToken(b) + t] = from[fromRow(b), t + fromToken] for blockIdx.y = b and t < tokens.
-template <class Word, class Move>
-__global__ void moveKernel(int64_t tokens, int64_t words, Move move) {
-  beginEarly();
-  const Word* from;
-  Word* to;
-  if (!move(static_cast<int64_t>(blockIdx.y), from, to)) return;
-  for (int64_t i = threadIndex(); i < tokens * words; i += threadCount()) to[i] = from[i];
-}
-
-template <class Word>
-struct Append {
-  const Word* rows;
-  Word* cache;
-  const int32_t* at;
-  int64_t T, S, words;
-
-  QLORA_DEVICE bool operator()(int64_t b, const Word*& from, Word*& to) const {
-    if (at[b] < 0 || at[b] + T > S) return false;
-    from = rows + b * T * words;
-    to = cache + (b * S + at[b]) * words;
-    return true;
-  }
-};
-
 /// Row from[b] of `source` to row b of `target`, or row b of both where `picks` is false.
 template <class Word>
 struct Gather {
@@ -63,30 +38,23 @@ struct Gather {
   }
 };
 
-template <class Word, class Move>
-void move(Context& context, int64_t B, int64_t tokens, int64_t words, Move how) {
+/// to[b, toToken(b) + t] = from[fromRow(b), t + fromToken] for blockIdx.y = b and t < tokens.
+template <class Word>
+__global__ void moveKernel(int64_t tokens, int64_t words, Gather<Word> move) {
+  beginEarly();
+  const Word* from;
+  Word* to;
+  if (!move(static_cast<int64_t>(blockIdx.y), from, to)) return;
+  for (int64_t i = threadIndex(); i < tokens * words; i += threadCount()) to[i] = from[i];
+}
+
+template <class Word>
+void move(Context& context, int64_t B, int64_t tokens, int64_t words, const Gather<Word>& how) {
   const dim3 grid(static_cast<unsigned>(blocksFor(tokens * words)), static_cast<unsigned>(B));
-  launchEarly(context, moveKernel<Word, Move>, grid, kThreads, 0, tokens, words, how);
+  launchEarly(context, moveKernel<Word>, grid, kThreads, 0, tokens, words, how);
 }
 
 }  // namespace
-
-void appendKeyValue(Context& context, const AppendKeyValue& a) {
-  const int64_t B = a.rows.dim(0), T = a.rows.dim(1), S = a.cache.dim(1), bytes = bytesOfToken(a.rows);
-  if (a.at.storage->hostCopy) {
-    for (const int32_t at : hostValues(context, a.at)) {
-      if (at >= 0 && at + T <= S) continue;
-      fail("ERR_QLORA_SHAPE", "appendKeyValue: %lld rows at %d do not fit into a cache of %lld",
-           static_cast<long long>(T), at, static_cast<long long>(S));
-    }
-  }
-  dispatchWord(bytes, [&](auto word) {
-    using Word = decltype(word);
-    const int64_t words = bytes / static_cast<int64_t>(sizeof(Word));
-    move<Word>(context, B, T, words,
-               Append<Word>{a.rows.data<Word>(), a.cache.data<Word>(), a.at.data<int32_t>(), T, S, words});
-  });
-}
 
 void gatherKeyValue(Context& context, const GatherKeyValue& a) {
   const int64_t B = a.cache.dim(0), sources = a.source.dim(0), bytes = bytesOfToken(a.cache);
@@ -108,10 +76,10 @@ void gatherKeyValue(Context& context, const GatherKeyValue& a) {
     Word* held = context.scratch.take<Word>(B * heldStride);
     for (int64_t t = a.begin; t < a.end; t += kGatherTokens) {
       const int64_t tokens = std::min(kGatherTokens, a.end - t);
-      move<Word>(context, B, tokens, words,
-                 Gather<Word>{a.source.data<Word>() + t * words, held, from, sources, sourceStride, heldStride, true});
-      move<Word>(context, B, tokens, words,
-                 Gather<Word>{held, a.cache.data<Word>() + t * words, from, sources, heldStride, cacheStride, false});
+      move(context, B, tokens, words,
+           Gather<Word>{a.source.data<Word>() + t * words, held, from, sources, sourceStride, heldStride, true});
+      move(context, B, tokens, words,
+           Gather<Word>{held, a.cache.data<Word>() + t * words, from, sources, heldStride, cacheStride, false});
     }
   });
 }

@@ -1,13 +1,11 @@
-// The cache of keys or values that generation keeps a layer, with room for tokens to come.
+// The cache of keys or values that generation keeps a layer. ropeAppend (ops/rope.h) fills it.
 //
-//   append   cache[b, at[b] + t, h, d] = rows[b, t, h, d]
 //   gather   cache[b, t, h, d] = source[from[b], t, h, d]       for begin <= t < end; from[b] -1 leaves row b as it is
 //
-// rows [B, T, Hkv, D] and cache [B, S, Hkv, D] of one floating-point type; at i32 [B], which fails with ERR_QLORA_SHAPE
-// where at[b] + T > S: it is a tensor, so that a recording can append ever further on. source [B', S', Hkv, D] may be
-// the cache itself: all its rows are read as they were before. from i32 [B]; one outside [-1, B') fails with
-// ERR_QLORA_ARGUMENT. The rest of the cache stays as it is. Where the operation fails the cache fails with it: what
-// reads it would compute with tokens that are not there.
+// cache [B, S, Hkv, D] and source [B', S', Hkv, D] of one floating-point type; source may be the cache itself: all its
+// rows are read as they were before. from i32 [B]; one outside [-1, B') fails with ERR_QLORA_ARGUMENT. The rest of the
+// cache stays as it is. Where the operation fails the cache fails with it: what reads it would compute with tokens that
+// are not there.
 #pragma once
 
 #include "core/check.h"
@@ -15,25 +13,6 @@
 #include "core/tensor.h"
 
 namespace qlora {
-
-struct AppendKeyValue {
-  Tensor rows, cache, at;
-
-  template <class V>
-  void visit(V& v) {
-    v.in(rows);
-    v.accumulate(cache);
-    v.in(at);
-  }
-  void check() const {
-    checkFloat("appendKeyValue", "rows", rows);
-    checkShape("appendKeyValue", "rows", rows, {-1, -1, -1, -1});
-    checkDType("appendKeyValue", "cache", cache, {rows.dtype});
-    checkShape("appendKeyValue", "cache", cache, {rows.dim(0), -1, rows.dim(2), rows.dim(3)});
-    checkDType("appendKeyValue", "at", at, {DType::i32});
-    checkShape("appendKeyValue", "at", at, {rows.dim(0)});
-  }
-};
 
 struct GatherKeyValue {
   Tensor source, from, cache;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "simd/chunks.h"
 #include "simd/dropout.h"
 #include "simd/gemm.h"
 #include "simd/linear.h"
@@ -29,6 +30,18 @@ GemmOperand dropped(Context& context, const Tensor& x, const DropoutMask& dropou
     });
   });
   return {out, x.dtype, K};
+}
+
+/// y += x
+void addTo(Context& context, const Tensor& x, const Tensor& y) {
+  dispatchFloat(y.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* __restrict from = x.data<T>();
+    T* __restrict to = y.data<T>();
+    forChunks(context, y.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] = fromFloat<T>(toFloat(from[i]) + toFloat(to[i]));
+    });
+  });
 }
 
 }  // namespace
@@ -116,6 +129,20 @@ void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
                  .cDtype = DType::f32,
                  .cStride = K,
                  .store = GemmStore::add});
+}
+
+void projections(Context& context, const Projections& a) {
+  for (int i = 0; i < a.count; ++i) {
+    const Projection& p = a.layers[i];
+    Scratch scratch = context.scratch.nested();
+    Context own{context.pool, scratch};
+    if (p.loraA.defined()) {
+      loraLinearForward(own, {a.x, p.weight, p.bias, p.loraA, p.loraB, p.y, p.t, p.scale, 0, 0, 0});
+    } else {
+      linearForward(own, a.x, p.weight, p.bias, p.y, {}, nullptr);
+    }
+    if (p.residual.defined()) addTo(context, p.residual, p.y);
+  }
 }
 
 }  // namespace qlora::QLORA_ISA

@@ -22,19 +22,47 @@ Elements dropped(Context& context, const Tensor& x, const DropoutMask& dropout) 
   return {.data = out, .dtype = x.dtype, .stride = x.dim(-1)};
 }
 
+/// t = x A^T
+Gemm downGemm(const Tensor& loraA, const Elements& x, int64_t M, const Tensor& t) {
+  const int64_t r = loraA.dim(0);
+  return {.form = GemmForm::nt,
+          .compute = t.dtype,
+          .M = M,
+          .N = r,
+          .K = loraA.dim(1),
+          .a = x,
+          .b = elementsOf(loraA),
+          .out = {.c = t.data<void>(), .dtype = t.dtype, .stride = r}};
+}
+
+/// scale * t B^T
+GemmExtra upExtra(const Tensor& t, const Tensor& loraB, float scale) {
+  return {.a = elementsOf(t), .b = elementsOf(loraB, scale), .K = loraB.dim(1)};
+}
+
+struct Plus {
+  QLORA_DEVICE float operator()(int64_t, float x, float y) const { return x + y; }
+};
+
+/// y += x
+void addTo(Context& context, const Tensor& x, const Tensor& y) {
+  dispatchFloat(y.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    map(context, y.size(), Plus{}, y.data<T>(), x.data<const T>(), y.data<const T>());
+  });
+}
+
+/// Whether the product itself adds the residual. Large products do nothing but store.
+bool addsOnStoring(const Projections& a, const Projection& p) {
+  return p.residual.defined() && p.weight.data.dtype != DType::i8 && leading(a.x) <= kFewRows;
+}
+
 }  // namespace
 
 void loraLinearForward(Context& context, const LoraLinearForward& a) {
-  const int64_t M = leading(a.x), K = a.weight.K, r = a.loraA.dim(0);
-  gemm(context, {.form = GemmForm::nt,
-                 .compute = a.x.dtype,
-                 .M = M,
-                 .N = r,
-                 .K = K,
-                 .a = dropped(context, a.x, {a.dropout, a.seed, a.stream}),
-                 .b = elementsOf(a.loraA),
-                 .out = {.c = a.t.data<void>(), .dtype = a.t.dtype, .stride = r}});
-  linearForward(context, a.x, a.weight, a.bias, a.y, {.a = elementsOf(a.t), .b = elementsOf(a.loraB, a.scale), .K = r});
+  const Elements x = dropped(context, a.x, {a.dropout, a.seed, a.stream});
+  gemm(context, downGemm(a.loraA, x, leading(a.x), a.t));
+  linearForward(context, a.x, a.weight, a.bias, a.y, upExtra(a.t, a.loraB, a.scale));
 }
 
 void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
@@ -79,6 +107,33 @@ void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
                  .a = u,
                  .b = dropped(context, a.x, dropout),
                  .out = {.c = a.dloraA.data<void>(), .dtype = DType::f32, .stride = K, .add = true}});
+}
+
+void projections(Context& context, const Projections& a) {
+  const int64_t M = leading(a.x);
+  static_assert(Projections::kMost <= kMostTogether);
+  Gemm thin[kMostTogether]{}, whole[kMostTogether]{};
+  int thins = 0, wholes = 0;
+  for (int i = 0; i < a.count; ++i) {
+    const Projection& p = a.layers[i];
+    if (p.loraA.defined()) thin[thins++] = downGemm(p.loraA, elementsOf(a.x), M, p.t);
+  }
+  gemms(context, thin, thins);
+  for (int i = 0; i < a.count; ++i) {
+    const Projection& p = a.layers[i];
+    const GemmExtra extra = p.loraA.defined() ? upExtra(p.t, p.loraB, p.scale) : GemmExtra{};
+    if (p.weight.data.dtype == DType::i8) {
+      linearForward(context, a.x, p.weight, p.bias, p.y, extra);
+    } else {
+      whole[wholes++] = linearGemm(a.x, p.weight, p.bias, p.y, extra);
+      if (addsOnStoring(a, p)) whole[wholes - 1].out.residual = p.residual.data<void>();
+    }
+  }
+  gemms(context, whole, wholes);
+  for (int i = 0; i < a.count; ++i) {
+    const Projection& p = a.layers[i];
+    if (p.residual.defined() && !addsOnStoring(a, p)) addTo(context, p.residual, p.y);
+  }
 }
 
 }  // namespace qlora::cuda

@@ -16,6 +16,10 @@
 // trained also of the compute type already; bias [N] any;
 // t [.., r] of x's type, an output that the backward wants back; y, dx of x's type. dloraA, dloraB f32, accumulated.
 // All sums in fp32.
+//
+// projections: layers that share x, without gradients, each with or without an adapter, bit for bit as loraLinear or
+// matmul would compute it; where there is a residual [.., N] of x's type it is added to y as it was rounded, and the
+// sum rounded once more. A device may do with them all at once.
 #pragma once
 
 #include "ops/matmul.h"
@@ -109,6 +113,55 @@ struct LoraLinearBackward {
     checkDType(op, "dloraB", dloraB, {DType::f32});
     checkSameShape(op, "dloraB", dloraB, loraB);
     checkThat(dropout >= 0 && dropout < 1, op, "dropout must lie in [0, 1)");
+  }
+};
+
+struct Projection {
+  Weight weight;
+  Tensor bias, loraA, loraB, residual, y, t;  // loraA, loraB and t together or none of them
+  float scale;
+
+  template <class V>
+  void visit(V& v) {
+    weight.visit(v);
+    v.optionalIn(bias);
+    v.optionalIn(loraA);
+    v.optionalIn(loraB);
+    v.optionalIn(residual);
+    v.out(y);
+    v.optionalOut(t);
+    v.value(scale);
+  }
+  void check(const Tensor& x) const {
+    const char* op = "projections";
+    if (loraA.defined()) {
+      LoraLinearForward{x, weight, bias, loraA, loraB, y, t, scale, 0, 0, 0}.check();
+    } else {
+      MatmulForward{x, weight, bias, y}.check();
+      checkDType(op, "y", y, {x.dtype});
+    }
+    if (!residual.defined()) return;
+    checkDType(op, "residual", residual, {y.dtype});
+    checkSameShape(op, "residual", residual, y);
+  }
+};
+
+struct Projections {
+  static constexpr int kMost = 3;
+
+  Tensor x;
+  int count;
+  Projection layers[kMost];
+
+  template <class V>
+  void visit(V& v) {
+    v.in(x);
+    v.value(count);
+    for (int i = 0; i < count && i < kMost; ++i) layers[i].visit(v);
+  }
+  void check() const {
+    checkThat(count > 0 && count <= kMost, "projections", "there must be from one to three layers");
+    for (int i = 0; i < count; ++i) layers[i].check(x);
   }
 };
 

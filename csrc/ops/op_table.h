@@ -68,17 +68,18 @@
   X(beamCandidates, BeamCandidates) \
   X(ropeTable, RopeTable) \
   X(rope, Rope) \
+  X(ropeAppend, RopeAppend) \
   X(attentionForward, AttentionForward) \
   X(attentionBackward, AttentionBackward) \
   X(selectRows, SelectRows) \
   X(scatterRows, ScatterRows) \
-  X(appendKeyValue, AppendKeyValue) \
   X(gatherKeyValue, GatherKeyValue) \
   X(matmulForward, MatmulForward) \
   X(matmulBackward, MatmulBackward) \
   X(matmulBackwardWeight, MatmulBackwardWeight) \
   X(loraLinearForward, LoraLinearForward) \
   X(loraLinearBackward, LoraLinearBackward) \
+  X(projections, Projections) \
   X(loraRowNorm, LoraRowNorm) \
   X(doraScaleForward, DoraScaleForward) \
   X(doraScaleBackward, DoraScaleBackward) \

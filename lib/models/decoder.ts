@@ -4,16 +4,14 @@
  * wanted.
  */
 import { checkpoint, type Tape } from '../autograd.js';
-import type { Linear, Pass } from '../nn/linear.js';
+import { Linear, type Pass } from '../nn/linear.js';
 import { attention } from '../ops/attention.js';
-import { add } from '../ops/elementwise.js';
 import { embedding } from '../ops/embedding.js';
 import { glu } from '../ops/glu.js';
-import { appendKeyValue } from '../ops/key-value-cache.js';
 import { type NeftuneKey, neftune } from '../ops/neftune.js';
 import { reshape } from '../ops/reshape.js';
 import { rmsNorm } from '../ops/rms-norm.js';
-import { type RopeTable, rope } from '../ops/rope.js';
+import { type RopeTable, rope, ropeAppend } from '../ops/rope.js';
 import { selectRows } from '../ops/select-rows.js';
 import type { Weight } from '../ops/weight.js';
 import type { FloatDType, Tensor } from '../tensor.js';
@@ -133,12 +131,11 @@ function afterAttention(
   pass: DecoderPass,
 ): Tensor {
   const { eps, offset } = config.norm;
-  using projected = block.o.forward(tape, attended, pass);
-  using h = add(tape, x, projected);
+  using h = block.o.addTo(tape, x, attended, pass);
   using mlpInput = rmsNorm(tape, h, block.mlpNorm, eps, offset);
   pass.inspect?.(block.mlpNorm, mlpInput);
-  using mlpOutput = mlp(tape, config, block, mlpInput, pass);
-  return add(tape, h, mlpOutput);
+  using gated = gatedUnits(tape, config, block, mlpInput, pass);
+  return block.down.addTo(tape, h, gated, pass);
 }
 
 /** [B T, C] to [B T, H D] */
@@ -153,33 +150,39 @@ function attend(
 ): Tensor {
   const { numHeads: H, numKvHeads: G, headDim: D } = config;
   const [B, T] = tokens.shape as [number, number];
-  const turned = (linear: Linear, heads: number) => {
-    using flat = linear.forward(tape, x, pass);
-    using split = reshape(tape, flat, [B, T, heads, D]);
-    return rope(tape, split, table);
+  const split = (projected: Tensor, heads: number) => {
+    using flat = projected;
+    return reshape(tape, flat, [B, T, heads, D]);
   };
-  using q = turned(block.q, H);
-  using k = turned(block.k, G);
-  using flatV = block.v.forward(tape, x, pass);
-  using v = reshape(tape, flatV, [B, T, G, D]);
+  const turned = (projected: Tensor, heads: number) => {
+    using x = split(projected, heads);
+    return rope(tape, x, table);
+  };
+  const [flatQ, flatK, flatV] = Linear.forwardAll(tape, [block.q, block.k, block.v] as const, x, pass);
+  using v = split(flatV, G);
   const { scale, windows } = config.attention;
   const options = { scale, causal: true, window: windows?.[layer] };
   if (cache) {
     const { keys, values } = cache.layer(layer);
-    appendKeyValue(k, keys, cache.ends);
-    appendKeyValue(v, values, cache.ends);
+    using still = split(flatQ, H);
+    using k = split(flatK, G);
+    using q = ropeAppend(still, k, v, table, { keys, values }, cache.ends);
     using out = attention(tape, q, keys, values, { ...options, pastLength: cache.ends });
     return reshape(tape, out, [B * T, H * D]);
   }
+  using q = turned(flatQ, H);
+  using k = turned(flatK, G);
   using out = attention(tape, q, k, v, { ...options, querySegments: segments, keySegments: segments });
   pass.inspect?.(`the attention of layer ${layer}`, out);
   return reshape(tape, out, [B * T, H * D]);
 }
 
-function mlp(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Tensor, pass: DecoderPass): Tensor {
-  using gate = block.gate.forward(tape, x, pass);
-  using up = block.up.forward(tape, x, pass);
-  using gated = glu(tape, gate, up, config.activation);
+/** [.., C] to [.., F], what `down` is given */
+function gatedUnits(tape: Tape | undefined, config: DecoderConfig, block: Block, x: Tensor, pass: Pass): Tensor {
+  const [ofGate, ofUp] = Linear.forwardAll(tape, [block.gate, block.up] as const, x, pass);
+  using gate = ofGate;
+  using up = ofUp;
+  const gated = glu(tape, gate, up, config.activation);
   pass.inspect?.(`the activation before ${block.down.path}`, gated);
-  return block.down.forward(tape, gated, pass);
+  return gated;
 }

@@ -1,17 +1,6 @@
 import type { Tensor } from '../tensor.js';
 
 /**
- * Writes rows into a cache of keys or values, in place: cache[b, at[b] + t] = rows[b, t]. Not differentiable.
- *
- * @param rows [B, T, Hkv, D]
- * @param cache [B, S, Hkv, D] of the same dtype
- * @param at i32 [B]; at[b] + T > S fails with ERR_QLORA_SHAPE
- */
-export function appendKeyValue(rows: Tensor, cache: Tensor, at: Tensor): void {
-  rows.stream.run('appendKeyValue', rows, cache, at);
-}
-
-/**
  * Copies rows of a cache, or moves those of one, in place: cache[b, t] = source[from[b], t] for begin <= t < end, where
  * source may be the cache itself. Not differentiable.
  *

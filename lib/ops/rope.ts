@@ -39,3 +39,31 @@ export function rope(tape: Tape | undefined, x: Tensor, { cos, sin }: RopeTable)
   });
   return y;
 }
+
+/** A layer's keys and values, [B, S, G, D] each, with room for tokens to come. */
+export interface LayerCache {
+  keys: Tensor;
+  values: Tensor;
+}
+
+/**
+ * What attention over a cache needs of T new tokens a row: their keys, turned as `rope` does, and their values are
+ * written into it, keys[b, at[b] + t] = rope(k)[b, t], and their turned queries returned. Not differentiable.
+ *
+ * @param q [B, T, H, D]
+ * @param k [B, T, G, D] of the same dtype, as the cache
+ * @param v [B, T, G, D]
+ * @param at i32 [B]; at[b] + T > S fails with ERR_QLORA_SHAPE
+ */
+export function ropeAppend(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  { cos, sin }: RopeTable,
+  { keys, values }: LayerCache,
+  at: Tensor,
+): Tensor {
+  const turned = new Tensor(q.stream, q.dtype, q.shape);
+  q.stream.run('ropeAppend', q, k, v, cos, sin, at, turned, keys, values);
+  return turned;
+}

@@ -1,22 +1,50 @@
 /** Keys and values of the tokens so far, written and moved in place. */
-import { appendKeyValue, gatherKeyValue } from '../../lib/ops/key-value-cache.js';
+import { gatherKeyValue } from '../../lib/ops/key-value-cache.js';
+import { rope, ropeAppend } from '../../lib/ops/rope.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
-import { checkMisuse, forEachIsa } from '../support/op-harness.js';
+import { checkMisuse, forEachIsa, normalNumbers, tensorOf } from '../support/op-harness.js';
 import t, { testDevice } from '../support/testing.js';
 
 await forEachIsa(t, import.meta.url, async () => {
-  await t.test('appendKeyValue writes its rows and nothing else', async (t) => {
-    const stream = new Stream(testDevice);
-    const cache = Tensor.from(stream, new Float32Array(2 * 5 * 2 * 3).fill(-1), [2, 5, 2, 3]);
-    const rows = Float32Array.from({ length: 2 * 2 * 2 * 3 }, (_, i) => i);
-    appendKeyValue(Tensor.from(stream, rows, [2, 2, 2, 3]), cache, Tensor.from(stream, Int32Array.of(2, 1), [2]));
-    const expected = Array.from({ length: 60 }, (_, n) => {
-      const b = Math.floor(n / 30);
-      const t = (Math.floor(n / 6) % 5) - (b === 0 ? 2 : 1);
-      return t === 0 || t === 1 ? (b * 2 + t) * 6 + (n % 6) : -1;
-    });
-    t.same([...(await cache.read())], expected);
-    await stream.close();
+  await t.test('ropeAppend turns queries, and writes turned keys and values and nothing else', async (t) => {
+    const normal = normalNumbers(1);
+    for (const dtype of ['f32', 'bf16', 'f16'] as const) {
+      // [tokens a row, query heads, key heads, head size, columns of the table]; a head larger than what is turned too.
+      for (const [T, H, G, D, half] of [
+        [2, 3, 2, 6, 2],
+        [1, 8, 2, 64, 32],
+        [20, 2, 1, 10, 5],
+      ] as const) {
+        // biome-ignore format: a list
+        const stream = new Stream(testDevice);
+        const [B, S] = [2, T + 3];
+        const numbers = (n: number) => Array.from({ length: n }, () => Math.round(normal() * 64) / 64);
+        const make = (shape: number[]) => tensorOf(stream, dtype, shape, numbers(shape.reduce((n, d) => n * d, 1)));
+        const [q, k, v] = [make([B, T, H, D]), make([B, T, G, D]), make([B, T, G, D])];
+        const table = {
+          cos: tensorOf(stream, 'f32', [B * T, half], numbers(B * T * half)),
+          sin: tensorOf(stream, 'f32', [B * T, half], numbers(B * T * half)),
+        };
+        const cache = { keys: make([B, S, G, D]), values: make([B, S, G, D]) };
+        const before = [await cache.keys.read(), await cache.values.read()];
+        const at = Int32Array.of(3, 1);
+        const turned = ropeAppend(q, k, v, table, cache, Tensor.from(stream, at, [B]));
+        const what = `${dtype}, ${T} x ${H}, ${G} x ${D}, ${half}`;
+        t.same(await turned.readBits(), await rope(undefined, q, table).readBits(), `${what}: queries`);
+        const rows = [await rope(undefined, k, table).read(), await v.read()];
+        for (const [i, after] of [await cache.keys.read(), await cache.values.read()].entries()) {
+          const token = G * D;
+          const expected = (before[i] as Float32Array).map((old, n) => {
+            const [b, position] = [Math.floor(n / (S * token)), Math.floor(n / token) % S];
+            const place = position - (at[b] as number);
+            if (place < 0 || place >= T) return old;
+            return (rows[i] as Float32Array)[(b * T + place) * token + (n % token)] as number;
+          });
+          t.same(after, expected, `${what}: ${i ? 'values' : 'keys'}`);
+        }
+        await stream.close();
+      }
+    }
   });
 
   await t.test('gatherKeyValue moves rows, also its own', async (t) => {
@@ -43,13 +71,25 @@ await forEachIsa(t, import.meta.url, async () => {
     {
       name: 'a full cache',
       run: (s) => {
-        const x = Tensor.from(s, new Float32Array(16), [1, 4, 1, 4]);
+        const [keys, values] = [0, 1].map(() => Tensor.from(s, new Float32Array(16), [1, 4, 1, 4])) as [Tensor, Tensor];
         const rows = Tensor.from(s, new Float32Array(8), [1, 2, 1, 4]);
-        appendKeyValue(rows, x, Tensor.from(s, Int32Array.of(3), [1]));
-        return x.read();
+        const table = { cos: zeros(s, [2, 2]), sin: zeros(s, [2, 2]) };
+        for (const t of [table.cos, table.sin]) s.run('fill', t, 0);
+        ropeAppend(rows, rows, rows, table, { keys, values }, Tensor.from(s, Int32Array.of(3), [1]));
+        return values.read();
       },
       code: 'ERR_QLORA_SHAPE',
-      message: /2 rows at 3 do not fit into a cache of 4/,
+      message: /2 tokens at 3 do not fit into a cache of 4/,
+    },
+    {
+      name: 'a table for more than a head has',
+      run: (s) => {
+        const [rows, cache, table] = [zeros(s, [1, 2, 1, 4]), zeros(s, [1, 4, 1, 4]), zeros(s, [2, 3])];
+        const at = new Tensor(s, 'i32', [1]);
+        ropeAppend(rows, rows, rows, { cos: table, sin: table }, { keys: cache, values: cache }, at);
+      },
+      code: 'ERR_QLORA_SHAPE',
+      message: /ropeAppend: cos has 3 columns, which turn 6 elements, but a head has only 4/,
     },
     {
       name: 'a row that the source does not have',

@@ -6,6 +6,7 @@ export const conformanceFiles = [
   'ops/rms-norm',
   'ops/quantize',
   'ops/matmul',
+  'ops/projections',
   'ops/low-rank',
   'ops/attention',
   'ops/key-value-cache',
