@@ -3,7 +3,8 @@
  *
  * `share` is of the bound that is nearer: multiply-adds, or reading the weight once from memory. The weights rotate
  * through layers that no cache holds; with `--layers one` the same is used again and again, and may come from a cache.
- * `--m 1,512` and `--shape 2048x5632` (inputs x outputs) choose; `--lora 16` adds an adapter, whose work then counts.
+ * `--m 1,512` and `--shape 2048x5632` (inputs x outputs) choose; `--lora 16` adds an adapter, whose work then counts;
+ * `loraCost` is what it adds to the time over its share of the multiply-adds, 1 where both are in proportion.
  */
 import { quantizeWeight } from '../lib/ops/quantize.js';
 import type { Weight } from '../lib/ops/weight.js';
@@ -11,7 +12,7 @@ import { Stream, Tensor } from '../lib/tensor.js';
 import { amount, choice, column, counts, defineBench, percent, rounded } from './bench.js';
 import { cacheBytes } from './machine.js';
 import { measureRoofline } from './roofline.js';
-import { leastMs } from './timing.js';
+import { differenceMs, leastMs } from './timing.js';
 
 /** Signs, and magnitudes of a few powers of two: what they are does not change the time. */
 export function filled(stream: Stream, shape: readonly number[]): Tensor {
@@ -43,6 +44,7 @@ export default defineBench({
     column('direction', 9, 'direction'),
     column('ms', 9, 'ms', 3),
     percent('share', 'share'),
+    column('loraCost', 8, 'loraCost', 2),
   ],
   async run(values, emit) {
     const rank = amount('lora', values.lora);
@@ -67,24 +69,32 @@ export default defineBench({
         const layer = (i: number) => layers[i % layers.length] as Weight;
         // Scale, dropout, and the seed and stream of its mask.
         const adapter = [2, 0, 0, 0];
-        const forward = (i: number) =>
-          rank
-            ? stream.run('loraLinearForward', x, ...layer(i).args, null, A, B, y, t, ...adapter)
-            : stream.run('matmulForward', x, ...layer(i).args, null, y);
-        const backward = (i: number) =>
-          rank
-            ? stream.run('loraLinearBackward', dy, x, ...layer(i).args, A, B, t, dx, dA, dB, ...adapter)
-            : stream.run('matmulBackward', dy, ...layer(i).args, dx);
+        const forward = (i: number) => stream.run('matmulForward', x, ...layer(i).args, null, y);
+        const backward = (i: number) => stream.run('matmulBackward', dy, ...layer(i).args, dx);
+        const loraForward = (i: number) =>
+          stream.run('loraLinearForward', x, ...layer(i).args, null, A, B, y, t, ...adapter);
+        const loraBackward = (i: number) =>
+          stream.run('loraLinearBackward', dy, x, ...layer(i).args, A, B, t, dx, dA, dB, ...adapter);
+        const base = 2 * m * N * K;
         const extra = 2 * m * rank * (N + K);
-        for (const [direction, enqueue, flop] of [
-          ['forward', forward, 2 * m * N * K + extra],
-          ['backward', backward, 2 * m * N * K + 2 * extra],
+        for (const [direction, plain, withAdapter, added] of [
+          ['forward', forward, loraForward, extra],
+          ['backward', backward, loraBackward, 2 * extra],
         ] as const) {
-          const ms = await leastMs(stream, seconds, enqueue);
+          const ms = await leastMs(stream, seconds, rank ? withAdapter : plain);
+          const flop = base + added;
+          const lora = rank && {
+            lora: rank,
+            loraCost: rounded(
+              (await differenceMs(stream, seconds, plain, withAdapter)) /
+                (await leastMs(stream, seconds, plain)) /
+                (added / base),
+            ),
+          };
           const { rooflineGflops, readGigabytesPerSecond } = roofline;
           const floorMs = Math.max(flop / rooflineGflops, layer(0).sizeBytes / readGigabytesPerSecond) / 1e6;
           const share = rounded(floorMs / ms);
-          emit({ m, n: N, k: K, ...(rank && { lora: rank }), direction, ms: rounded(ms), share, ...roofline });
+          emit({ m, n: N, k: K, ...lora, direction, ms: rounded(ms), share, ...roofline });
         }
       }
       for (const weight of layers) weight.dispose();

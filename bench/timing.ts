@@ -28,3 +28,27 @@ export async function leastMs(stream: Stream, seconds: number, enqueue: (i: numb
   }
   return least;
 }
+
+/**
+ * How much longer `second` takes than `first`, in milliseconds: the median over pairs that follow each other, since a
+ * small difference of long times drowns in what a machine's speed changes meanwhile.
+ */
+export async function differenceMs(
+  stream: Stream,
+  seconds: number,
+  first: (i: number) => void,
+  second: (i: number) => void,
+): Promise<number> {
+  const differences: number[] = [];
+  const timed = async (enqueue: (i: number) => void) => {
+    const start = performance.now();
+    enqueue(differences.length);
+    await stream.sync();
+    return performance.now() - start;
+  };
+  for (const end = performance.now() + seconds * 1000; performance.now() < end || differences.length < 3; ) {
+    const ms = await timed(first);
+    differences.push((await timed(second)) - ms);
+  }
+  return median(differences);
+}

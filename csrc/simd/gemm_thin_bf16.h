@@ -1,8 +1,7 @@
 // Products with one thin side on AVX-512 with bf16: LoRA's own, whose thin side is the rank.
 //
-//   nn, N <= 16    u = dy B. A tile of 32 lanes would be half empty: here 24 rows by one register of 16 lanes, which is
-//   as
-//                  many sums.
+//   nn, N <= 16    u = dy B. A tile of 32 lanes would be half empty: here 24 rows by one register of 16 lanes, as many
+//                  sums.
 //   tn             dA = u^T x, dB = dy^T t. The wide operand is read once, and each element serves so few products that
 //                  reading and interleaving it would take as long as they do. So it is taken in pieces of rows as they
 //                  lie in memory, the next of which is asked for while one is multiplied, and the first rows that are
@@ -76,9 +75,11 @@ class ThinProducts {
       const int64_t m = task * kTall;
       forCounts<kTall, 8, 3, 1>(std::min<int64_t>(kTall, g.M - m), [&](auto count, int64_t row) {
         alignas(64) float sums[count][kVector];
-        for (int64_t k = 0; k < g.K; k += kChunk) {
-          tall<count>(std::min<int64_t>(kChunk, roundUp(g.K - k, 2)), rows + (k / kChunk * g.M + m + row) * kStride,
-                      lanes + k * kVector, sums, k == 0);
+        const bf16* panel = rows + (m + row) * kStride;
+        for (int64_t k = 0; k < g.K; k += kChunk, panel += g.M * kStride) {
+          // What comes next: the same rows of the next chunk, or the rows below of the first one.
+          const bf16* next = k + kChunk < g.K ? panel + g.M * kStride : rows + (m + row + count) * kStride;
+          tall<count>(std::min<int64_t>(kChunk, roundUp(g.K - k, 2)), panel, lanes + k * kVector, sums, k == 0, next);
         }
         for (int r = 0; r < count; ++r) storeRow(g, m + row + r, 0, g.N, sums[r]);
       });
@@ -86,9 +87,14 @@ class ThinProducts {
   }
 
   template <int R>
-  static void tall(int64_t depth, const bf16* rows, const bf16* lanes, float (*c)[kVector], bool first) {
+  static void tall(int64_t depth, const bf16* rows, const bf16* lanes, float (*c)[kVector], bool first,
+                   const bf16* next) {
     __m512 sum[R]{};
     for (int64_t k = 0; k < depth; k += 2) {
+      // As many lines as R rows have, over the steps of a chunk; beyond the end of a buffer that does no harm.
+      _mm_prefetch(next, _MM_HINT_T1);
+      _mm_prefetch(next + 32, _MM_HINT_T1);
+      next += 64;
       const auto lane = reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes + k * kVector));
 #pragma GCC unroll 24
       for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], broadcastPair(rows + r * kStride + k), lane);
@@ -115,6 +121,7 @@ class ThinProducts {
       at = 0;
       row += stride;
     }
+    QLORA_INLINE void tick() { line(); }
   };
 
   /// Rows of up to kStrip columns.
@@ -122,6 +129,7 @@ class ThinProducts {
     const bf16* row;
     int64_t stride, rows;
     __mmask32 columns;
+    int64_t linesPerStep;  // to ask for ahead; the second tile of a strip asks for the other one, where there is one
   };
 
   static void flat(Context& context, const Gemm& g, Result result) {
@@ -148,10 +156,13 @@ class ThinProducts {
     const bool last = k + kPiece >= g.K;
     Ahead ahead{last ? wide + block.lanes : wide + (k + kPiece) * g.b.stride, g.b.stride, block.lanes};
     block.forEachTileByStrip([&](int64_t row, int tileRows, int64_t s, float* tile) {
+      if (row > 0 && row == block.groupStart(1)) {
+        return Bf16Engine::tile(tileRows, {}, {rows + row * kStride, strip, depth}, tile, k == 0, ahead);
+      }
       if (row > 0) return Bf16Engine::tile(tileRows, kStrip, depth, rows + row * kStride, strip, tile, k == 0);
       const int64_t left = block.lanes - s * kStrip;
       const Lying lying{wide + k * g.b.stride + s * kStrip, g.b.stride, count,
-                        left >= kStrip ? 0xffffffffu : (1u << left) - 1};
+                        left >= kStrip ? 0xffffffffu : (1u << left) - 1, block.groups() > 1 ? 1 : 2};
       switch (tileRows) {
         case 1:
           return first<1>(lying, rows, strip, tile, k == 0, ahead);
@@ -182,7 +193,7 @@ class ThinProducts {
     const bf16* row = lying.row;
     for (int64_t k = 0; k < lying.rows; k += 2, row += 2 * lying.stride) {
       next.line();
-      next.line();
+      if (lying.linesPerStep > 1) next.line();
       const __m512i a = _mm512_maskz_loadu_epi16(lying.columns, row);
       const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < lying.rows ? lying.columns : 0, row + lying.stride);
       const __m512i even = _mm512_mask_blend_epi16(kUpper, a, _mm512_slli_epi32(b, 16));
