@@ -164,13 +164,22 @@ await t.test('moves that nobody ends', { skip: onCpu }, async (t) => {
       x.startMove('device');
     }
     x.dispose();
-    const next = new Tensor(stream, 'f32', [x.size]);
-    stream.run('fill', next, 1);
-    t.ok(
-      (await next.read()).every((v) => v === 1),
-      `on the way to the ${to}`,
-    );
-    next.dispose();
+    // Whichever of them gets its memory keeps its own numbers, also when copies that came later have ended.
+    const next = [1, 2, 3].map((value) => {
+      const tensor = new Tensor(stream, 'f32', [x.size]);
+      stream.run('fill', tensor, value);
+      return tensor;
+    });
+    const later = make();
+    later.startMove('host');
+    later.finishMove();
+    for (const [i, tensor] of next.entries()) {
+      t.ok(
+        (await tensor.read()).every((v) => v === i + 1),
+        `on the way to the ${to}`,
+      );
+    }
+    for (const tensor of [...next, later]) tensor.dispose();
   }
   const left = make();
   left.startMove('host');
