@@ -80,9 +80,8 @@ async function check(t: Test, dtype: FloatDType, M: number, N: number, K: number
 }
 
 await forEachIsa(t, import.meta.url, async () => {
-  for (const dtype of ['f32', 'bf16'] as const) {
-    await t.test(`${dtype}, beyond a chunk of tokens`, (t) => check(t, dtype, 531, 94, 128, 16));
-    await t.test(`${dtype}, columns of several tasks`, (t) => check(t, dtype, 45, 591, 576, 9));
-    await t.test(`${dtype}, a rank of two strips`, (t) => check(t, dtype, 131, 71, 640, 40));
-  }
+  await t.test('beyond a chunk of tokens', (t) => check(t, 'bf16', 531, 94, 128, 16));
+  await t.test('columns of several tasks', (t) => check(t, 'bf16', 45, 591, 576, 9));
+  await t.test('a rank of two strips', (t) => check(t, 'bf16', 131, 71, 640, 40));
+  await t.test('f32, beyond a chunk of columns', (t) => check(t, 'f32', 45, 71, 576, 9));
 });
