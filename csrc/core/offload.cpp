@@ -16,7 +16,7 @@ void leave(Context& context, Storage& storage, const std::shared_ptr<Memory>& ho
 }
 
 void arrive(Context& context, Storage& storage) {
-  storage.allocate();
+  storage.data = storage.memory->allocate(storage.bytes, storage.memoryClass);
   storage.where = Where::arriving;
   Offloaded& offloaded = *storage.offloaded;
   if (context.queue) offloaded.copy = context.queue->beginWrite(storage.data, offloaded.data, storage.bytes);

@@ -45,11 +45,16 @@ struct FindError {
   void optionalIn(const Tensor& t) { in(t); }
   void out(const Tensor&) {}
   void optionalOut(const Tensor&) {}
-  void accumulate(const Tensor& t) { in(t); }
-  void optionalAccumulate(const Tensor& t) { in(t); }
-  template <class T>
-  void update(const T& t) {
+  void accumulate(const Tensor& t) {
     in(t);
+    if (!error && t.defined() && t.storage->where != Storage::Where::here) {
+      error = std::make_shared<Error>("ERR_QLORA_INTERNAL", "an operation changes a tensor that is on its way");
+    }
+  }
+  void optionalAccumulate(const Tensor& t) { accumulate(t); }
+  void update(const Tensor& t) { accumulate(t); }
+  void update(const std::vector<Tensor>& list) {
+    for (const Tensor& t : list) accumulate(t);
   }
   void state(const std::vector<Tensor>& list) {
     for (const Tensor& t : list) {

@@ -42,7 +42,7 @@ constexpr int kMostThreads = 256;
 
 int threadsFromEnvironment() {
   const char* text = std::getenv("QLORA_NUM_THREADS");
-  if (!text || !*text) return std::max(1u, std::thread::hardware_concurrency());
+  if (!text || !*text) return std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostThreads);
   const char* end = text + std::strlen(text);
   int asked = 0;
   const auto [stop, error] = std::from_chars(text, end, asked);

@@ -30,6 +30,7 @@ struct Storage {
   /// On the stream's thread only.
   void allocate() {
     if (pages) fail("ERR_QLORA_INTERNAL", "an operation that cannot page writes a tensor whose bytes are in a file");
+    if (where != Where::here) fail("ERR_QLORA_INTERNAL", "a tensor is written while the host keeps its bytes");
     if (!data) data = memory->allocate(bytes, memoryClass);
   }
 

@@ -294,7 +294,11 @@ void gemms(Context& context, const Gemm* list, int count) {
   bool together = count > 1;
   for (int i = 0; i < count; ++i) together = together && goesToFew(list[i]) && isOneKind(list[i].b, list[0].b);
   if (together) return gemmFew(context, list, count);
-  for (int i = 0; i < count; ++i) gemm(context, list[i]);
+  for (int i = 0; i < count; ++i) {
+    Scratch scratch = context.scratch.nested();
+    Context own{context.pool, scratch, context.queue, context.device};
+    gemm(own, list[i]);
+  }
 }
 
 }  // namespace qlora::cuda

@@ -326,7 +326,8 @@ Deal dealOf(const Gemm& g) {
 
 template <class Rows, int tokenTiles, class Shape>
 void launchFew(Context& context, const Gemm* list, int count) {
-  Products all{.count = count};
+  Products all{};
+  all.count = count;
   int64_t rows = 0, most = 0;
   int warps = 0;
   for (int i = 0; i < count; ++i) {

@@ -113,7 +113,9 @@ class Copy : public DeviceCopy {
 
   void beginOn(cudaStream_t copies, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     checkCuda(cudaMemcpyAsync(to, from, bytes, kind, copies), "a copy beside the kernels");
-    checkCuda(cudaEventRecord(done_, copies), "an event");
+    const cudaError_t error = cudaEventRecord(done_, copies);
+    if (error != cudaSuccess) cudaStreamSynchronize(copies);  // nobody else could wait for it
+    checkCuda(error, "an event");
   }
   void awaitOn(cudaStream_t stream) {
     checkCuda(cudaStreamWaitEvent(stream, done_, 0), "waiting for a copy");
@@ -129,14 +131,16 @@ class Copy : public DeviceCopy {
 class Copies {
  public:
   Copies() {
-    checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
     checkCuda(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "making an event");
+    const cudaError_t error = cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
+    if (error != cudaSuccess) cudaEventDestroy(ready_);
+    checkCuda(error, "making a stream");
   }
   Copies(const Copies&) = delete;
   Copies& operator=(const Copies&) = delete;
   ~Copies() {
     cudaStreamSynchronize(stream_);
-    if (ready_) cudaEventDestroy(ready_);
+    cudaEventDestroy(ready_);
     cudaStreamDestroy(stream_);
   }
 
@@ -273,7 +277,11 @@ class CudaDevice : public Device {
     return pointer;
   }
 
-  void releasePinned(void* pointer) override { cudaFreeHost(pointer); }
+  void releasePinned(void* pointer) override {
+    cudaSetDevice(index);
+    cudaDeviceSynchronize();  // a copy may use it yet
+    cudaFreeHost(pointer);
+  }
 
   std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
 

@@ -44,9 +44,8 @@ void addTo(Context& context, const Tensor& x, const Tensor& y) {
   });
 }
 
-}  // namespace
-
-void loraLinearForward(Context& context, const LoraLinearForward& a) {
+/// y of loraLinear's forward, and t.
+void forward(Context& context, const LoraLinearForward& a) {
   const int64_t M = leading(a.x), K = a.weight.K, r = a.loraA.dim(0);
   const DropoutMask dropout{a.dropout, a.seed, a.stream};
   // What multiplies A also multiplies W, unless dropout sets them apart or W takes integers.
@@ -73,6 +72,10 @@ void loraLinearForward(Context& context, const LoraLinearForward& a) {
   const GemmExtra extra{.a = matrix(a.t), .b = matrix(a.loraB, a.scale), .K = r};
   linearForward(context, a.x, a.weight, a.bias, a.y, extra, shared);
 }
+
+}  // namespace
+
+void loraLinearForward(Context& context, const LoraLinearForward& a) { forward(context, a); }
 
 void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
   const int64_t M = leading(a.x), N = a.weight.N, K = a.weight.K, r = a.loraA.dim(0);
@@ -137,7 +140,7 @@ void projections(Context& context, const Projections& a) {
     Scratch scratch = context.scratch.nested();
     Context own{context.pool, scratch};
     if (p.loraA.defined()) {
-      loraLinearForward(own, {a.x, p.weight, p.bias, p.loraA, p.loraB, p.y, p.t, p.scale, 0, 0, 0});
+      forward(own, {a.x, p.weight, p.bias, p.loraA, p.loraB, p.y, p.t, p.scale, 0, 0, 0});
     } else {
       linearForward(own, a.x, p.weight, p.bias, p.y, {}, nullptr);
     }

@@ -123,7 +123,9 @@ void projections(Context& context, const Projections& a) {
     const Projection& p = a.layers[i];
     const GemmExtra extra = p.loraA.defined() ? upExtra(p.t, p.loraB, p.scale) : GemmExtra{};
     if (p.weight.data.dtype == DType::i8) {
-      linearForward(context, a.x, p.weight, p.bias, p.y, extra);
+      Scratch scratch = context.scratch.nested();
+      Context own{context.pool, scratch, context.queue, context.device};
+      linearForward(own, a.x, p.weight, p.bias, p.y, extra);
     } else {
       whole[wholes++] = linearGemm(a.x, p.weight, p.bias, p.y, extra);
       if (addsOnStoring(a, p)) whole[wholes - 1].out.residual = p.residual.data<void>();

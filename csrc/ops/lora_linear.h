@@ -137,6 +137,7 @@ struct Projection {
     if (loraA.defined()) {
       LoraLinearForward{x, weight, bias, loraA, loraB, y, t, scale, 0, 0, 0}.check();
     } else {
+      checkThat(!loraB.defined() && !t.defined(), op, "loraA, loraB and t come together or not at all");
       MatmulForward{x, weight, bias, y}.check();
       checkDType(op, "y", y, {x.dtype});
     }

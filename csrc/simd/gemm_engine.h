@@ -222,6 +222,7 @@ class Engine {
     int64_t stripSize, depth;
 
     Steps<Element> at(int64_t row, int64_t strip) const {
+      if (depth == 0) return {};
       return {rows + row * kStride, strips + strip * stripSize, depth};
     }
   };
@@ -267,7 +268,7 @@ class Engine {
     pieces.finish();
     for (int64_t k = 0; k < term.K; k += kChunk) {
       const Operands all = withPacked(term, m, k, panelAt(k), roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth));
-      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * all.depth / 2);
+      if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * (also.depth + all.depth) / 2);
       block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
         E::tile(count, also.at(row, strip), all.at(row, strip), tile, first, pieces);
       });

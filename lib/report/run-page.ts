@@ -212,11 +212,12 @@ function firstAndLast<T>(list: readonly T[], most: number): T[] {
 function memory({ start, end }: RunLog): Html {
   const plan = start?.memoryPlan;
   if (!plan) return html``;
-  const { total = 0, ...classes } = plan;
+  const { total = 0, pinned, ...classes } = plan;
   const peak = end?.peakMemoryBytes;
   const rows: Bar[] = Object.entries(classes).map(([name, size]) => ({ name, size, kind: 'was' }));
   rows.push({ name: 'plan in all', size: total, kind: 'was' });
   if (peak !== undefined) rows.push({ name: 'the most in use', size: peak, kind: 'is' });
+  if (pinned !== undefined) rows.push({ name: 'pinned', meaning: "of the host's memory", size: pinned, kind: 'was' });
   return section('Memory against plan', bars(rows));
 }
 

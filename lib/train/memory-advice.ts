@@ -1,5 +1,6 @@
 /** What to change where a run does not fit in memory. */
 import { lengthOf, type Sequence } from '../data/batch.js';
+import { freeBytes } from '../devices.js';
 import { QLoRAError } from '../errors.js';
 import { bytes } from '../format.js';
 import { budgetOf, chooseMemory } from './memory-plan.js';
@@ -10,6 +11,7 @@ import { packedLength } from './step-plan.js';
 
 /** @throws ERR_QLORA_MEMORY_PLAN where the plan is above its budget, with changes that would fit */
 export async function refuseAbove(run: Rehearsal, plan: MemoryPlan): Promise<void> {
+  refuseAboveHost(plan);
   const budget = budgetOf(run);
   if (!budget || plan.total <= budget.bytes) return;
   const { total, pinned: _, ...classes } = plan;
@@ -20,6 +22,20 @@ export async function refuseAbove(run: Rehearsal, plan: MemoryPlan): Promise<voi
     { hint: await advice(run, budget.bytes), detail: { plan, maxMemory: budget.bytes } },
   );
 }
+
+/** Pinned memory cannot be swapped out: the system would stop something else for it. */
+function refuseAboveHost(plan: MemoryPlan): void {
+  const free = freeBytes('cpu');
+  if (lackOfHost(plan, free) === 0) return;
+  throw new QLoRAError(
+    'ERR_QLORA_MEMORY_PLAN',
+    `activationOffloading takes ${bytes(plan.pinned ?? 0)} of the host's memory, which has ${bytes(free)} for it`,
+    { hint: 'Take a smaller batchSize or maxLength, or leave activationOffloading out.', detail: { plan } },
+  );
+}
+
+/** Bytes that would be pinned and that the host does not have. */
+const lackOfHost = ({ pinned = 0 }: MemoryPlan, free = freeBytes('cpu')) => Math.max(0, pinned - free);
 
 /** A change of options, as a person would write it. */
 interface Change {
@@ -32,7 +48,8 @@ async function advice(run: Rehearsal, maxMemory: number): Promise<string> {
   const { heaviest } = run;
   const totalWith = async (change: Partial<ResolvedTrainerOptions>) => {
     const options = { ...run.options, ...change };
-    return (await chooseMemory({ ...run, options, heaviest: reduced(heaviest, options) })).memory.total;
+    const { memory } = await chooseMemory({ ...run, options, heaviest: reduced(heaviest, options) });
+    return memory.total + lackOfHost(memory);
   };
   const alone: string[] = [];
   let least = Number.POSITIVE_INFINITY;

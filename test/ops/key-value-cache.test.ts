@@ -15,7 +15,6 @@ await forEachIsa(t, import.meta.url, async () => {
         [1, 8, 2, 64, 32],
         [20, 2, 1, 10, 5],
       ] as const) {
-        // biome-ignore format: a list
         const stream = new Stream(testDevice);
         const [B, S] = [2, T + 3];
         const numbers = (n: number) => Array.from({ length: n }, () => Math.round(normal() * 64) / 64);

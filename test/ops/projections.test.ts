@@ -66,6 +66,8 @@ const groups: Group[] = [
   { dtype: 'bf16', M: 70, K: 128, layers: [{ kind: 'double', N: 136, r: 8, residual: true }, { kind: 'double', N: 24 }] },
   { dtype: 'bf16', M: 6, K: 128, layers: [{ kind: 'double', N: 40, r: 8 }, { kind: 'double', N: 24, r: 8 }], trained: true },
   { dtype: 'bf16', M: 2, K: 72, layers: [{ kind: 'double', N: 40, residual: true }, { kind: 'double', N: 24 }] },
+  { dtype: 'bf16', M: 5, K: 608, layers: [{ kind: 'double', N: 40, r: 8, residual: true }, { kind: 'double', N: 24, residual: true }] },
+  { dtype: 'bf16', M: 5, K: 128, layers: [{ kind: 'f16', N: 40, residual: true }, { kind: 'f16', N: 24 }] },
   { dtype: 'f32', M: 5, K: 100, layers: [{ kind: 'f32', N: 30, r: 4, bias: true, residual: true }, { kind: 'fp4', N: 50 }] },
 ]; // biome-ignore format: a table
 
@@ -97,6 +99,23 @@ async function checkGroup(t: Test, { dtype, M, K, layers, trained, kernels }: Gr
     t.ok((await alone.read()).every(Number.isFinite), `${what}: finite`);
   }
   await stream.close();
+}
+
+/** The most scratch that so many layers of one kind take. */
+async function scratchOf(kind: Kind, count: number): Promise<number> {
+  const stream = new Stream(testDevice);
+  const [M, N, K] = [70, 136, 128];
+  const x = random(stream, 'bf16', [M, K]);
+  const weights: Weight[] = [];
+  while (weights.length < count) weights.push(await weightOf(stream, kind, N, K));
+  projections(
+    x,
+    weights.map((weight) => ({ weight })),
+  );
+  await stream.sync();
+  const { peakByClass } = stream.memory();
+  await stream.close();
+  return peakByClass.scratch as number;
 }
 
 const config = (numLayers: number): DecoderConfig => ({
@@ -203,6 +222,10 @@ await forEachIsa(t, import.meta.url, async () => {
       checkGroup(t, group),
     );
   }
+  await t.test('layers that are done one after the other share their scratch', async (t) => {
+    for (const kind of ['double', 'f16', 'int8'] as const)
+      t.equal(await scratchOf(kind, 3), await scratchOf(kind, 1), kind);
+  });
   await t.test('a token', checkDecoder);
   const layer = (s: Stream): Projection => ({ weight: Weight.dense(new Tensor(s, 'f32', [4, 5])) });
   const x = (s: Stream) => new Tensor(s, 'f32', [2, 5]);
@@ -249,6 +272,12 @@ await forEachIsa(t, import.meta.url, async () => {
         ),
       code: 'ERR_QLORA_SHAPE',
       message: /loraB must have shape \[4, 3\], got \[\]/,
+    },
+    {
+      name: 'what an adapter has, without one',
+      run: (s) => s.run('projections', x(s), 1, ...layer(s).weight.args, null, null, null, null, x(s), x(s), 1),
+      code: 'ERR_QLORA_ARGUMENT',
+      message: /loraA, loraB and t come together or not at all/,
     },
   ]);
 });

@@ -106,6 +106,13 @@ t.test('the device holds as much of many layers as of few', { skip }, async (t) 
   });
   const { memory: taken } = await trained({ ...limited, activationOffloading: true });
   t.ok(taken.peakBytes <= maxMemory);
+  const { availableMemory } = process;
+  t.teardown(() => Object.assign(process, { availableMemory }));
+  process.availableMemory = () => 7 * inputBytes - 1;
+  await t.rejects(QLoRATrainer.create(optionsOf(t, { model: modelOf(8), activationOffloading: true })), {
+    code: 'ERR_QLORA_MEMORY_PLAN',
+    message: /^activationOffloading takes .+ of the host's memory, which has .+ for it$/,
+  });
 });
 
 t.test('a run goes on with another value', { skip }, async (t) => {

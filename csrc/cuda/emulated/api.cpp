@@ -288,6 +288,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceSynchronize() {
+  if (const cudaError_t error = answer(__func__)) return error;
+  streams().arriveAll();
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (const cudaError_t error = answer(__func__)) return error;
   std::lock_guard lock(streams().mutex);

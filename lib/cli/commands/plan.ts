@@ -27,7 +27,10 @@ export function define(command: Command): void {
     const planned = trainerOptions({ ...options, outputDir: options.outputDir ?? '.' });
     const show = (plan: MemoryPlan) => {
       output.object({ type: 'plan', ...plan });
-      for (const line of table(Object.entries(plan).map(([name, n]) => [name, bytes(n)]))) output.line(line);
+      for (const line of table(
+        Object.entries(plan).map(([name, n]) => [name === 'pinned' ? 'pinned, of the host' : name, bytes(n)]),
+      ))
+        output.line(line);
     };
     try {
       const { memory, datasets } = await planRun(resolveTrainerOptions(planned), 'fit');
