@@ -208,9 +208,7 @@ const cases: OpCase[] = [
   trainedCase(37, 50, 70),
   trainedCase(5, 130, 3),
   trainedCase(80, 136, 72),
-  // More rows and columns than adapters have.
-  trainedCase(40, 150, 170),
-  trainedCase(40, 170, 150),
+  ...[150, 170].map((N) => trainedCase(40, N, 320 - N)), // more of both than adapters have
   ...loraCases(fourBit(64, true), 1, 64, 128, 8, 0),
   ...loraCases(fourBit(64, true), 37, 96, 192, 16, 0),
   ...loraCases(fourBit(64, false), 9, 50, 75, 5, 0.3),
