@@ -17,6 +17,7 @@
 #pragma once
 
 #include "simd/gemm_block.h"
+#include "simd/lines_ahead.h"
 #include "simd/rows.h"
 
 namespace qlora::QLORA_ISA {
@@ -200,7 +201,7 @@ class Engine {
         }
       }
       for (int64_t k = 0; k < term.K; k += kChunk) {
-        multiply(block, decoded(block, term, m, n, k, panel), first);
+        multiply(block, decoded(block, term, m, n, k, panel), first, ahead(term, n, k + kChunk));
         first = false;
       }
       if (term.dropout.p > 0) block.applyDropout(term.dropout, g_.N, m, n);
@@ -278,9 +279,23 @@ class Engine {
     }
   }
 
+  /// The rows of B that are decoded after those of the chunk of K before `k`: the task's next, or the first of the task
+  /// to its right.
+  LinesAhead ahead(const Term& term, int64_t n, int64_t k) const {
+    if (k >= term.K) {
+      k = 0;
+      n += decoded_;
+    }
+    if (n >= g_.N) return {};
+    const int64_t size = std::min<int64_t>(kChunk, term.K - k), columns = std::min(decoded_, g_.N - n);
+    return lanesShared_ ? LinesAhead(term.b, n, columns, k, size) : LinesAhead(term.b, k, size, n, columns);
+  }
+
   // Not inline: the tiles' loops within would come twice.
-  __attribute__((noinline)) void multiply(const Block& block, const Operands& all, bool first) const {
+  __attribute__((noinline)) void multiply(const Block& block, const Operands& all, bool first, LinesAhead ahead) const {
+    const int64_t lines = ceilDivide(ahead.lines(), block.groups() * block.strips());
     block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
+      ahead.ask(lines);
       // Decoded lanes are dealt over the whole strip, however few there are.
       const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
       E::tile(count, static_cast<int>(lanes), all.depth, all.rows + row * kStride, all.strips + strip * all.stripSize,
