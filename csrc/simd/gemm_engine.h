@@ -33,7 +33,7 @@ template <class E>
 class Engine {
  public:
   using Element = typename E::Element;
-  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
+  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   using Block = GemmBlock<E>;
   static constexpr bool kHasPieces = requires { E::kPieceRows; };
@@ -44,7 +44,7 @@ class Engine {
                       bool split) {
     PackedA packed{form, compute, M, K, nullptr, split};
     if (form == GemmForm::nt) {
-      const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
+      const int64_t depth = splitDepth<E>(K), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
       auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
         const int64_t strip = task / chunks, begin = task % chunks * kChunk, end = std::min<int64_t>(begin + kChunk, K);
@@ -60,9 +60,9 @@ class Engine {
             E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
           } else {
             E::rowsNatural(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
-            zeroTails(rows, lanes, kApart, n, roundUp(n, kGroup));
+            zeroTails(rows, lanes, kApart, n, splitDepth<E>(n));
           }
-          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), out + (k - begin) * kStrip);
+          E::lanesFromRows(rows, kApart, splitDepth<E>(n), out + (k - begin) * kStrip);
         }
       });
       packed.panels = panels;
@@ -235,7 +235,7 @@ class Engine {
       E::lanes(term.b, g_.compute, k, size, n, block.lanes, panel);
       return withPacked(term, m, k, panel, roundUp(size, kDepth));
     }
-    const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
+    const int64_t padded = term.split ? splitDepth<E>(size) : roundUp(size, kDepth);
     if (term.split) {
       E::rowsSplit(term.b, g_.compute, n, block.rows, k, size, panel, kStride);
     } else {
@@ -248,7 +248,7 @@ class Engine {
   /// A decoded panel with the packed operand beside it.
   Operands withPacked(const Term& term, int64_t m, int64_t k, const Element* panel, int64_t depth) const {
     if (!lanesShared_) return {term.a + (k / kChunk * g_.M + m) * kStride, panel, int64_t{kChunk} * kStrip, depth};
-    const int64_t whole = roundUp(term.K, kGroup);
+    const int64_t whole = splitDepth<E>(term.K);
     return {panel, term.a + stripOffset(term.strips, m / kStrip, k, whole), chunkDepth(k, whole) * kStrip, depth};
   }
 
@@ -268,7 +268,8 @@ class Engine {
     start(0, 1);
     pieces.finish();
     for (int64_t k = 0; k < term.K; k += kChunk) {
-      const Operands all = withPacked(term, m, k, panelAt(k), roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth));
+      const int64_t depth = lanesShared_ ? splitDepth<E>(sizeAt(k)) : roundUp(sizeAt(k), kDepth);
+      const Operands all = withPacked(term, m, k, panelAt(k), depth);
       if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * (also.depth + all.depth) / 2);
       block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
         E::tile(count, also.at(row, strip), all.at(row, strip), tile, first, pieces);
