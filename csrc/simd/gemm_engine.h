@@ -69,7 +69,7 @@ class Engine {
       return packed;
     }
     const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
-    auto* panels = context.scratch.take<Element>((chunks * M + kRowsBeyond) * kStride + 1);
+    Element* panels = rowPanels(context, M, K);
     context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
       const int64_t chunk = task % chunks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
       const int64_t row = task / chunks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
@@ -87,6 +87,11 @@ class Engine {
     });
     packed.panels = panels;
     return packed;
+  }
+
+  /// Room for M rows of K that are packed for nn: [chunk][row][k].
+  static Element* rowPanels(Context& context, int64_t M, int64_t K) {
+    return context.scratch.take<Element>((ceilDivide(K, kChunk) * M + kRowsBeyond) * kStride + 1);
   }
 
   static void run(Context& context, const Gemm& g) {
