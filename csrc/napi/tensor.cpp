@@ -90,7 +90,8 @@ TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Te
     const auto memoryClass = static_cast<MemoryClass>(indexOf(kMemoryClassNames, info[3], "memory class"));
     const size_t bytes = static_cast<size_t>(tensor_.size()) * sizeOf(tensor_.dtype);
     tensor_.storage = std::make_shared<Storage>(stream->sharedMemory(), bytes, memoryClass);
-    ownsBytes_ = stream->memory().backing() == Backing::pages;
+    const bool lasts = memoryClass != MemoryClass::activations && memoryClass != MemoryClass::scratch;
+    ownsBytes_ = lasts && stream->memory().backing() == Backing::pages;
     if (ownsBytes_) Napi::MemoryManagement::AdjustExternalMemory(info.Env(), static_cast<int64_t>(bytes));
     return info.Env().Undefined();
   });
