@@ -84,6 +84,3 @@ export class Weight {
     for (const t of this.owned) t?.dispose();
   }
 }
-
-/** The dtypes a computation may have, as the addon numbers them. */
-export const dtypeIndex: Readonly<Record<FloatDType, number>> = { f32: 0, bf16: 1, f16: 2 };
