@@ -24,6 +24,8 @@ export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 
 
 const cudaIndex = (device: Device) => Number(device.slice('cuda:'.length));
 
+type Argument = Tensor | readonly Tensor[] | number | null | undefined;
+
 /** A queue of operations with a thread of its own and memory that it counts. One a model. */
 export class Stream {
   readonly #native: NativeStream;
@@ -60,14 +62,10 @@ export class Stream {
   }
 
   /** Enqueues an operation of the addon's table. Tensors are passed as they are, null where one is left out. */
-  run(op: string, ...args: (Tensor | readonly Tensor[] | number | null | undefined)[]): void {
+  run(op: string, ...args: Argument[]): void {
     const call = native.ops[op];
     if (!call) throw new QLoRAError('ERR_QLORA_INTERNAL', `the addon has no operation '${op}'`);
-    const natives = args.map((a): NativeArgument => {
-      if (a instanceof Tensor) return a.handle;
-      return Array.isArray(a) ? a.map((t: Tensor) => t.handle) : (a as number | null | undefined);
-    });
-    guard(() => call(this.#native, ...natives));
+    guard(() => call(this.#native, ...args.map(nativeArgument)));
   }
 
   /**
@@ -286,6 +284,11 @@ export class Tensor implements Disposable {
   [Symbol.dispose](): void {
     this.dispose();
   }
+}
+
+function nativeArgument(a: Argument): NativeArgument {
+  if (a instanceof Tensor) return a.handle;
+  return typeof a === 'object' && a ? a.map((t) => t.handle) : (a as number | null | undefined);
 }
 
 function makeHandle(stream: Stream, dtype: DType, shape: readonly number[], memoryClass: MemoryClass): NativeTensor {

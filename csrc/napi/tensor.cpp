@@ -113,7 +113,6 @@ void TensorHandle::dispose(Napi::Env env) {
     // The stream is closed: nothing uses the storage any more, and it goes with this handle.
   }
   tensor_ = {};
-  stream_ = nullptr;
 }
 
 namespace {

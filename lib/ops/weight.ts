@@ -19,17 +19,25 @@ export interface WeightTensors {
 
 export class Weight {
   readonly stream: Stream;
+  /** In the order of the C++ struct's `visit`. */
+  readonly args: readonly (Tensor | number | undefined)[];
+  /** What a backward rule that reads the weight must hold. */
+  readonly held: readonly Tensor[];
 
   constructor(
     /** Output features. */
     readonly N: number,
     /** Input features. */
     readonly K: number,
-    readonly tensors: WeightTensors,
+    readonly tensors: Readonly<WeightTensors>,
     /** What goes with the weight. Left out: all but the codes, which the weights of a stream share. */
     private readonly owned: readonly (Tensor | undefined)[] = [tensors.data, tensors.absmax, tensors.nestedAbsmax],
   ) {
-    this.stream = tensors.data.stream;
+    const { data, absmax, code, nestedAbsmax, nestedCode, blockSize = 0, offset = 0 } = tensors;
+    const matrices = [data, absmax, code, nestedAbsmax, nestedCode];
+    this.stream = data.stream;
+    this.args = [...matrices, N, K, blockSize, offset];
+    this.held = matrices.filter((t) => t !== undefined);
   }
 
   static dense(data: Tensor): Weight {
@@ -56,28 +64,6 @@ export class Weight {
     const { data, absmax, nestedAbsmax } = this.tensors;
     const bytes = (t: Tensor | undefined) => (t ? t.size * bytesPerElement[t.dtype] : 0);
     return bytes(data) + bytes(absmax) + bytes(nestedAbsmax);
-  }
-
-  /** In the order of the C++ struct's `visit`. */
-  get args(): (Tensor | number | null)[] {
-    const { data, absmax, code, nestedAbsmax, nestedCode, blockSize, offset } = this.tensors;
-    return [
-      data,
-      absmax ?? null,
-      code ?? null,
-      nestedAbsmax ?? null,
-      nestedCode ?? null,
-      this.N,
-      this.K,
-      blockSize ?? 0,
-      offset ?? 0,
-    ];
-  }
-
-  /** What a backward rule that reads the weight must hold. */
-  get held(): Tensor[] {
-    const { data, absmax, nestedAbsmax, code, nestedCode } = this.tensors;
-    return [data, absmax, nestedAbsmax, code, nestedCode].filter((t) => t !== undefined);
   }
 
   dispose(): void {
