@@ -81,7 +81,18 @@ void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
   const int64_t M = leading(a.x), N = a.weight.N, K = a.weight.K, r = a.loraA.dim(0);
   const DType compute = a.x.dtype;
   const DropoutMask dropout{a.dropout, a.seed, a.stream};
-  const PackedA dy = packA(context, GemmForm::nn, compute, matrix(a.dy), M, N);
+  const PackedA dy = gemmThatPacks(context, {.form = GemmForm::tn,
+                                             .compute = compute,
+                                             .M = N,
+                                             .N = r,
+                                             .K = M,
+                                             .a = matrix(a.dy),
+                                             .b = matrix(a.t),
+                                             .c = a.dloraB.data<void>(),
+                                             .cDtype = DType::f32,
+                                             .cStride = r,
+                                             .alpha = a.scale,
+                                             .store = GemmStore::add});
   float* u = context.scratch.take<float>(M * r);
   gemm(context, {.form = GemmForm::nn,
                  .compute = compute,
@@ -109,18 +120,6 @@ void loraLinearBackward(Context& context, const LoraLinearBackward& a) {
                    .extra = {.a = uMatrix, .b = matrix(a.loraA), .K = r, .dropout = dropout},
                    .packed = &dy});
   }
-  gemm(context, {.form = GemmForm::tn,
-                 .compute = compute,
-                 .M = N,
-                 .N = r,
-                 .K = M,
-                 .a = matrix(a.dy),
-                 .b = matrix(a.t),
-                 .c = a.dloraB.data<void>(),
-                 .cDtype = DType::f32,
-                 .cStride = r,
-                 .alpha = a.scale,
-                 .store = GemmStore::add});
   gemm(context, {.form = GemmForm::tn,
                  .compute = compute,
                  .M = r,

@@ -103,4 +103,12 @@ PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand&
   return Engine<Fp32Engine>::pack(context, form, compute, a, M, K, true);
 }
 
+PackedA gemmThatPacks(Context& context, const Gemm& g) {
+#if QLORA_ISA_avx512bf16 && !QLORA_ISA_amx
+  if (g.compute == DType::bf16 && ThinProducts::packs(g)) return ThinProducts::runThatPacks(context, g);
+#endif
+  gemm(context, g);
+  return packA(context, GemmForm::nn, g.compute, g.a, g.K, g.M);
+}
+
 }  // namespace qlora::QLORA_ISA

@@ -75,4 +75,7 @@ bool takesPacked(GemmForm form, DType compute, int64_t M);
 /// Packs A once for several products. The panels live in the context's scratch.
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K);
 
+/// gemm() of form tn, and packA() of its A for products nn, of which it is K rows of M: read once where it can be.
+PackedA gemmThatPacks(Context& context, const Gemm& g);
+
 }  // namespace qlora::QLORA_ISA

@@ -57,7 +57,7 @@ QLORA_INLINE void withDense(const GemmOperand& o, F&& f) {
 template <int kDeep>
 struct Bf16Operands {
   using Element = bf16;
-  static constexpr int kGroup = 128, kPiles = 4, kLanesUnit = 64, kStrip = 2 * kVector;
+  static constexpr int kGroup = 128, kTail = 64, kPiles = 4, kLanesUnit = 64, kStrip = 2 * kVector;
   static constexpr int kChunk = kDeep, kStride = kChunk + 32;
   static constexpr int kMostLanes = 512;  // columns that lanes() takes at most
   // Rows that a decoder asks memory for ahead of their turn.
@@ -73,7 +73,7 @@ struct Bf16Operands {
       return withGroups(*o.weight, [=](const auto& reader) { rowsOfNibbles(reader, i, rows, j, n, out, stride); });
     }
     if (isNibbles(o) || isIntegerRows(o)) {
-      for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kPiles, kChunk>(o, compute, i + r, j, n, out + r * stride);
+      for (int64_t r = 0; r < rows; ++r) readSplit<Bf16Operands, kPiles, kChunk>(o, compute, i + r, j, n, out + r * stride);
       return;
     }
     withDense(o, [&](const auto* data, int64_t from, auto scale) {
@@ -91,10 +91,13 @@ struct Bf16Operands {
         for (int64_t g = 0; g < n; g += kGroup) {
           __m512i part[4];
           for (int p = 0; p < 4; ++p) part[p] = loadRow(line + g + 32 * p, n - g - 32 * p, s);
+          const bool tail = n - g <= kTail;
           for (int pile = 0; pile < kPiles; ++pile) {
             const __m512i lower = _mm512_permutex2var_epi16(part[0], index[pile], part[1]);
             const __m512i upper = _mm512_permutex2var_epi16(part[2], index[pile], part[3]);
-            _mm512_storeu_si512(out + r * stride + g + 32 * pile, _mm512_mask_blend_epi64(0xf0, lower, upper));
+            // The upper half of a tail's pile belongs to the next pile, which comes after it.
+            _mm512_storeu_si512(out + r * stride + g + (tail ? 16 : 32) * pile,
+                                _mm512_mask_blend_epi64(0xf0, lower, upper));
           }
         }
       }

@@ -11,7 +11,7 @@ namespace qlora::QLORA_ISA {
 
 struct Bf16Engine {
   using Element = bf16;
-  static constexpr int kDepth = 4, kGroup = 32, kLanesUnit = kGroup, kStrip = 2 * kVector;
+  static constexpr int kDepth = 4, kGroup = 32, kTail = kGroup, kLanesUnit = kGroup, kStrip = 2 * kVector;
   static constexpr int kRows = 12, kRowUnit = 1, kChunk = 512, kStride = kChunk + 32, kDecoded = 128;
   // Rows that a decoder asks memory for ahead of their turn.
   static constexpr int kAheadRows = 4, kAheadLanes = 16;
@@ -34,7 +34,7 @@ struct Bf16Engine {
       }
       return;
     }
-    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
+    for (int64_t r = 0; r < rows; ++r) readSplit<Bf16Engine, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
   /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "simd/gemm_block.h"
+#include "simd/lines_ahead.h"
 #include "simd/rows.h"
 
 namespace qlora::QLORA_ISA {
@@ -32,7 +33,7 @@ template <class E>
 class Engine {
  public:
   using Element = typename E::Element;
-  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth, kGroup = E::kGroup;
+  static constexpr int kRows = E::kRows, kStrip = 2 * kVector, kDepth = E::kDepth;
   static constexpr int kChunk = E::kChunk, kStride = E::kStride;
   using Block = GemmBlock<E>;
   static constexpr bool kHasPieces = requires { E::kPieceRows; };
@@ -43,7 +44,7 @@ class Engine {
                       bool split) {
     PackedA packed{form, compute, M, K, nullptr, split};
     if (form == GemmForm::nt) {
-      const int64_t depth = roundUp(K, kGroup), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
+      const int64_t depth = splitDepth<E>(K), strips = ceilDivide(M, kStrip), chunks = ceilDivide(K, kChunk);
       auto* panels = context.scratch.take<Element>(strips * depth * kStrip + 1);
       context.pool.parallelFor(strips * chunks, [&](int64_t task, int) {
         const int64_t strip = task / chunks, begin = task % chunks * kChunk, end = std::min<int64_t>(begin + kChunk, K);
@@ -59,16 +60,16 @@ class Engine {
             E::rowsSplit(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
           } else {
             E::rowsNatural(a, compute, strip * kStrip, lanes, k, n, rows, kApart);
-            zeroTails(rows, lanes, kApart, n, roundUp(n, kGroup));
+            zeroTails(rows, lanes, kApart, n, splitDepth<E>(n));
           }
-          E::lanesFromRows(rows, kApart, roundUp(n, kGroup), out + (k - begin) * kStrip);
+          E::lanesFromRows(rows, kApart, splitDepth<E>(n), out + (k - begin) * kStrip);
         }
       });
       packed.panels = panels;
       return packed;
     }
     const int64_t chunks = ceilDivide(K, kChunk), blocks = ceilDivide(M, kRowsPacked);
-    auto* panels = context.scratch.take<Element>((chunks * M + kRowsBeyond) * kStride + 1);
+    Element* panels = rowPanels(context, M, K);
     context.pool.parallelFor(chunks * blocks, [&](int64_t task, int) {
       const int64_t chunk = task % chunks, k = chunk * kChunk, n = std::min<int64_t>(kChunk, K - k);
       const int64_t row = task / chunks * kRowsPacked, rows = std::min(kRowsPacked, M - row);
@@ -86,6 +87,11 @@ class Engine {
     });
     packed.panels = panels;
     return packed;
+  }
+
+  /// Room for M rows of K that are packed for nn: [chunk][row][k].
+  static Element* rowPanels(Context& context, int64_t M, int64_t K) {
+    return context.scratch.take<Element>((ceilDivide(K, kChunk) * M + kRowsBeyond) * kStride + 1);
   }
 
   static void run(Context& context, const Gemm& g) {
@@ -200,7 +206,7 @@ class Engine {
         }
       }
       for (int64_t k = 0; k < term.K; k += kChunk) {
-        multiply(block, decoded(block, term, m, n, k, panel), first);
+        multiply(block, decoded(block, term, m, n, k, panel), first, ahead(term, n, k + kChunk));
         first = false;
       }
       if (term.dropout.p > 0) block.applyDropout(term.dropout, g_.N, m, n);
@@ -234,7 +240,7 @@ class Engine {
       E::lanes(term.b, g_.compute, k, size, n, block.lanes, panel);
       return withPacked(term, m, k, panel, roundUp(size, kDepth));
     }
-    const int64_t padded = roundUp(size, term.split ? kGroup : kDepth);
+    const int64_t padded = term.split ? splitDepth<E>(size) : roundUp(size, kDepth);
     if (term.split) {
       E::rowsSplit(term.b, g_.compute, n, block.rows, k, size, panel, kStride);
     } else {
@@ -247,7 +253,7 @@ class Engine {
   /// A decoded panel with the packed operand beside it.
   Operands withPacked(const Term& term, int64_t m, int64_t k, const Element* panel, int64_t depth) const {
     if (!lanesShared_) return {term.a + (k / kChunk * g_.M + m) * kStride, panel, int64_t{kChunk} * kStrip, depth};
-    const int64_t whole = roundUp(term.K, kGroup);
+    const int64_t whole = splitDepth<E>(term.K);
     return {panel, term.a + stripOffset(term.strips, m / kStrip, k, whole), chunkDepth(k, whole) * kStrip, depth};
   }
 
@@ -267,7 +273,8 @@ class Engine {
     start(0, 1);
     pieces.finish();
     for (int64_t k = 0; k < term.K; k += kChunk) {
-      const Operands all = withPacked(term, m, k, panelAt(k), roundUp(sizeAt(k), lanesShared_ ? kGroup : kDepth));
+      const int64_t depth = lanesShared_ ? splitDepth<E>(sizeAt(k)) : roundUp(sizeAt(k), kDepth);
+      const Operands all = withPacked(term, m, k, panelAt(k), depth);
       if (k + kChunk < term.K) start(k + kChunk, block.groups() * block.strips() * (also.depth + all.depth) / 2);
       block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
         E::tile(count, also.at(row, strip), all.at(row, strip), tile, first, pieces);
@@ -278,9 +285,23 @@ class Engine {
     }
   }
 
+  /// The rows of B that are decoded after those of the chunk of K before `k`: the task's next, or the first of the task
+  /// to its right.
+  LinesAhead ahead(const Term& term, int64_t n, int64_t k) const {
+    if (k >= term.K) {
+      k = 0;
+      n += decoded_;
+    }
+    if (n >= g_.N) return {};
+    const int64_t size = std::min<int64_t>(kChunk, term.K - k), columns = std::min(decoded_, g_.N - n);
+    return lanesShared_ ? LinesAhead(term.b, n, columns, k, size) : LinesAhead(term.b, k, size, n, columns);
+  }
+
   // Not inline: the tiles' loops within would come twice.
-  __attribute__((noinline)) void multiply(const Block& block, const Operands& all, bool first) const {
+  __attribute__((noinline)) void multiply(const Block& block, const Operands& all, bool first, LinesAhead ahead) const {
+    const int64_t lines = ceilDivide(ahead.lines(), block.groups() * block.strips());
     block.forEachTile([&](int64_t row, int count, int64_t strip, float* tile) {
+      ahead.ask(lines);
       // Decoded lanes are dealt over the whole strip, however few there are.
       const int64_t lanes = lanesShared_ ? std::min<int64_t>(kStrip, block.lanes - strip * kStrip) : kStrip;
       E::tile(count, static_cast<int>(lanes), all.depth, all.rows + row * kStride, all.strips + strip * all.stripSize,

@@ -157,7 +157,7 @@ class FewTokens {
       sum.add(w, x + k, term.xStride);
     }
     if (k < K) {
-      Group w[R];
+      HalfGroup w[R];
       for (int r = 0; r < R; ++r) {
         const int64_t from = flat + r * K + k;
         w[r] = reader.readHalf(from, scale.at(from));
@@ -280,7 +280,7 @@ class FewTokens {
     pieces.finish();
     for (int64_t step = 0; step < count; ++step) {
       const int64_t k = step / groups * kChunk, r = step % groups * R;
-      const int64_t depth = roundUp(std::min<int64_t>(kChunk, term.K - k), Bf16Engine::kGroup);
+      const int64_t depth = splitDepth<Bf16Engine>(std::min<int64_t>(kChunk, term.K - k));
       if (step + 1 < count) start(step + 1, depth / 8);
       // Of rows beyond the last one, whatever the panel holds is multiplied, and not stored.
       quadTile<G, R>(depth, panels + step % 2 * R * kStride, x + k * 4 * G, sums + r * G * 16, pieces);

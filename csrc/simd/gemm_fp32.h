@@ -13,7 +13,7 @@ namespace qlora::QLORA_ISA {
 
 struct Fp32Engine {
   using Element = float;
-  static constexpr int kDepth = 1, kGroup = 2 * kVector, kLanesUnit = kGroup, kStrip = 2 * kVector;
+  static constexpr int kDepth = 1, kGroup = 2 * kVector, kTail = kGroup, kLanesUnit = kGroup, kStrip = 2 * kVector;
   // As many sums as registers hold beside two lanes and a broadcast.
   static constexpr int kRows = kRegisters == 32 ? 12 : (kVector == 8 ? 6 : 4);
   static constexpr int kRowUnit = 1, kChunk = 256, kStride = kChunk + 16, kDecoded = 128;
@@ -36,7 +36,7 @@ struct Fp32Engine {
         }
       });
     }
-    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
+    for (int64_t r = 0; r < rows; ++r) readSplit<Fp32Engine, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
   /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
@@ -71,7 +71,7 @@ struct Fp32Engine {
     }
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c < columns; c += kStrip) {
-        readSplit<kGroup, 2, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
+        readSplit<Fp32Engine, 2, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
                                      strips + c * kChunk + r * kStrip);
       }
     }

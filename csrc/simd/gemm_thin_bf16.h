@@ -24,14 +24,27 @@ class ThinProducts {
   static void run(Context& context, const Gemm& g) {
     if (g.form == GemmForm::nn) return narrow(context, g);
     if (g.M <= g.N) return flat(context, g, Result::rows);
-    Gemm swapped = g;
-    std::swap(swapped.M, swapped.N);
-    std::swap(swapped.a, swapped.b);
-    flat(context, swapped, Result::columns);
+    flat(context, swapped(g), Result::columns);
+  }
+
+  /// Whether runThatPacks() takes it: where A is the wide one.
+  static bool packs(const Gemm& g) { return g.form == GemmForm::tn && g.M > g.N && takes(g); }
+
+  /// As run(), and the rows of A are copied to their panels for nn as they pass.
+  static PackedA runThatPacks(Context& context, const Gemm& g) {
+    bf16* panels = Engine<Bf16Engine>::rowPanels(context, g.K, g.M);
+    flat(context, swapped(g), Result::columns, panels);
+    return {GemmForm::nn, g.compute, g.K, g.M, panels};
   }
 
  private:
   static constexpr int kChunk = Bf16Engine::kChunk, kStride = Bf16Engine::kStride, kStrip = Bf16Engine::kStrip;
+
+  static Gemm swapped(Gemm g) {
+    std::swap(g.M, g.N);
+    std::swap(g.a, g.b);
+    return g;
+  }
 
   /// Calls f with the largest of `counts` that is at most `rows`, as a constant, for rows after rows until all are
   /// done.
@@ -127,12 +140,14 @@ class ThinProducts {
   /// Rows of up to kStrip columns.
   struct Lying {
     const bf16* row;
+    bf16* copy;  // where they are copied, kStride apart, if anywhere
     int64_t stride, rows;
     __mmask32 columns;
     int64_t linesPerStep;  // to ask for ahead; the second tile of a strip asks for the other one, where there is one
   };
 
-  static void flat(Context& context, const Gemm& g, Result result) {
+  /// `copies`: panels for nn of the wide operand, or none.
+  static void flat(Context& context, const Gemm& g, Result result, bf16* copies = nullptr) {
     const PackedA a = g.packed ? *g.packed : Engine<Bf16Engine>::pack(context, g.form, g.compute, g.a, g.M, g.K, false);
     const int threads = context.pool.size();
     const int64_t tasks = std::max(ceilDivide(g.N, kWide), std::min<int64_t>(4 * threads, ceilDivide(g.N, kWideLeast)));
@@ -142,12 +157,15 @@ class ThinProducts {
     context.pool.parallelFor(ceilDivide(g.N, columns), [&](int64_t task, int thread) {
       const int64_t n = task * columns;
       const Block block{g.M, std::min(columns, g.N - n), Bf16Engine::kPieceRows, sums + thread * size};
-      for (int64_t k = 0; k < g.K; k += kPiece) multiplyPiece(g, static_cast<const bf16*>(a.panels), block, k, n);
+      for (int64_t k = 0; k < g.K; k += kPiece) {
+        multiplyPiece(g, static_cast<const bf16*>(a.panels), block, k, n, copies);
+      }
       result == Result::rows ? block.storeDirect(g, 0, n) : block.storeTransposed(g, n, 0, LaneOrder::split);
     });
   }
 
-  static void multiplyPiece(const Gemm& g, const bf16* panels, const Block& block, int64_t k, int64_t n) {
+  static void multiplyPiece(const Gemm& g, const bf16* panels, const Block& block, int64_t k, int64_t n,
+                            bf16* copies) {
     alignas(64) bf16 strip[kPiece * kStrip];
     const auto* wide = static_cast<const bf16*>(g.b.data) + n;
     const int64_t count = std::min(kPiece, g.K - k), depth = roundUp(count, 2);
@@ -160,8 +178,9 @@ class ThinProducts {
         return Bf16Engine::tile(tileRows, {}, {rows + row * kStride, strip, depth}, tile, k == 0, ahead);
       }
       if (row > 0) return Bf16Engine::tile(tileRows, kStrip, depth, rows + row * kStride, strip, tile, k == 0);
-      const int64_t left = block.lanes - s * kStrip;
-      const Lying lying{wide + k * g.b.stride + s * kStrip, g.b.stride, count,
+      const int64_t left = block.lanes - s * kStrip, column = n + s * kStrip;
+      bf16* copy = copies ? copies + (column / kChunk * g.K + k) * kStride + column % kChunk : nullptr;
+      const Lying lying{wide + k * g.b.stride + s * kStrip, copy, g.b.stride, count,
                         left >= kStrip ? 0xffffffffu : (1u << left) - 1, block.groups() > 1 ? 1 : 2};
       switch (tileRows) {
         case 1:
@@ -191,11 +210,17 @@ class ThinProducts {
     __m512 sum[R][2]{};
     Ahead next = ahead;
     const bf16* row = lying.row;
+    bf16* copy = lying.copy;
     for (int64_t k = 0; k < lying.rows; k += 2, row += 2 * lying.stride) {
       next.line();
       if (lying.linesPerStep > 1) next.line();
       const __m512i a = _mm512_maskz_loadu_epi16(lying.columns, row);
       const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < lying.rows ? lying.columns : 0, row + lying.stride);
+      if (copy) {
+        _mm512_storeu_si512(copy, a);
+        if (k + 1 < lying.rows) _mm512_storeu_si512(copy + kStride, b);
+        copy += 2 * kStride;
+      }
       const __m512i even = _mm512_mask_blend_epi16(kUpper, a, _mm512_slli_epi32(b, 16));
       const __m512i odd = _mm512_mask_blend_epi16(kUpper, _mm512_srli_epi32(a, 16), b);
       _mm512_store_si512(strip + k * kStrip, even);

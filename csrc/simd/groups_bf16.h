@@ -24,6 +24,11 @@ struct Group {
   __m512i pile[4];
 };
 
+/// 64 weights in four piles, two a register: what is left of a row.
+struct HalfGroup {
+  __m512i pile[2];
+};
+
 /// 64 columns of two rows, as pairs of a column: of each half the even columns, then the odd ones.
 struct RowPairs {
   __m512i even[2], odd[2];
@@ -75,12 +80,14 @@ class GroupReader {
   }
   /// The same where a row ends within the group, after 64 columns.
   template <class Scale>
-  QLORA_INLINE Group readHalf(int64_t flat, const Scale& scale) const {
+  QLORA_INLINE HalfGroup readHalf(int64_t flat, const Scale& scale) const {
     struct Half {
       const Scale& scale;
       QLORA_INLINE float operator[](int i) const { return i < kScales ? scale[i] : 0.0f; }
     };
-    return lookUp(_mm512_zextsi256_si512(halfGroup(flat)), Half{scale});
+    const Group group = lookUp(_mm512_zextsi256_si512(halfGroup(flat)), Half{scale});
+    const auto two = [](__m512i a, __m512i b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); };
+    return {{two(group.pile[0], group.pile[1]), two(group.pile[2], group.pile[3])}};
   }
 
   struct ScalesAt {

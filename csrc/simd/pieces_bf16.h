@@ -50,9 +50,7 @@ class RowPieces {
     const int64_t flat = flat_ + at_;
     const auto scale = reader_.scalesAt(flat);
     reader_.prefetch(flat + Operands::kAheadRows * reader_.columns());
-    const Group group = at_ + Operands::kGroup <= columns_ ? reader_.read(flat, scale) : reader_.readHalf(flat, scale);
-#pragma GCC unroll 4
-    for (int p = 0; p < Operands::kPiles; ++p) _mm512_storeu_si512(out_ + at_ + 32 * p, group.pile[p]);
+    at_ + Operands::kGroup <= columns_ ? store(reader_.read(flat, scale)) : store(reader_.readHalf(flat, scale));
     at_ += Operands::kGroup;
     if (at_ >= columns_) {
       at_ = 0;
@@ -60,6 +58,13 @@ class RowPieces {
       out_ += stride_;
       --rows_;
     }
+  }
+
+  template <class G>
+  QLORA_INLINE void store(const G& group) {
+    constexpr int kPiles = sizeof(G) / sizeof(__m512i);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPiles; ++p) _mm512_storeu_si512(out_ + at_ + 32 * p, group.pile[p]);
   }
 
   const Reader reader_;

@@ -90,16 +90,26 @@ constexpr int splitColumn(int l) {
   return l % (kGroup / kPiles) * kPiles + l / (kGroup / kPiles);
 }
 
+/// Columns that n take in split order: whole groups, and at last one of kTail where what is left fits.
+template <class E>
+constexpr int64_t splitDepth(int64_t n) {
+  const int64_t left = n % E::kGroup;
+  return n - left + (left == 0 ? 0 : left <= E::kTail ? E::kTail : E::kGroup);
+}
+
 /// Columns [j, j + n) of row i in split order, zeros up to the end of the last group. n is at most kMaximum.
-template <int kGroup, int kPiles, int kMaximum, class E>
+template <class Engine, int kPiles, int kMaximum, class E>
 void readSplit(const GemmOperand& o, DType compute, int64_t i, int64_t j, int64_t n, E* out) {
   alignas(64) E natural[kMaximum];
   readNatural(o, compute, i, j, n, natural);
-  const int64_t padded = (n + kGroup - 1) / kGroup * kGroup;
+  const int64_t padded = splitDepth<Engine>(n);
   std::fill(natural + n, natural + padded, E{});
-  for (int64_t g = 0; g < padded; g += kGroup) {
-    for (int l = 0; l < kGroup; ++l) out[g + l] = natural[g + splitColumn<kGroup, kPiles>(l)];
+  int64_t g = 0;
+  for (; g + Engine::kGroup <= padded; g += Engine::kGroup) {
+    for (int l = 0; l < Engine::kGroup; ++l) out[g + l] = natural[g + splitColumn<Engine::kGroup, kPiles>(l)];
   }
+  if (g == padded) return;
+  for (int l = 0; l < Engine::kTail; ++l) out[g + l] = natural[g + splitColumn<Engine::kTail, kPiles>(l)];
 }
 
 }  // namespace qlora::QLORA_ISA
