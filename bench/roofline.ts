@@ -1,6 +1,5 @@
 /** What the machine can do: multiply-adds from registers, and reading from memory, on all threads. */
-import { dtypeIndex } from '../lib/ops/weight.js';
-import { type FloatDType, Stream, Tensor } from '../lib/tensor.js';
+import { dtypeIndex, type FloatDType, Stream, Tensor } from '../lib/tensor.js';
 import { column, defineBench, rounded } from './bench.js';
 
 export interface RooflineFields {

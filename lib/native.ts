@@ -49,13 +49,28 @@ export interface StreamUsage {
 
 type TypedArray = Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array;
 
+declare const tensor: unique symbol;
+/** A handle of the addon. That of a tensor that was disposed of may become another's. */
 export interface NativeTensor {
-  write(data: TypedArray): Promise<void>;
-  read(): Promise<TypedArray>;
-  view(shape: readonly number[]): NativeTensor;
-  startMove(to: 'host' | 'device'): void;
-  finishMove(): void;
-  dispose(): void;
+  readonly [tensor]: true;
+}
+
+/** Dtypes, memory classes and places by their numbers in csrc/core. */
+export interface NativeTensors {
+  /** `spare`: a handle to use again; undefined for a new one. */
+  make(
+    spare: NativeTensor | undefined,
+    stream: NativeStream,
+    dtype: number,
+    memoryClass: number,
+    ...shape: number[]
+  ): NativeTensor;
+  view(spare: NativeTensor | undefined, of: NativeTensor, ...shape: number[]): NativeTensor;
+  write(to: NativeTensor, data: TypedArray): Promise<void>;
+  read(from: NativeTensor): Promise<TypedArray>;
+  startMove(tensor: NativeTensor, to: number): void;
+  finishMove(tensor: NativeTensor): void;
+  dispose(tensor: NativeTensor): void;
 }
 
 /** What an operation takes: tensors, lists of them, null for one left out, numbers. In the order of its C++ `visit`. */
@@ -67,7 +82,7 @@ interface Addon {
     cuda?: number,
     purpose?: 'rehearsal',
   ) => NativeStream;
-  Tensor: new (stream: NativeStream, dtype: string, shape: readonly number[], memoryClass: string) => NativeTensor;
+  tensors: NativeTensors;
   ops: Record<string, (stream: NativeStream, ...args: NativeArgument[]) => void>;
   processMemory(): NativeMemory;
   cpu(): { instructionSets: string[]; inUse: string; chosen: string; threads: number };

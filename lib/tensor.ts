@@ -9,14 +9,29 @@ export type DType = FloatDType | 'i32' | 'u8' | 'i8';
 export type MemoryClass = 'weights' | 'adapters' | 'optimizer' | 'activations' | 'scratch';
 export type Device = 'cpu' | `cuda:${number}`;
 
+/** As the addon numbers them. */
+export const dtypeIndex: Readonly<Record<DType, number>> = { f32: 0, bf16: 1, f16: 2, i32: 3, u8: 4, i8: 5 };
+const memoryClassIndex: Readonly<Record<MemoryClass, number>> = {
+  weights: 0,
+  adapters: 1,
+  optimizer: 2,
+  activations: 3,
+  scratch: 4,
+};
+const placeIndex = { host: 0, device: 1 } as const;
+
 export const bytesPerElement: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, i32: 4, u8: 1, i8: 1 };
 
 const cudaIndex = (device: Device) => Number(device.slice('cuda:'.length));
+
+type Argument = Tensor | readonly Tensor[] | number | null | undefined;
 
 /** A queue of operations with a thread of its own and memory that it counts. One a model. */
 export class Stream {
   readonly #native: NativeStream;
   readonly #shared = new Map<string, Tensor>();
+  /** Handles of tensors that were disposed of, for those to come: what a step makes V8 need not finalize. */
+  readonly #spare: NativeTensor[] = [];
   #closing: Promise<void> | undefined;
 
   /**
@@ -35,15 +50,22 @@ export class Stream {
     return this.#native;
   }
 
+  /** @internal A handle to use again, if there is one. */
+  takeSpare(): NativeTensor | undefined {
+    return this.#spare.pop();
+  }
+
+  /** @internal Nobody may use this handle any more. */
+  disposeOf(handle: NativeTensor): void {
+    native.tensors.dispose(handle);
+    this.#spare.push(handle);
+  }
+
   /** Enqueues an operation of the addon's table. Tensors are passed as they are, null where one is left out. */
-  run(op: string, ...args: (Tensor | readonly Tensor[] | number | null | undefined)[]): void {
+  run(op: string, ...args: Argument[]): void {
     const call = native.ops[op];
     if (!call) throw new QLoRAError('ERR_QLORA_INTERNAL', `the addon has no operation '${op}'`);
-    const natives = args.map((a): NativeArgument => {
-      if (a instanceof Tensor) return a.handle;
-      return Array.isArray(a) ? a.map((t: Tensor) => t.handle) : (a as number | null | undefined);
-    });
-    guard(() => call(this.#native, ...natives));
+    guard(() => call(this.#native, ...args.map(nativeArgument)));
   }
 
   /**
@@ -138,7 +160,8 @@ export class Tensor implements Disposable {
   requiresGrad = false;
   /** Of a parameter that is trained: f32, same shape; backward rules add to it. */
   gradient: Tensor | undefined;
-  readonly #native: NativeTensor;
+  /** undefined once its memory was let go of. */
+  #handle: NativeTensor | undefined;
   #holds = 0;
   #disposed = false;
 
@@ -147,10 +170,10 @@ export class Tensor implements Disposable {
     readonly dtype: DType,
     readonly shape: readonly number[],
     readonly memoryClass: MemoryClass = 'activations',
-    view?: NativeTensor,
+    handle?: NativeTensor,
   ) {
     this.size = shape.reduce((n, d) => n * d, 1);
-    this.#native = view ?? guard(() => new native.Tensor(stream.handle, dtype, shape, memoryClass));
+    this.#handle = handle ?? guard(() => makeHandle(stream, dtype, shape, memoryClass));
   }
 
   /** A tensor that holds `data`. f32 from numbers may be given any float dtype by an op; bits are taken as they are. */
@@ -174,8 +197,10 @@ export class Tensor implements Disposable {
     return tensor;
   }
 
+  /** @throws QLoRAError `ERR_QLORA_DISPOSED` */
   get handle(): NativeTensor {
-    return this.#native;
+    if (!this.#handle) throw new QLoRAError('ERR_QLORA_DISPOSED', 'this tensor was disposed of');
+    return this.#handle;
   }
 
   /** The dimension at i; negative counts from the end. */
@@ -191,7 +216,7 @@ export class Tensor implements Disposable {
 
   /** An array larger than 1 MiB is read when the stream comes to it: leave it alone until the promise resolves. */
   write(data: Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array): Promise<void> {
-    return guard(() => this.#native.write(data));
+    return guard(() => native.tensors.write(this.handle, data));
   }
 
   /** The values once everything enqueued before has run. 16-bit floats come widened to fp32. */
@@ -204,18 +229,14 @@ export class Tensor implements Disposable {
 
   /** The stored elements as they are; 16-bit floats as Uint16Array. */
   readBits(): Promise<Float32Array | Uint16Array | Int32Array | Uint8Array | Int8Array> {
-    return guard(() => this.#native.read());
+    return guard(() => native.tensors.read(this.handle));
   }
 
   /** The same memory in another shape of the same size. Its handle is disposed of on its own. */
   view(shape: readonly number[]): Tensor {
-    const view = new Tensor(
-      this.stream,
-      this.dtype,
-      shape,
-      this.memoryClass,
-      guard(() => this.#native.view(shape)),
-    );
+    const { stream, dtype, memoryClass, handle: source } = this;
+    const handle = guard(() => native.tensors.view(stream.takeSpare(), source, ...shape));
+    const view = new Tensor(stream, dtype, shape, memoryClass, handle);
     view.requiresGrad = this.requiresGrad;
     return view;
   }
@@ -225,12 +246,12 @@ export class Tensor implements Disposable {
    * way to the host it may still be read; away and on the way back it may not.
    */
   startMove(to: 'host' | 'device'): void {
-    guard(() => this.#native.startMove(to));
+    guard(() => native.tensors.startMove(this.handle, placeIndex[to]));
   }
 
   /** What is enqueued from here on comes after the move; its source is free. Nothing where none is under way. */
   finishMove(): void {
-    guard(() => this.#native.finishMove());
+    guard(() => native.tensors.finishMove(this.handle));
   }
 
   /** Keeps the memory until `release()`, whatever happens to the handle. For the tape. */
@@ -240,7 +261,7 @@ export class Tensor implements Disposable {
   }
 
   release(): void {
-    if (--this.#holds === 0 && this.#disposed) this.#native.dispose();
+    if (--this.#holds === 0 && this.#disposed) this.#letGo();
   }
 
   get disposed(): boolean {
@@ -250,13 +271,30 @@ export class Tensor implements Disposable {
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    if (this.#holds === 0) this.#native.dispose();
+    if (this.#holds === 0) this.#letGo();
     this.gradient?.dispose();
+  }
+
+  #letGo(): void {
+    if (!this.#handle) return;
+    this.stream.disposeOf(this.#handle);
+    this.#handle = undefined;
   }
 
   [Symbol.dispose](): void {
     this.dispose();
   }
+}
+
+function nativeArgument(a: Argument): NativeArgument {
+  if (a instanceof Tensor) return a.handle;
+  return typeof a === 'object' && a ? a.map((t) => t.handle) : (a as number | null | undefined);
+}
+
+function makeHandle(stream: Stream, dtype: DType, shape: readonly number[], memoryClass: MemoryClass): NativeTensor {
+  const type = dtypeIndex[dtype];
+  if (type === undefined) throw new QLoRAError('ERR_QLORA_ARGUMENT', `unknown dtype '${dtype}'`);
+  return native.tensors.make(stream.takeSpare(), stream.handle, type, memoryClassIndex[memoryClass], ...shape);
 }
 
 function widenBf16(bits: Uint16Array): Float32Array {

@@ -265,6 +265,48 @@ t.test('errors of the addon are QLoRAErrors', async (t) => {
   t.throws(() => stream.run('fill', y, 1), thrown('ERR_QLORA_DISPOSED', /disposed/));
 });
 
+t.test('a handle of the addon is used again, but never while somebody may read by it', async (t) => {
+  const stream = new Stream();
+  const make = (value: number) => Tensor.from(stream, new Float32Array(4).fill(value), [2, 2]);
+  const disposed = { name: 'QLoRAError', code: 'ERR_QLORA_DISPOSED' };
+  const x = make(1);
+  const view = x.view([4]);
+  const { handle } = x;
+  x.dispose();
+  const y = make(2);
+  t.equal(y.handle, handle, 'the next tensor has it');
+  x.dispose();
+  x.release();
+  t.not(make(3).handle, handle, 'and keeps it, however often the first is disposed of');
+  t.throws(() => stream.run('scale', x, y, 1), disposed);
+  t.throws(() => stream.run('gradNorm', [x], y), disposed);
+  t.throws(() => x.view([4]), disposed);
+  await t.rejects(x.read(), disposed);
+  t.same([...(await y.read())], [2, 2, 2, 2]);
+  t.same([...(await view.read())], [1, 1, 1, 1], 'a view has a handle of its own');
+  y.hold();
+  y.dispose();
+  t.not(make(4).handle, handle, 'one that is held is in use');
+  t.same([...(await y.read())], [2, 2, 2, 2]);
+  y.release();
+  t.equal(view.view([2, 2]).handle, handle, 'a view may have it as well');
+  t.throws(() => stream.run('add', 1 as never, view, view), {
+    code: 'ERR_QLORA_ARGUMENT',
+    message: /expected a tensor/,
+  });
+  await stream.close();
+});
+
+t.test('V8 collects no garbage for the memory of activations, which come and go within a step', async (t) => {
+  const collections = outcome(t, await runChild('collections', [], { node: ['--expose-gc'] })) as Record<
+    string,
+    number
+  >;
+  t.equal(collections.activations, 0);
+  t.equal(collections.scratch, 0);
+  t.ok((collections.weights as number) > 0, 'but for that of weights, whose owner may be gone');
+});
+
 t.test('a disposed model says so, and disposing of it twice is nothing', async (t) => {
   const model = await QuantizedModel.load(tiny);
   const early = model.logits(ids);

@@ -115,7 +115,7 @@ double ArgumentReader::number() {
 
 Tensor ArgumentReader::tensorOf(const Napi::Value& value) const {
   const TensorHandle& handle = TensorHandle::of(value);
-  if (handle.stream != stream_) {
+  if (handle.stream() != stream_) {
     fail("ERR_QLORA_ARGUMENT", "argument %zu of an operation belongs to another model's stream", at_ - 1);
   }
   return handle.tensor();

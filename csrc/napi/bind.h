@@ -89,7 +89,7 @@ struct AddonData {
   explicit AddonData(Napi::Env env) : completions(std::make_shared<Completions>(env)) {}
 
   std::shared_ptr<Completions> completions;
-  Napi::FunctionReference tensorClass, streamClass, recordingClass;
+  Napi::FunctionReference streamClass, recordingClass;
   std::vector<std::weak_ptr<Stream>> streams;
 };
 
@@ -127,36 +127,29 @@ class RecordingHandle : public Napi::ObjectWrap<RecordingHandle> {
   std::shared_ptr<Recording> recording_;
 };
 
-class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
+/// A tensor as JavaScript holds it, in an External. Disposed of, it may become the handle of another: a training step
+/// makes thousands of tensors, and V8 would have to finalize a handle of each.
+class TensorHandle {
  public:
-  static Napi::Function define(Napi::Env env);
-  explicit TensorHandle(const Napi::CallbackInfo& info);
-  ~TensorHandle() override;
   static TensorHandle& of(const Napi::Value& value);
-
-  /// A handle to a tensor whose bytes something else accounts for.
-  static Napi::Object wrap(Napi::Env env, std::shared_ptr<Stream> stream, Tensor tensor);
+  /// A handle of the tensor: `spare`, or a new one where that is undefined. V8 is told of `toldBytes`.
+  static Napi::Value make(const Napi::Value& spare, std::shared_ptr<Stream> stream, Tensor tensor,
+                          int64_t toldBytes = 0);
 
   /// Throws where it was disposed of.
   const Tensor& tensor() const;
-
-  std::shared_ptr<Stream> stream;
+  const std::shared_ptr<Stream>& stream() const { return stream_; }
+  /// Its tensor goes in the stream's order; nothing where that has happened.
+  void dispose(Napi::Env env);
 
  private:
-  Napi::Value write(const Napi::CallbackInfo& info);
-  Napi::Value read(const Napi::CallbackInfo& info);
-  Napi::Value view(const Napi::CallbackInfo& info);
-  Napi::Value startMove(const Napi::CallbackInfo& info);
-  Napi::Value finishMove(const Napi::CallbackInfo& info);
-  Napi::Value dispose(const Napi::CallbackInfo& info);
-  void release();
-
+  std::shared_ptr<Stream> stream_;
   Tensor tensor_;
-  bool ownsBytes_ = true;  // a view, a paged and a rehearsal's tensor do not count for V8's garbage collector
+  int64_t toldBytes_ = 0;
 };
 
-/// Fills rank and shape from an array of non-negative integers.
-void readShape(const Napi::Value& value, Tensor& t);
+/// Rank and shape from the arguments from `first` on, non-negative integers.
+void readShape(const Napi::CallbackInfo& info, size_t first, Tensor& t);
 DType readDType(const Napi::Value& value);
 
 /// Reads an operation's arguments from JavaScript's, in the order of its `visit`.
@@ -192,6 +185,7 @@ class ArgumentReader {
   size_t at_ = 1;  // argument 0 is the stream
 };
 
+void defineTensors(Napi::Env env, Napi::Object exports);
 void defineFiles(Napi::Env env, Napi::Object exports);
 void definePageFiles(Napi::Env env, Napi::Object exports);
 

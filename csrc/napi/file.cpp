@@ -195,7 +195,7 @@ class SafetensorsHandle : public Napi::ObjectWrap<SafetensorsHandle> {
       const Tensor target = handle.tensor();
       const uint64_t offset = checkedOffset(*file, info[1].ToNumber().DoubleValue(), target.storage->bytes);
       return onStream(
-          info.Env(), handle.stream,
+          info.Env(), handle.stream(),
           [file, target, offset, reader, name = info[2].ToString().Utf8Value()](Context& context) {
             try {
               if (!target.storage->pages) target.storage->allocate();
@@ -278,8 +278,9 @@ struct Content {
         continue;
       }
       const TensorHandle& handle = TensorHandle::of(part);
-      if (stream && stream != handle.stream) fail("ERR_QLORA_ARGUMENT", "a file is written from tensors of one stream");
-      stream = handle.stream;
+      if (stream && stream != handle.stream())
+        fail("ERR_QLORA_ARGUMENT", "a file is written from tensors of one stream");
+      stream = handle.stream();
       views.push_back({});
       tensors.push_back(handle.tensor());
     }

@@ -46,18 +46,18 @@ class PageFileHandle : public Napi::ObjectWrap<PageFileHandle> {
     });
   }
 
-  /// tensor(dtype, shape): one whose bytes are in the file, zeros at first.
+  /// tensor(dtype, ...shape): one whose bytes are in the file, zeros at first.
   Napi::Value tensor(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&]() -> Napi::Value {
       if (!file_) fail("ERR_QLORA_DISPOSED", "the file of paged state is not open");
       Tensor t;
       t.dtype = readDType(info[0]);
-      readShape(info[1], t);
+      readShape(info, 1, t);
       const size_t bytes = static_cast<size_t>(t.size()) * sizeOf(t.dtype);
       t.storage = std::make_shared<Storage>(stream_->sharedMemory(), bytes, MemoryClass::optimizer);
       t.storage->pages = file_;
       t.storage->pageOffset = file_->take(bytes);
-      return TensorHandle::wrap(info.Env(), stream_, std::move(t));
+      return TensorHandle::make(info.Env().Undefined(), stream_, std::move(t));
     });
   }
 

@@ -311,12 +311,10 @@ static Napi::Value cudaDriver(const Napi::CallbackInfo& info) {
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData(env);
   env.SetInstanceData(data);
-  Napi::Function streamClass = StreamHandle::define(env), tensorClass = TensorHandle::define(env);
+  Napi::Function streamClass = StreamHandle::define(env);
   data->recordingClass = Napi::Persistent(RecordingHandle::define(env));
   data->streamClass = Napi::Persistent(streamClass);
-  data->tensorClass = Napi::Persistent(tensorClass);
   exports.Set("Stream", streamClass);
-  exports.Set("Tensor", tensorClass);
   exports.Set("processMemory", Napi::Function::New(env, processMemoryOf));
   exports.Set("cpu", Napi::Function::New(env, cpuInformation));
   exports.Set("cuda", Napi::Function::New(env, cudaInformation));
@@ -332,6 +330,7 @@ static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   QLORA_OPS(QLORA_DEFINE_OP)
 #undef QLORA_DEFINE_OP
   exports.Set("ops", ops);
+  defineTensors(env, exports);
   defineFiles(env, exports);
   definePageFiles(env, exports);
 

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "core/check.h"
@@ -10,17 +12,14 @@ namespace qlora {
 
 namespace {
 
-const napi_type_tag kTensorTag = {0x716c6f726174656e, 0x736f720000000001};
 // Up to here a write copies at once; above, it reads the caller's array when the stream comes to it.
 constexpr size_t kCopyAtOnce = size_t{1} << 20;
 
-template <size_t N>
-int indexOf(const char* const (&names)[N], const Napi::Value& value, const char* what) {
-  const std::string text = value.ToString();
-  for (size_t i = 0; i < N; ++i) {
-    if (text == names[i]) return static_cast<int>(i);
-  }
-  fail("ERR_QLORA_ARGUMENT", "unknown %s '%s'", what, text.c_str());
+/// What JavaScript names by its number, one of `count`.
+int readIndex(const Napi::Value& value, size_t count, const char* what) {
+  const double i = value.ToNumber().DoubleValue();
+  if (i >= 0 && i < static_cast<double>(count)) return static_cast<int>(i);
+  fail("ERR_QLORA_ARGUMENT", "there is no %s %g", what, i);
 }
 
 /// By JavaScript's constructor, which throws where there is no memory; Node-API's own function would end the process.
@@ -52,15 +51,14 @@ Napi::Value typedArray(Napi::Env env, DType dtype, size_t count, Napi::ArrayBuff
 
 }  // namespace
 
-void readShape(const Napi::Value& value, Tensor& t) {
-  if (!value.IsArray()) fail("ERR_QLORA_ARGUMENT", "a shape must be an array");
-  const Napi::Array array = value.As<Napi::Array>();
-  if (array.Length() > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
+void readShape(const Napi::CallbackInfo& info, size_t first, Tensor& t) {
+  const size_t rank = info.Length() - std::min(first, info.Length());
+  if (rank > kMaxRank) fail("ERR_QLORA_SHAPE", "a shape has at most %d dimensions", kMaxRank);
   t.shape = {};
-  t.rank = static_cast<int>(array.Length());
+  t.rank = static_cast<int>(rank);
   double size = 1;
-  for (int i = 0; i < t.rank; ++i) {
-    const double n = array.Get(static_cast<uint32_t>(i)).ToNumber().DoubleValue();
+  for (size_t i = 0; i < rank; ++i) {
+    const double n = info[first + i].ToNumber().DoubleValue();
     size *= n;
     if (!(n >= 0) || n != static_cast<double>(static_cast<int64_t>(n)) || size > 0x1p48) {
       fail("ERR_QLORA_SHAPE", "a shape must hold non-negative integers with a product below 2^48");
@@ -69,40 +67,35 @@ void readShape(const Napi::Value& value, Tensor& t) {
   }
 }
 
-DType readDType(const Napi::Value& value) { return static_cast<DType>(indexOf(kDTypeNames, value, "dtype")); }
-
-Napi::Function TensorHandle::define(Napi::Env env) {
-  return DefineClass(
-      env, "Tensor",
-      {InstanceMethod<&TensorHandle::write>("write"), InstanceMethod<&TensorHandle::read>("read"),
-       InstanceMethod<&TensorHandle::view>("view"), InstanceMethod<&TensorHandle::startMove>("startMove"),
-       InstanceMethod<&TensorHandle::finishMove>("finishMove"), InstanceMethod<&TensorHandle::dispose>("dispose")});
+DType readDType(const Napi::Value& value) {
+  return static_cast<DType>(readIndex(value, std::size(kDTypeNames), "dtype"));
 }
-
-/// new Tensor(stream, dtype, shape, memoryClass)
-TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TensorHandle>(info) {
-  guarded(info.Env(), [&]() -> Napi::Value {
-    info.This().As<Napi::Object>().TypeTag(&kTensorTag);
-    if (info.Length() == 0) return info.Env().Undefined();  // filled by view()
-    stream = StreamHandle::of(info[0]).stream;
-    tensor_.dtype = readDType(info[1]);
-    readShape(info[2], tensor_);
-    const auto memoryClass = static_cast<MemoryClass>(indexOf(kMemoryClassNames, info[3], "memory class"));
-    const size_t bytes = static_cast<size_t>(tensor_.size()) * sizeOf(tensor_.dtype);
-    tensor_.storage = std::make_shared<Storage>(stream->sharedMemory(), bytes, memoryClass);
-    ownsBytes_ = stream->memory().backing() == Backing::pages;
-    if (ownsBytes_) Napi::MemoryManagement::AdjustExternalMemory(info.Env(), static_cast<int64_t>(bytes));
-    return info.Env().Undefined();
-  });
-}
-
-TensorHandle::~TensorHandle() { release(); }
 
 TensorHandle& TensorHandle::of(const Napi::Value& value) {
-  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kTensorTag)) {
+  void* handle = nullptr;
+  if (napi_get_value_external(value.Env(), value, &handle) != napi_ok) {
     fail("ERR_QLORA_ARGUMENT", "expected a tensor");
   }
-  return *Napi::ObjectWrap<TensorHandle>::Unwrap(value.As<Napi::Object>());
+  return *static_cast<TensorHandle*>(handle);
+}
+
+Napi::Value TensorHandle::make(const Napi::Value& spare, std::shared_ptr<Stream> stream, Tensor tensor,
+                               int64_t toldBytes) {
+  const Napi::Env env = spare.Env();
+  Napi::Value value = spare;
+  if (spare.IsUndefined()) {
+    value = Napi::External<TensorHandle>::New(env, new TensorHandle, [](Napi::Env env, TensorHandle* handle) {
+      handle->dispose(env);
+      delete handle;
+    });
+  }
+  TensorHandle& handle = of(value);
+  if (handle.tensor_.defined()) fail("ERR_QLORA_INTERNAL", "the handle of a tensor was given to another");
+  handle.stream_ = std::move(stream);
+  handle.tensor_ = std::move(tensor);
+  handle.toldBytes_ = toldBytes;
+  if (toldBytes) Napi::MemoryManagement::AdjustExternalMemory(env, toldBytes);
+  return value;
 }
 
 const Tensor& TensorHandle::tensor() const {
@@ -110,12 +103,58 @@ const Tensor& TensorHandle::tensor() const {
   return tensor_;
 }
 
-/// write(typedArray): Promise. Bytes are taken as they are.
-Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
+void TensorHandle::dispose(Napi::Env env) {
+  if (!tensor_.defined()) return;
+  if (toldBytes_) Napi::MemoryManagement::AdjustExternalMemory(env, -toldBytes_);
+  // Dropped in the stream's order, so that what is in memory when does not depend on how far JavaScript runs ahead.
+  try {
+    stream_->post([storage = std::move(tensor_.storage)](Context&) {});
+  } catch (const Error&) {
+    // The stream is closed: nothing uses the storage any more, and it goes with this handle.
+  }
+  tensor_ = {};
+}
+
+namespace {
+
+/// make(spare, stream, dtype, memoryClass, ...shape): a tensor that nothing has written; see TensorHandle::make.
+Napi::Value makeTensor(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const Tensor target = tensor();
-    if (!info[0].IsTypedArray()) fail("ERR_QLORA_ARGUMENT", "write takes a typed array");
-    const Napi::TypedArray source = info[0].As<Napi::TypedArray>();
+    const std::shared_ptr<Stream>& stream = StreamHandle::of(info[1]).stream;
+    Tensor t;
+    t.dtype = readDType(info[2]);
+    readShape(info, 4, t);
+    const auto memoryClass = static_cast<MemoryClass>(readIndex(info[3], kMemoryClasses, "memory class"));
+    const size_t bytes = static_cast<size_t>(t.size()) * sizeOf(t.dtype);
+    t.storage = std::make_shared<Storage>(stream->sharedMemory(), bytes, memoryClass);
+    // Activations come and go with a step: told of them, V8 would collect all of its heap several times in each.
+    const bool lasts = memoryClass != MemoryClass::activations && memoryClass != MemoryClass::scratch;
+    const bool told = lasts && stream->memory().backing() == Backing::pages;
+    return TensorHandle::make(info[0], stream, std::move(t), told ? static_cast<int64_t>(bytes) : 0);
+  });
+}
+
+/// view(spare, tensor, ...shape): the same storage in another shape of the same size.
+Napi::Value viewTensor(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const TensorHandle& source = TensorHandle::of(info[1]);
+    Tensor viewed = source.tensor();
+    readShape(info, 2, viewed);
+    if (viewed.size() != source.tensor().size()) {
+      fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(),
+           shapeText(source.tensor()).c_str());
+    }
+    return TensorHandle::make(info[0], source.stream(), std::move(viewed));
+  });
+}
+
+/// write(tensor, typedArray): Promise. Bytes are taken as they are.
+Napi::Value writeTensor(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const TensorHandle& handle = TensorHandle::of(info[0]);
+    const Tensor target = handle.tensor();
+    if (!info[1].IsTypedArray()) fail("ERR_QLORA_ARGUMENT", "write takes a typed array");
+    const Napi::TypedArray source = info[1].As<Napi::TypedArray>();
     const size_t bytes = source.ByteLength();
     if (bytes != target.storage->bytes) {
       fail("ERR_QLORA_SHAPE", "write: a tensor of shape %s and type %s holds %zu bytes, got %zu",
@@ -128,10 +167,10 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
       copy = std::make_shared<std::vector<char>>(data, data + bytes);
       data = copy->data();
     } else {
-      keep = std::make_shared<Napi::ObjectReference>(Napi::Persistent(info[0].As<Napi::Object>()));
+      keep = std::make_shared<Napi::ObjectReference>(Napi::Persistent(source.As<Napi::Object>()));
     }
     return onStream(
-        info.Env(), stream,
+        info.Env(), handle.stream(),
         [target, data, bytes, copy](Context& context) {
           try {
             if (!target.storage->pages) target.storage->allocate();
@@ -153,17 +192,18 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
   });
 }
 
-/// read(): Promise of a typed array; 16-bit floats come as Uint16Array of their bits.
-Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
+/// read(tensor): Promise of a typed array; 16-bit floats come as Uint16Array of their bits.
+Napi::Value readTensor(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const Tensor source = tensor();
+    const TensorHandle& handle = TensorHandle::of(info[0]);
+    const Tensor source = handle.tensor();
     const size_t bytes = source.storage->bytes;
     Napi::ArrayBuffer buffer = arrayBuffer(info.Env(), bytes);
     void* target = buffer.Data();
     auto keep = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
     const size_t count = static_cast<size_t>(source.size());
     return onStream(
-        info.Env(), stream,
+        info.Env(), handle.stream(),
         [source, target, bytes](Context& context) {
           if (source.storage->error) throw Error(*source.storage->error);
           if (source.storage->pages) return source.storage->pages->read(target, bytes, source.storage->pageOffset);
@@ -176,73 +216,56 @@ Napi::Value TensorHandle::read(const Napi::CallbackInfo& info) {
   });
 }
 
-/// view(shape): the same storage in another shape of the same size.
-Napi::Value TensorHandle::view(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&]() -> Napi::Value {
-    Tensor viewed = tensor();
-    readShape(info[0], viewed);
-    if (viewed.size() != tensor().size()) {
-      fail("ERR_QLORA_SHAPE", "view: %s has another size than %s", shapeText(viewed).c_str(),
-           shapeText(tensor()).c_str());
-    }
-    return wrap(info.Env(), stream, std::move(viewed));
-  });
-}
-
-namespace {
-
 /// Of a tensor of a device that computes now: a graph would repeat neither the memory that a move takes nor its copy.
 void checkMove(const Stream& stream) {
   if (!stream.pinned()) fail("ERR_QLORA_INTERNAL", "only a device's tensors move to the host");
   if (stream.recording()) fail("ERR_QLORA_INTERNAL", "only operations can be recorded, no moves");
 }
 
-}  // namespace
-
-/// startMove(to): see core/offload.h; to: 'host' or 'device'.
-Napi::Value TensorHandle::startMove(const Napi::CallbackInfo& info) {
+/// startMove(tensor, to): see core/offload.h; to: a place's number.
+Napi::Value startTensorMove(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const auto to = static_cast<MemoryPlace>(indexOf(kMemoryPlaceNames, info[0], "place"));
-    checkMove(*stream);
-    stream->post([storage = tensor().storage, to, host = stream->pinned()](Context& context) {
-      qlora::startMove(context, *storage, to, host);
+    const TensorHandle& handle = TensorHandle::of(info[0]);
+    const auto to = static_cast<MemoryPlace>(readIndex(info[1], std::size(kMemoryPlaceNames), "place"));
+    Stream& stream = *handle.stream();
+    checkMove(stream);
+    stream.post([storage = handle.tensor().storage, to, host = stream.pinned()](Context& context) {
+      startMove(context, *storage, to, host);
     });
     return info.Env().Undefined();
   });
 }
 
-Napi::Value TensorHandle::finishMove(const Napi::CallbackInfo& info) {
+/// finishMove(tensor)
+Napi::Value finishTensorMove(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    checkMove(*stream);
-    stream->post([storage = tensor().storage](Context& context) { qlora::finishMove(context, *storage); });
+    const TensorHandle& handle = TensorHandle::of(info[0]);
+    checkMove(*handle.stream());
+    handle.stream()->post([storage = handle.tensor().storage](Context& context) { finishMove(context, *storage); });
     return info.Env().Undefined();
   });
 }
 
-Napi::Object TensorHandle::wrap(Napi::Env env, std::shared_ptr<Stream> stream, Tensor tensor) {
-  Napi::Object object = env.GetInstanceData<AddonData>()->tensorClass.New({});
-  TensorHandle& handle = of(object);
-  handle.stream = std::move(stream);
-  handle.tensor_ = std::move(tensor);
-  handle.ownsBytes_ = false;
-  return object;
+/// dispose(tensor): its handle may become another's.
+Napi::Value disposeTensor(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    TensorHandle::of(info[0]).dispose(info.Env());
+    return info.Env().Undefined();
+  });
 }
 
-Napi::Value TensorHandle::dispose(const Napi::CallbackInfo& info) {
-  release();
-  return info.Env().Undefined();
-}
+}  // namespace
 
-void TensorHandle::release() {
-  if (!tensor_.defined()) return;
-  if (ownsBytes_) Napi::MemoryManagement::AdjustExternalMemory(Env(), -static_cast<int64_t>(tensor_.storage->bytes));
-  // Dropped in the stream's order, so that what is in memory when does not depend on how far JavaScript runs ahead.
-  try {
-    stream->post([storage = std::move(tensor_.storage)](Context&) {});
-  } catch (const Error&) {
-    // The stream is closed: nothing uses the storage any more, and it goes with this handle.
-  }
-  tensor_ = {};
+void defineTensors(Napi::Env env, Napi::Object exports) {
+  Napi::Object tensors = Napi::Object::New(env);
+  tensors.Set("make", Napi::Function::New<makeTensor>(env, "make"));
+  tensors.Set("view", Napi::Function::New<viewTensor>(env, "view"));
+  tensors.Set("write", Napi::Function::New<writeTensor>(env, "write"));
+  tensors.Set("read", Napi::Function::New<readTensor>(env, "read"));
+  tensors.Set("startMove", Napi::Function::New<startTensorMove>(env, "startMove"));
+  tensors.Set("finishMove", Napi::Function::New<finishTensorMove>(env, "finishMove"));
+  tensors.Set("dispose", Napi::Function::New<disposeTensor>(env, "dispose"));
+  exports.Set("tensors", tensors);
 }
 
 }  // namespace qlora

@@ -16,7 +16,8 @@ export interface NativeSafetensorsFile {
 
 export interface NativePageFile {
   open(): Promise<void>;
-  tensor(dtype: string, shape: readonly number[]): NativeTensor;
+  /** dtype: its number, see tensor.ts */
+  tensor(dtype: number, ...shape: number[]): NativeTensor;
   close(): void;
 }
 

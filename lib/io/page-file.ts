@@ -2,7 +2,7 @@
 import { randomBytes } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import { guard } from '../native.js';
-import { type DType, type Stream, Tensor } from '../tensor.js';
+import { type DType, dtypeIndex, type Stream, Tensor } from '../tensor.js';
 import { makeFolder } from './folder.js';
 import { type NativePageFile, nativeFile } from './native-file.js';
 
@@ -45,7 +45,7 @@ export class PageFile implements Disposable {
       dtype,
       shape,
       'optimizer',
-      guard(() => this.#native.tensor(dtype, shape)),
+      guard(() => this.#native.tensor(dtypeIndex[dtype], ...shape)),
     );
   }
 

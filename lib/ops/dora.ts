@@ -1,6 +1,6 @@
 import type { Tape } from '../autograd.js';
-import { type FloatDType, Tensor } from '../tensor.js';
-import { dtypeIndex, type Weight } from './weight.js';
+import { dtypeIndex, type FloatDType, Tensor } from '../tensor.js';
+import type { Weight } from './weight.js';
 
 /**
  * Lengths of the rows of W + scale * B A, f32 [N]; W dequantized to `dtype`.

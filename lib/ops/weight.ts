@@ -19,17 +19,25 @@ export interface WeightTensors {
 
 export class Weight {
   readonly stream: Stream;
+  /** In the order of the C++ struct's `visit`. */
+  readonly args: readonly (Tensor | number | undefined)[];
+  /** What a backward rule that reads the weight must hold. */
+  readonly held: readonly Tensor[];
 
   constructor(
     /** Output features. */
     readonly N: number,
     /** Input features. */
     readonly K: number,
-    readonly tensors: WeightTensors,
+    readonly tensors: Readonly<WeightTensors>,
     /** What goes with the weight. Left out: all but the codes, which the weights of a stream share. */
     private readonly owned: readonly (Tensor | undefined)[] = [tensors.data, tensors.absmax, tensors.nestedAbsmax],
   ) {
-    this.stream = tensors.data.stream;
+    const { data, absmax, code, nestedAbsmax, nestedCode, blockSize = 0, offset = 0 } = tensors;
+    const matrices = [data, absmax, code, nestedAbsmax, nestedCode];
+    this.stream = data.stream;
+    this.args = [...matrices, N, K, blockSize, offset];
+    this.held = matrices.filter((t) => t !== undefined);
   }
 
   static dense(data: Tensor): Weight {
@@ -58,32 +66,7 @@ export class Weight {
     return bytes(data) + bytes(absmax) + bytes(nestedAbsmax);
   }
 
-  /** In the order of the C++ struct's `visit`. */
-  get args(): (Tensor | number | null)[] {
-    const { data, absmax, code, nestedAbsmax, nestedCode, blockSize, offset } = this.tensors;
-    return [
-      data,
-      absmax ?? null,
-      code ?? null,
-      nestedAbsmax ?? null,
-      nestedCode ?? null,
-      this.N,
-      this.K,
-      blockSize ?? 0,
-      offset ?? 0,
-    ];
-  }
-
-  /** What a backward rule that reads the weight must hold. */
-  get held(): Tensor[] {
-    const { data, absmax, nestedAbsmax, code, nestedCode } = this.tensors;
-    return [data, absmax, nestedAbsmax, code, nestedCode].filter((t) => t !== undefined);
-  }
-
   dispose(): void {
     for (const t of this.owned) t?.dispose();
   }
 }
-
-/** The dtypes a computation may have, as the addon numbers them. */
-export const dtypeIndex: Readonly<Record<FloatDType, number>> = { f32: 0, bf16: 1, f16: 2 };

@@ -3,11 +3,12 @@ import { createHash } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { constants, type PerformanceEntry, PerformanceObserver } from 'node:perf_hooks';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
 import { memory, QLoRATrainer, QuantizedModel } from '../../lib/index.js';
-import { Stream, Tensor } from '../../lib/tensor.js';
+import { type MemoryClass, Stream, Tensor } from '../../lib/tensor.js';
 import { packageRoot, referencesDir } from './references.js';
 
 const tiny = join(referencesDir('models'), 'llama');
@@ -166,6 +167,27 @@ const modes: Record<string, (...args: string[]) => Promise<unknown>> = {
       await stream.sync();
     }
     return { live: stream.memory().liveBytes, peak: stream.memory().peakBytes };
+  },
+
+  /** Full collections of V8 while tensors of 40 GB are made in all, which nothing fills and nobody disposes of. */
+  async collections() {
+    const count = async (memoryClass: MemoryClass) => {
+      let full = 0;
+      const isFull = (entry: PerformanceEntry) =>
+        (entry as unknown as { detail: { kind: number } }).detail.kind === constants.NODE_PERFORMANCE_GC_MAJOR;
+      const observer = new PerformanceObserver((list) => {
+        full += list.getEntries().filter(isFull).length;
+      });
+      observer.observe({ entryTypes: ['gc'] });
+      const stream = new Stream();
+      leaks.push(Array.from({ length: 40 }, () => new Tensor(stream, 'u8', [2 ** 30], memoryClass)));
+      await sleep(50);
+      observer.disconnect();
+      return full;
+    };
+    globalThis.gc?.();
+    const activations = await count('activations');
+    return { activations, scratch: await count('scratch'), weights: await count('weights') };
   },
 
   async tensorCycles(count, leak) {
