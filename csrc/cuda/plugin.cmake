@@ -53,6 +53,7 @@ if(QLORA_CUDA_EMULATED)
   endforeach()
   add_library(qlora_cuda_emulated SHARED ${QLORA_EMULATED_SOURCES} ${QLORA_EMULATION} ${QLORA_PLUGIN_ENGINE})
   target_compile_options(qlora_cuda_emulated PRIVATE -O2 -ftls-model=initial-exec -Wno-unknown-pragmas)
+  target_precompile_headers(qlora_cuda_emulated PRIVATE ${CMAKE_SOURCE_DIR}/csrc/ops/op_table.h)
   # It runs where it was built; without the processor's own instructions each fma() is a call.
   include(CheckCXXCompilerFlag)
   check_cxx_compiler_flag(-march=native QLORA_COMPILES_NATIVE)
