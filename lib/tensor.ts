@@ -128,6 +128,7 @@ export class Stream {
     try {
       await this.sync();
     } finally {
+      this.#spare.length = 0;
       this.#native.close();
     }
   }

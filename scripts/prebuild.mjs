@@ -1,7 +1,7 @@
 // Puts an addon that was built here into prebuilds/, stripped, under the name that node-gyp-build looks for.
 //   node scripts/prebuild.mjs         this machine's
 //   node scripts/prebuild.mjs arm64   the one for Linux on 64-bit ARM that `npm run test:arm64` has cross-compiled, with
-//                                     the portable code, which it leaves out
+//                                     the portable code, which it leaves out: tests run that on other processors
 import { execFileSync } from 'node:child_process';
 import { copyFileSync, existsSync, mkdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';

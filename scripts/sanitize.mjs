@@ -84,7 +84,7 @@ const tasks = {
     });
   },
   async fuzz(seconds = '60') {
-    // A fuzzer's kernels are the best that run here; the portable ones would be compiled for nothing.
+    // One set of kernels: a fuzzer would take the better of two.
     const isa = process.arch === 'x64' ? 'avx2' : 'scalar';
     const options = ['-DQLORA_FUZZERS=ON', `-DQLORA_ISAS=${isa}`];
     const folder = build('fuzz', memoryAndArithmetic, options, { CXX: clang() });

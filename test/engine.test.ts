@@ -307,6 +307,19 @@ t.test('V8 collects no garbage for the memory of activations, which come and go 
   t.ok((collections.weights as number) > 0, 'but for that of weights, whose owner may be gone');
 });
 
+t.test('a class of memory has one name on both sides', async (t) => {
+  for (const memoryClass of ['weights', 'adapters', 'optimizer', 'activations', 'scratch'] as const) {
+    const stream = new Stream();
+    const tensor = new Tensor(stream, 'u8', [4096], memoryClass);
+    await tensor.write(new Uint8Array(4096));
+    const { byClass } = stream.memory();
+    t.ok((byClass[memoryClass] as number) >= 4096, memoryClass);
+    for (const [name, size] of Object.entries(byClass)) if (name !== memoryClass) t.ok(size < 4096, `no ${name}`);
+    tensor.dispose();
+    await stream.close();
+  }
+});
+
 t.test('a disposed model says so, and disposing of it twice is nothing', async (t) => {
   const model = await QuantizedModel.load(tiny);
   const early = model.logits(ids);

@@ -28,7 +28,7 @@ enum class Backing : uint8_t { pages, addresses, device, pinned };
 
 /// Where what a stream computes with is. A rehearsal for a device has addresses for it.
 enum class MemoryPlace : uint8_t { host, device };
-constexpr const char* kMemoryPlaceNames[] = {"host", "device"};
+constexpr int kMemoryPlaces = 2;
 
 /// Bytes in use now and at most, in total and by class. Safe to read from any thread.
 class MemoryCounter {

@@ -3,7 +3,8 @@
 //   csrc/ops/x.h     the contract, which the CPU has already: leave it as it is
 //   csrc/ops/x.cu    #include "ops/x.h" and "cuda/device.h"; kernels in an unnamed namespace; the launcher is
 //                    qlora::cuda::x(Context&, const X&), of the name in ops/op_table.h. Nothing else is to be
-//                    registered: CMake finds the file, and the plugin's table the function.
+//                    registered: CMake finds the file, and the plugin's table the function. Several of these files are
+//                    one to the compiler (plugin.cmake): it says where two of them give a name to different things.
 //
 // A launcher runs on the stream's thread and only enqueues: launch(context, kernel<T>, grid, threads, sharedBytes,
 // arguments...), never <<<>>>. In a rehearsal nothing is launched, but take() of context.scratch must be as in a run.

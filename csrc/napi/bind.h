@@ -127,7 +127,7 @@ class RecordingHandle : public Napi::ObjectWrap<RecordingHandle> {
   std::shared_ptr<Recording> recording_;
 };
 
-/// A tensor as JavaScript holds it, in an External. Disposed of, it may become the handle of another: a training step
+/// A tensor as JavaScript holds it, in an External, of which the addon makes no others. Disposed of, it may become the handle of another: a training step
 /// makes thousands of tensors, and V8 would have to finalize a handle of each.
 class TensorHandle {
  public:

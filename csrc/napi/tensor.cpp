@@ -226,7 +226,7 @@ void checkMove(const Stream& stream) {
 Napi::Value startTensorMove(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const TensorHandle& handle = TensorHandle::of(info[0]);
-    const auto to = static_cast<MemoryPlace>(readIndex(info[1], std::size(kMemoryPlaceNames), "place"));
+    const auto to = static_cast<MemoryPlace>(readIndex(info[1], kMemoryPlaces, "place"));
     Stream& stream = *handle.stream();
     checkMove(stream);
     stream.post([storage = handle.tensor().storage, to, host = stream.pinned()](Context& context) {

@@ -75,7 +75,8 @@ bool takesPacked(GemmForm form, DType compute, int64_t M);
 /// Packs A once for several products. The panels live in the context's scratch.
 PackedA packA(Context& context, GemmForm form, DType compute, const GemmOperand& a, int64_t M, int64_t K);
 
-/// gemm() of form tn, and packA() of its A for products nn, of which it is K rows of M: read once where it can be.
+/// gemm() of form tn that also returns its A packed as the rows, [K, M], of products nn. Where the kernel allows, A is
+/// read once.
 PackedA gemmThatPacks(Context& context, const Gemm& g);
 
 }  // namespace qlora::QLORA_ISA

@@ -73,7 +73,8 @@ struct Bf16Operands {
       return withGroups(*o.weight, [=](const auto& reader) { rowsOfNibbles(reader, i, rows, j, n, out, stride); });
     }
     if (isNibbles(o) || isIntegerRows(o)) {
-      for (int64_t r = 0; r < rows; ++r) readSplit<Bf16Operands, kPiles, kChunk>(o, compute, i + r, j, n, out + r * stride);
+      for (int64_t r = 0; r < rows; ++r)
+        readSplit<kGroup, kTail, kPiles, kChunk>(o, compute, i + r, j, n, out + r * stride);
       return;
     }
     withDense(o, [&](const auto* data, int64_t from, auto scale) {

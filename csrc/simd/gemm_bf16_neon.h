@@ -34,7 +34,7 @@ struct Bf16Engine {
       }
       return;
     }
-    for (int64_t r = 0; r < rows; ++r) readSplit<Bf16Engine, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
+    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kTail, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
   /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
@@ -151,7 +151,7 @@ struct Bf16Engine {
         }
       });
     }
-    readSplit<kStrip, 2, kPanel>(o, compute, i, j, n, out);
+    readSplit<kStrip, kStrip, 2, kPanel>(o, compute, i, j, n, out);
   }
 
   template <int R>

@@ -285,8 +285,8 @@ class Engine {
     }
   }
 
-  /// The rows of B that are decoded after those of the chunk of K before `k`: the task's next, or the first of the task
-  /// to its right.
+  /// The rows of the same B that are decoded after those of the chunk of K before `k`: the task's next, or the first of
+  /// the task to its right.
   LinesAhead ahead(const Term& term, int64_t n, int64_t k) const {
     if (k >= term.K) {
       k = 0;

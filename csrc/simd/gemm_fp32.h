@@ -36,7 +36,7 @@ struct Fp32Engine {
         }
       });
     }
-    for (int64_t r = 0; r < rows; ++r) readSplit<Fp32Engine, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
+    for (int64_t r = 0; r < rows; ++r) readSplit<kGroup, kTail, 2, kChunk>(o, compute, i + r, j, n, out + r * stride);
   }
 
   /// Rows [i, i + rows), columns [j, j + n), in memory's order, `stride` apart.
@@ -71,8 +71,8 @@ struct Fp32Engine {
     }
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c < columns; c += kStrip) {
-        readSplit<Fp32Engine, 2, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
-                                     strips + c * kChunk + r * kStrip);
+        readSplit<kGroup, kTail, 2, kStrip>(o, compute, i + r, j + c, std::min<int64_t>(kStrip, columns - c),
+                                            strips + c * kChunk + r * kStrip);
       }
     }
   }

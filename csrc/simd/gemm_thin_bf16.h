@@ -5,7 +5,8 @@
 //   tn             dA = u^T x, dB = dy^T t. The wide operand is read once, and each element serves so few products that
 //                  reading and interleaving it would take as long as they do. So it is taken in pieces of rows as they
 //                  lie in memory, the next of which is asked for while one is multiplied, and the first rows that are
-//                  multiplied make the strip of lanes for the others.
+//                  multiplied make the strip of lanes for the others. The wide rows can be copied to
+//                  panels as they pass, for products nn that multiply them next.
 #pragma once
 
 #include "simd/gemm_bf16.h"
@@ -28,7 +29,7 @@ class ThinProducts {
   }
 
   /// Whether runThatPacks() takes it: where A is the wide one.
-  static bool packs(const Gemm& g) { return g.form == GemmForm::tn && g.M > g.N && takes(g); }
+  static bool packs(const Gemm& g) { return g.form == GemmForm::tn && g.M > g.N && g.N > 0 && takes(g); }
 
   /// As run(), and the rows of A are copied to their panels for nn as they pass.
   static PackedA runThatPacks(Context& context, const Gemm& g) {
@@ -164,8 +165,7 @@ class ThinProducts {
     });
   }
 
-  static void multiplyPiece(const Gemm& g, const bf16* panels, const Block& block, int64_t k, int64_t n,
-                            bf16* copies) {
+  static void multiplyPiece(const Gemm& g, const bf16* panels, const Block& block, int64_t k, int64_t n, bf16* copies) {
     alignas(64) bf16 strip[kPiece * kStrip];
     const auto* wide = static_cast<const bf16*>(g.b.data) + n;
     const int64_t count = std::min(kPiece, g.K - k), depth = roundUp(count, 2);
@@ -180,8 +180,9 @@ class ThinProducts {
       if (row > 0) return Bf16Engine::tile(tileRows, kStrip, depth, rows + row * kStride, strip, tile, k == 0);
       const int64_t left = block.lanes - s * kStrip, column = n + s * kStrip;
       bf16* copy = copies ? copies + (column / kChunk * g.K + k) * kStride + column % kChunk : nullptr;
-      const Lying lying{wide + k * g.b.stride + s * kStrip, copy, g.b.stride, count,
-                        left >= kStrip ? 0xffffffffu : (1u << left) - 1, block.groups() > 1 ? 1 : 2};
+      const Lying lying{
+          wide + k * g.b.stride + s * kStrip, copy, g.b.stride, count, left >= kStrip ? 0xffffffffu : (1u << left) - 1,
+          block.groups() > 1 ? 1 : 2};
       switch (tileRows) {
         case 1:
           return first<1>(lying, rows, strip, tile, k == 0, ahead);

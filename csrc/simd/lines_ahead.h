@@ -6,8 +6,7 @@
 
 namespace qlora::QLORA_ISA {
 
-/// The cache lines of a block of a dense operand, row by row. Weights of 4 and 8 bits have none: their decoders ask
-/// themselves.
+/// The cache lines of a block of a dense operand, row by row; none of a weight of 4 or 8 bits.
 class LinesAhead {
  public:
   LinesAhead() = default;

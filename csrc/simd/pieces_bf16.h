@@ -62,9 +62,9 @@ class RowPieces {
 
   template <class G>
   QLORA_INLINE void store(const G& group) {
-    constexpr int kPiles = sizeof(G) / sizeof(__m512i);
+    constexpr int kRegisters = sizeof(G) / sizeof(__m512i);
 #pragma GCC unroll 4
-    for (int p = 0; p < kPiles; ++p) _mm512_storeu_si512(out_ + at_ + 32 * p, group.pile[p]);
+    for (int p = 0; p < kRegisters; ++p) _mm512_storeu_si512(out_ + at_ + 32 * p, group.pile[p]);
   }
 
   const Reader reader_;

@@ -4,7 +4,7 @@
 // Two orders. `natural` is the order in memory. `split` deals each group of kGroup columns into kPiles, one after the
 // other: into evens and odds, as a byte of two 4-bit weights comes apart, or into four, as a word does. An order of K
 // is free if both operands have it. Products of dense operands alone need no groups of K, and so no padding to whole
-// ones.
+// ones. Where an engine's last group may be a smaller one (kTail), what is left of K is dealt into that.
 #pragma once
 
 #include <algorithm>
@@ -91,25 +91,30 @@ constexpr int splitColumn(int l) {
 }
 
 /// Columns that n take in split order: whole groups, and at last one of kTail where what is left fits.
-template <class E>
+template <int kGroup, int kTail>
+constexpr int64_t splitColumns(int64_t n) {
+  const int64_t left = n % kGroup;
+  return n - left + (left == 0 ? 0 : left <= kTail ? kTail : kGroup);
+}
+/// The same for the groups of an engine.
+template <class Engine>
 constexpr int64_t splitDepth(int64_t n) {
-  const int64_t left = n % E::kGroup;
-  return n - left + (left == 0 ? 0 : left <= E::kTail ? E::kTail : E::kGroup);
+  return splitColumns<Engine::kGroup, Engine::kTail>(n);
 }
 
 /// Columns [j, j + n) of row i in split order, zeros up to the end of the last group. n is at most kMaximum.
-template <class Engine, int kPiles, int kMaximum, class E>
+template <int kGroup, int kTail, int kPiles, int kMaximum, class E>
 void readSplit(const GemmOperand& o, DType compute, int64_t i, int64_t j, int64_t n, E* out) {
   alignas(64) E natural[kMaximum];
   readNatural(o, compute, i, j, n, natural);
-  const int64_t padded = splitDepth<Engine>(n);
+  const int64_t padded = splitColumns<kGroup, kTail>(n);
   std::fill(natural + n, natural + padded, E{});
   int64_t g = 0;
-  for (; g + Engine::kGroup <= padded; g += Engine::kGroup) {
-    for (int l = 0; l < Engine::kGroup; ++l) out[g + l] = natural[g + splitColumn<Engine::kGroup, kPiles>(l)];
+  for (; g + kGroup <= padded; g += kGroup) {
+    for (int l = 0; l < kGroup; ++l) out[g + l] = natural[g + splitColumn<kGroup, kPiles>(l)];
   }
   if (g == padded) return;
-  for (int l = 0; l < Engine::kTail; ++l) out[g + l] = natural[g + splitColumn<Engine::kTail, kPiles>(l)];
+  for (int l = 0; l < kTail; ++l) out[g + l] = natural[g + splitColumn<kTail, kPiles>(l)];
 }
 
 }  // namespace qlora::QLORA_ISA
