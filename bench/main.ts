@@ -2,6 +2,7 @@
  *     npm run bench                                all of them, in less than 10 minutes, on SmolLM-135M's shape
  *     npm run bench -- --preset tinyllama-1.1b     on another
  *     npm run bench -- NAME [options]              one
+ *     npm run bench -- --help                      which there are; NAME --help: what one takes
  *
  * A table for people, or with --json one JSON object a line. Each bench runs in a process of its own.
  * QLORA_NUM_THREADS and QLORA_CPU choose threads and instruction set.
@@ -32,16 +33,34 @@ const everythingOnAModel = [
   ['generate', '--adapter'],
 ];
 
-const json = { json: { type: 'boolean', default: false } } as const;
+const common = {
+  json: { type: 'boolean', default: false },
+  help: { type: 'boolean', default: false },
+} as const;
+
+/** The options with their defaults, as one would type them. */
+const usage = (options: Options) =>
+  Object.entries(options)
+    .map(([name, option]) => {
+      if (option.type === 'boolean') return `  --${name}`;
+      return `  --${name} ${name.toUpperCase()}${option.default === undefined ? '' : ` (${option.default})`}`;
+    })
+    .join('\n');
 
 async function runOne(bench: Bench, args: string[]): Promise<void> {
-  const { values } = parseArgs({ args, options: { ...bench.options, ...json } });
-  const { json: asJson, ...rest } = values;
+  const options = { ...bench.options, ...common };
+  const { json: asJson, help, ...rest } = parseArgs({ args, options }).values;
+  if (help) return console.log(`${bench.name}: ${bench.about}\n${usage(options)}`);
   await bench.run(rest as Values<Options>, printer(bench, machineFields(), asJson ? 'json' : 'table'));
 }
 
 async function runAll(args: string[]): Promise<void> {
-  const { values } = parseArgs({ args, options: { ...modelOptions, ...json } });
+  const options = { ...modelOptions, ...common };
+  const { values } = parseArgs({ args, options });
+  if (values.help) {
+    const list = benches.map((b) => `  ${b.name.padEnd(10)}  ${b.about}`).join('\n');
+    return console.log(`npm run bench [options], or npm run bench -- NAME [options]\n${list}\n${usage(options)}`);
+  }
   const format = values.json ? ['--json'] : [];
   if (!values.json) {
     const { cpu, path, threads } = machineFields();

@@ -8,14 +8,28 @@ export interface RooflineFields {
   readGigabytesPerSecond: number;
 }
 
-/** The best of many short tries, so that other work on the machine counts little; takes about a second. */
+/** Rounds differ where other work stops the machine, or where one round finds memory in a cache. */
+const mostRounds = 5;
+const agreement = 0.98;
+
+/** The best that another round comes near to, or undefined. */
+export function confirmedBest(rates: readonly number[]): number | undefined {
+  const sorted = [...rates].sort((a, b) => b - a);
+  return sorted.find((rate, i) => (sorted[i + 1] ?? 0) >= agreement * rate);
+}
+
+/** Rounds until the best of each rate is confirmed; each is the best of many short tries and takes about half a second. */
 export async function measureRoofline(dtype: FloatDType = 'bf16'): Promise<RooflineFields> {
   const stream = new Stream();
   const rates = new Tensor(stream, 'f32', [2], 'scratch');
-  stream.run('roofline', rates, dtypeIndex[dtype]);
-  const [gflops, gigabytes] = (await rates.read()) as Float32Array;
+  const rounds: number[][] = [[], []];
+  for (let round = 0; round < mostRounds && rounds.some((of) => confirmedBest(of) === undefined); round++) {
+    stream.run('roofline', rates, dtypeIndex[dtype]);
+    for (const [i, rate] of ((await rates.read()) as Float32Array).entries()) rounds[i]?.push(rate);
+  }
   await stream.close();
-  return { rooflineGflops: rounded(gflops as number), readGigabytesPerSecond: rounded(gigabytes as number) };
+  const [gflops, gigabytes] = rounds.map((of) => confirmedBest(of) ?? Math.max(...of)) as [number, number];
+  return { rooflineGflops: rounded(gflops), readGigabytesPerSecond: rounded(gigabytes) };
 }
 
 export default defineBench({

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import t, { type Test } from 'tap';
 import { makeModel } from '../bench/make-model.js';
-import type { RooflineFields } from '../bench/roofline.js';
+import { confirmedBest, type RooflineFields } from '../bench/roofline.js';
 import { QuantizedModel } from '../lib/quantized-model.js';
 import { Tokenizer } from '../lib/tokenizer/tokenizer.js';
 
@@ -139,6 +139,32 @@ t.test('a table for people, and what is asked for wrongly', async (t) => {
     t.match(stderr.slice(unread.length), message);
     t.notMatch(stderr, /\n +at /, 'no stack');
   }
+});
+
+t.test('a bound is the best rate that was met twice', async (t) => {
+  t.equal(confirmedBest([]), undefined);
+  t.equal(confirmedBest([470]), undefined);
+  t.equal(confirmedBest([344, 470]), undefined, 'one of them was disturbed');
+  t.equal(confirmedBest([344, 470, 466]), 470);
+  t.equal(confirmedBest([36.2, 59.7, 36.5]), 36.5, 'one came from a cache');
+});
+
+t.test('--help', async (t) => {
+  const all = run('--help').stdout.split('\n');
+  for (const line of [
+    /^ {2}roofline +multiply-adds/,
+    /^ {2}make-model +a model/,
+    /^ {2}--preset PRESET \(smollm-135m\)$/,
+  ]) {
+    t.ok(
+      all.some((l) => line.test(l)),
+      `${line}`,
+    );
+  }
+  const one = run('matmul', '--help').stdout;
+  t.match(one, /^matmul: 4-bit weights/);
+  t.match(one, /^ {2}--m M \(1,4,16,64,256,1024,2048\)$/m);
+  t.notMatch(one, /--preset/, 'nothing of others');
 });
 
 t.test('models with random weights', async (t) => {
