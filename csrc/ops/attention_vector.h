@@ -1,71 +1,23 @@
-// The vectors in which attention computes: as wide as the instruction set has them, with the few functions that the
-// compiler's own vector types lack.
+// The vectors in which attention computes, and the functions of them that it needs.
 #pragma once
 
-#include <cstdint>
-
-#include "core/dtype.h"
-
-#if defined(QLORA_ISA_avx2) || defined(QLORA_ISA_avx512) || defined(QLORA_ISA_avx512bf16)
-// gcc 12 warns of the registers that its own intrinsics leave undefined on purpose.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#elif QLORA_NEON
-#include <arm_neon.h>
-#endif
+#include "simd/vector.h"
 
 namespace qlora::QLORA_ISA::attention {
 
-#if defined(QLORA_ISA_avx512) || defined(QLORA_ISA_avx512bf16)
-constexpr int kWidth = 16;
-constexpr int kRows = 12;  // of a tile of two vectors: 24 of 32 registers
-#elif defined(QLORA_ISA_avx2)
-constexpr int kWidth = 8;
-constexpr int kRows = 6;  // 12 of 16 registers
-#elif QLORA_NEON
-constexpr int kWidth = 4;
-constexpr int kRows = 10;  // 20 of 32 registers: with 24, gcc 12 keeps some sums in memory
+constexpr int kWidth = kVector;
+#if QLORA_NEON
+constexpr int kRows = 10;  // of a tile of two vectors: 20 of 32 registers; with 24, gcc 12 keeps some sums in memory
 #else
-constexpr int kWidth = 4;
-constexpr int kRows = 4;
+constexpr int kRows = kVector == 16 ? 12 : kVector == 8 ? 6 : 4;  // 24 of 32 registers, 12 of 16
 #endif
 
-typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef float UnalignedVec __attribute__((vector_size(4 * kWidth), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
-typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * kWidth), aligned(4)));
+using Vec = Vector;
+using IntVec = IntVector;
+using QLORA_ISA::load, QLORA_ISA::store, QLORA_ISA::multiplyAdd, QLORA_ISA::maximum;
 
-QLORA_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-QLORA_INLINE IntVec load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
-QLORA_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-QLORA_INLINE Vec splat(float x) { return x - Vec{}; }
+QLORA_INLINE Vec splat(float x) { return broadcast(x); }
 QLORA_INLINE IntVec splat(int32_t x) { return x - IntVec{}; }
-
-QLORA_INLINE Vec multiplyAdd(Vec a, Vec b, Vec c) {
-#if defined(QLORA_ISA_avx512) || defined(QLORA_ISA_avx512bf16)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(QLORA_ISA_avx2)
-  return _mm256_fmadd_ps(a, b, c);
-#elif QLORA_NEON
-  return vfmaq_f32(c, a, b);
-#else
-  return a * b + c;
-#endif
-}
-
-/// b where either is NaN.
-QLORA_INLINE Vec maximum(Vec a, Vec b) {
-#if defined(QLORA_ISA_avx512) || defined(QLORA_ISA_avx512bf16)
-  return _mm512_max_ps(a, b);
-#elif defined(QLORA_ISA_avx2)
-  return _mm256_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
 
 /// 2^x to within 2 units in the last place for x <= 127; 0 below about -126, NaN stays. x is split into n + r, |r| <=
 /// 1/2; 2^r is a polynomial (coefficients: least largest relative error on that interval, 9.2e-8).

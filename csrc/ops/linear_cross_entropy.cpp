@@ -7,6 +7,7 @@
 #include "simd/activation.h"
 #include "simd/gemm.h"
 #include "simd/lanes.h"
+#include "simd/largest.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -115,7 +116,7 @@ void linearCrossEntropy(Context& context, const LinearCrossEntropy& a) {
       float* z = logits + i * V;
       const int32_t label = labels[rows[first + i]];
       if (a.softCap > 0) softCapRow(z, V, a.softCap);
-      const double logSum = logSumExp(z, V, laneMax(V, [&](int64_t v) { return z[v]; }));
+      const double logSum = logSumExp(z, V, largestOf(z, V));
       rowLoss[first + i] = logSum - static_cast<double>(z[label]);
       if (wantsGradient) gradientRow(z, V, static_cast<float>(logSum), label, a.softCap);
     });

@@ -1,8 +1,10 @@
 #include "ops/logits_choose.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/random.h"
+#include "ops/logits_blocks.h"
 
 namespace qlora::QLORA_ISA {
 
@@ -13,19 +15,33 @@ uint64_t bitsOf(uint64_t seed, uint64_t stream, uint64_t index) {
   return (static_cast<uint64_t>(words[0]) << 32) | words[1];
 }
 
-int32_t draw(const float* weights, int64_t V, double uniform01) {
+/// The token at uniform01 of the way through the weights e^(z - largest). `sums` has room for one of each block.
+int32_t draw(const float* z, int64_t V, float largest, double uniform01, double* sums) {
+  std::fill_n(sums, (V + kLogitsBlock - 1) / kLogitsBlock, 0.0);
   double total = 0;
-  for (int64_t i = 0; i < V; ++i) total += static_cast<double>(weights[i]);
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+    total += sums[begin / kLogitsBlock] = BlockWeights(z + begin, n, largest).sum(n);
+  });
   const double wanted = uniform01 * total;
-  double sum = 0;
-  int64_t last = 0;
-  for (int64_t i = 0; i < V; ++i) {
-    if (weights[i] == 0) continue;
-    last = i;
-    sum += static_cast<double>(weights[i]);
-    if (sum > wanted) break;
+  double before = 0;
+  int64_t block = 0;
+  // Of the last block that weighs something, though sums rounded otherwise may end before what is wanted.
+  for (int64_t b = 0; b * kLogitsBlock < V; ++b) {
+    if (sums[b] == 0) continue;
+    block = b;
+    if (before + sums[b] > wanted) break;
+    before += sums[b];
   }
-  return static_cast<int32_t>(last);
+  const int64_t begin = block * kLogitsBlock, n = std::min(kLogitsBlock, V - begin);
+  const BlockWeights weights(z + begin, n, largest);
+  int64_t last = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (weights.of[i] == 0) continue;
+    last = i;
+    before += static_cast<double>(weights.of[i]);
+    if (before > wanted) break;
+  }
+  return static_cast<int32_t>(begin + last);
 }
 
 struct Continuation {
@@ -47,29 +63,26 @@ void argmax(Context& context, const Argmax& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   int32_t* ids = a.ids.data<int32_t>();
-  checkSomeLogit("argmax", logits, B, V);
+  const float* largest = someLargestLogits(context, "argmax", logits, B, V);
   context.pool.parallelFor(B, [&](int64_t row, int) {
     const float* z = logits + row * V;
-    const float largest = largestLogit(z, V);
-    int32_t i = 0;
-    while (z[i] != largest) ++i;
-    ids[row] = i;
+    int64_t i = 0;
+    while (largestOf(z + i, std::min(kLogitsBlock, V - i)) != largest[row]) i += kLogitsBlock;
+    while (z[i] != largest[row]) ++i;
+    ids[row] = static_cast<int32_t>(i);
   });
 }
 
 void sample(Context& context, const Sample& a) {
-  const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
+  const int64_t B = a.logits.dim(0), V = a.logits.dim(1), blocks = (V + kLogitsBlock - 1) / kLogitsBlock;
   const float* logits = a.logits.data<float>();
   int32_t* ids = a.ids.data<int32_t>();
-  checkSomeLogit("sample", logits, B, V);
-  float* weightsOfThread = context.scratch.take<float>(context.pool.size() * V);
+  const float* largest = someLargestLogits(context, "sample", logits, B, V);
+  double* sumsOfThread = context.scratch.take<double>(context.pool.size() * blocks);
   context.pool.parallelFor(B, [&](int64_t row, int thread) {
-    const float* z = logits + row * V;
-    float* weights = weightsOfThread + thread * V;
-    const float largest = largestLogit(z, V);
-    for (int64_t i = 0; i < V; ++i) weights[i] = fastExp(z[i] - largest);
     const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(row));
-    ids[row] = draw(weights, V, static_cast<double>(bits >> 11) * 0x1p-53);
+    ids[row] = draw(logits + row * V, V, largest[row], static_cast<double>(bits >> 11) * 0x1p-53,
+                    sumsOfThread + thread * blocks);
   });
 }
 
@@ -77,7 +90,7 @@ void beamCandidates(Context& context, const BeamCandidates& a) {
   const int64_t B = a.logProbs.dim(0), V = a.logProbs.dim(1), K = a.places.dim(0);
   const float* logProbs = a.logProbs.data<float>();
   const float* running = a.running.data<float>();
-  checkLogits("beamCandidates", logProbs, B, V);
+  largestLogits(context, "beamCandidates", logProbs, B, V);
   Continuation* bestOfBeam = context.scratch.take<Continuation>(B * K);
   int64_t* counts = context.scratch.take<int64_t>(B);
   context.pool.parallelFor(B, [&](int64_t b, int) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ops/logits_blocks.h"
+
 namespace qlora::QLORA_ISA {
 
 namespace {
@@ -18,33 +20,94 @@ struct Candidate {
   int32_t id;
 };
 
-double sumOfWeights(const Candidate* candidates, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(candidates[i].weight);
-  return sum;
+/// The K-th largest of a row. `room` has room for V.
+float kthLargest(const float* z, int64_t V, int64_t K, float* room) {
+  const auto nth = [&](int64_t n) {
+    std::nth_element(room, room + (K - 1), room + n, [](float p, float q) { return p > q; });
+    return room[K - 1];
+  };
+  // The K-th largest of the blocks' largest has K at least as large: only those can be the first K.
+  int64_t blocks = 0;
+  forBlocksFrom(kForbidden, z, V, [&](int64_t begin, int64_t n) { room[blocks++] = largestOf(z + begin, n); });
+  const float least = K <= blocks ? nth(blocks) : kForbidden;
+  int64_t count = 0;
+  forBlocksFrom(least, z, V, [&](int64_t begin, int64_t n) {
+    for (int64_t i = begin; i < begin + n; ++i) {
+      if (z[i] >= least) room[count++] = z[i];
+    }
+  });
+  return nth(count);
+}
+
+/// What a row has left.
+struct Left {
+  double weight;
+  int64_t count;
+};
+
+Left leftOf(const float* z, int64_t V, float largest) {
+  Left left{};
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+    left.weight += BlockWeights(z + begin, n, largest).sum(n);
+    for (int64_t i = begin; i < begin + n; ++i) left.count += z[i] != kForbidden;
+  });
+  return left;
+}
+
+/// Of what is left all that weigh at least leastWeight; returns how many.
+int64_t collect(const float* z, int64_t V, float largest, float leastWeight, Candidate* candidates) {
+  int64_t count = 0;
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+    const BlockWeights weights(z + begin, n, largest);
+    for (int64_t i = 0; i < n; ++i) {
+      if (z[begin + i] == kForbidden || weights.of[i] < leastWeight) continue;
+      candidates[count++] = {z[begin + i], weights.of[i], 0.0f, static_cast<int32_t>(begin + i)};
+    }
+  });
+  return count;
+}
+
+/// Brings candidates into order, the first ones first and no more than are looked at: until isEnough(candidate), asked
+/// of each in turn, holds. Returns the place of that one, or n.
+template <class Before, class IsEnough>
+int64_t sortUntil(Candidate* candidates, int64_t n, Before&& before, IsEnough&& isEnough) {
+  int64_t i = 0;
+  for (int64_t piece = 256; i < n; piece *= 4) {
+    const int64_t end = std::min(n, i + piece);
+    if (end < n) std::nth_element(candidates + i, candidates + end, candidates + n, before);
+    std::sort(candidates + i, candidates + end, before);
+    for (; i < end; ++i) {
+      if (isEnough(candidates[i])) return i;
+    }
+  }
+  return n;
+}
+
+/// Below it lies what top-p surely drops: together they weigh less than may be cut off. Where more than one has to
+/// stay, they might be among those.
+float leastWeightOfTopP(const Left& left, double topP, int64_t keep) {
+  return keep > 1 ? 0.0f : static_cast<float>((1 - topP) * left.weight / static_cast<double>(left.count) * 0.999);
 }
 
 /// Moves what top-p keeps to the front, most likely first; returns how many.
-int64_t keepTopP(Candidate* candidates, int64_t n, double topP, int64_t keep) {
-  const double total = sumOfWeights(candidates, n), wanted = topP * total;
-  // All that weigh less than an n-th part of what may be cut off can be dropped unsorted: together they are less than
-  // it. Where more than one has to stay, they might be among those.
-  const float least = keep > 1 ? 0.0f : static_cast<float>((1 - topP) * total / static_cast<double>(n) * 0.999);
-  int64_t sorted = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (candidates[i].weight >= least) candidates[sorted++] = candidates[i];
-  }
-  std::sort(candidates, candidates + sorted,
-            [](const Candidate& a, const Candidate& b) { return a.z != b.z ? a.z > b.z : a.id < b.id; });
-  double before = 0;
-  int64_t i = 0;
-  for (; i < sorted && (i < keep || before < wanted); ++i) before += static_cast<double>(candidates[i].weight);
-  return i;
+int64_t keepTopP(Candidate* candidates, int64_t n, double wanted, int64_t keep) {
+  double sum = 0;
+  int64_t kept = 0;
+  return sortUntil(
+      candidates, n, [](const Candidate& a, const Candidate& b) { return a.z != b.z ? a.z > b.z : a.id < b.id; },
+      [&](const Candidate& c) {
+        const bool isEnough = kept >= keep && sum >= wanted;
+        sum += static_cast<double>(c.weight);
+        ++kept;
+        return isEnough;
+      });
 }
 
 /// Moves what typical-p keeps to the front, most typical first; returns how many.
 int64_t keepTypical(Candidate* candidates, int64_t n, float largest, double typicalP, int64_t keep) {
-  const double total = sumOfWeights(candidates, n), logTotal = std::log(total);
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(candidates[i].weight);
+  const double logTotal = std::log(total);
   double entropy = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double logP = static_cast<double>(candidates[i].z - largest) - logTotal;
@@ -54,16 +117,23 @@ int64_t keepTypical(Candidate* candidates, int64_t n, float largest, double typi
     const double logP = static_cast<double>(candidates[i].z - largest) - logTotal;
     candidates[i].distance = static_cast<float>(std::fabs(-logP - entropy));
   }
-  std::sort(candidates, candidates + n, [](const Candidate& a, const Candidate& b) {
-    return a.distance != b.distance ? a.distance < b.distance : a.id < b.id;
-  });
   const double wanted = typicalP * total;
-  double sum = static_cast<double>(candidates[0].weight);
-  int64_t last = 0;
-  while (last + 1 < n && sum < wanted) sum += static_cast<double>(candidates[++last].weight);
-  int64_t kept = last + 1;
-  while (kept < n && candidates[kept].distance == candidates[last].distance) ++kept;
-  return std::min(n, std::max(kept, keep));
+  double sum = 0;
+  int64_t kept = 0;
+  float last = 0;
+  return sortUntil(
+      candidates, n,
+      [](const Candidate& a, const Candidate& b) {
+        return a.distance != b.distance ? a.distance < b.distance : a.id < b.id;
+      },
+      [&](const Candidate& c) {
+        // What is as far as the last that was needed stays too.
+        if (kept >= keep && sum >= wanted && c.distance != last) return true;
+        if (sum < wanted) last = c.distance;
+        sum += static_cast<double>(c.weight);
+        ++kept;
+        return false;
+      });
 }
 
 void forbidRepeats(const int32_t* seen, int64_t length, int64_t n, float* z) {
@@ -101,13 +171,12 @@ void logSoftmax(Context& context, const LogSoftmax& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  checkSomeLogit("logSoftmax", logits, B, V);
+  const float* largest = someLargestLogits(context, "logSoftmax", logits, B, V);
   context.pool.parallelFor(B, [&](int64_t row, int) {
-    const float* x = logits + row * V;
-    const float largest = largestLogit(x, V);
-    const float sum = laneSum(V, [&](int64_t i) { return fastExp(x[i] - largest); });
+    const float *x = logits + row * V, most = largest[row];
+    const float sum = laneSum(V, [&](int64_t i) { return fastExp(x[i] - most); });
     const float logSum = std::log(sum);
-    for (int64_t i = 0; i < V; ++i) out[row * V + i] = (x[i] - largest) - logSum;
+    for (int64_t i = 0; i < V; ++i) out[row * V + i] = (x[i] - most) - logSum;
   });
 }
 
@@ -115,7 +184,7 @@ void constrainLogits(Context& context, const ConstrainLogits& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  checkLogits("constrainLogits", logits, B, V);
+  largestLogits(context, "constrainLogits", logits, B, V);
   if (a.forbidden.defined()) {
     checkTokenIds("forbidden", a.forbidden.data<int32_t>(), a.forbidden.dim(0), V);
   }
@@ -141,38 +210,34 @@ void constrainLogits(Context& context, const ConstrainLogits& a) {
       for (int64_t i = 0; i < a.forbidden.dim(0); ++i) z[ids[i]] = kForbidden;
     }
   });
-  checkSomeLogit("constrainLogits", out, B, V);
+  someLargestLogits(context, "constrainLogits", out, B, V);
 }
 
 void warpLogits(Context& context, const WarpLogits& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1), threads = context.pool.size();
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  checkSomeLogit("warpLogits", logits, B, V);
+  someLargestLogits(context, "warpLogits", logits, B, V);
   const float temperature = std::max(a.temperature, kLeastTemperature);
   const int64_t K = a.topK == 0 ? V : std::min(std::max(a.topK, a.keep), V);
   const bool cuts = a.topP < 1 || a.typicalP < 1;
-  float* sortedOfThread = K < V ? context.scratch.take<float>(threads * V) : nullptr;
+  float* roomOfThread = K < V ? context.scratch.take<float>(threads * V) : nullptr;
   Candidate* candidatesOfThread = cuts ? context.scratch.take<Candidate>(threads * V) : nullptr;
   context.pool.parallelFor(B, [&](int64_t row, int thread) {
     const float* x = logits + row * V;
     float* z = out + row * V;
     for (int64_t i = 0; i < V; ++i) z[i] = x[i] / temperature;
     if (K < V) {
-      float* sorted = sortedOfThread + thread * V;
-      std::copy(z, z + V, sorted);
-      std::nth_element(sorted, sorted + (K - 1), sorted + V, [](float p, float q) { return p > q; });
-      const float least = sorted[K - 1];
+      const float least = kthLargest(z, V, K, roomOfThread + thread * V);
       for (int64_t i = 0; i < V; ++i) z[i] = z[i] < least ? kForbidden : z[i];
     }
     if (!cuts) return;
     Candidate* candidates = candidatesOfThread + thread * V;
-    const float largest = largestLogit(z, V);
-    int64_t n = 0;
-    for (int64_t i = 0; i < V; ++i) {
-      if (z[i] != kForbidden) candidates[n++] = {z[i], fastExp(z[i] - largest), 0.0f, static_cast<int32_t>(i)};
-    }
-    if (a.topP < 1) n = keepTopP(candidates, n, static_cast<double>(a.topP), a.keep);
+    const float largest = largestOf(z, V);
+    const double topP = static_cast<double>(a.topP);
+    const Left left = leftOf(z, V, largest);
+    int64_t n = collect(z, V, largest, topP < 1 ? leastWeightOfTopP(left, topP, a.keep) : 0.0f, candidates);
+    if (topP < 1) n = keepTopP(candidates, n, topP * left.weight, a.keep);
     if (a.typicalP < 1) n = keepTypical(candidates, n, largest, static_cast<double>(a.typicalP), a.keep);
     std::fill(z, z + V, kForbidden);
     for (int64_t i = 0; i < n; ++i) z[candidates[i].id] = candidates[i].z;

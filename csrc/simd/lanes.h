@@ -26,26 +26,6 @@ QLORA_INLINE float laneSum(int64_t n, F&& value) {
   return lanes[0];
 }
 
-/// max over i < n of value(i); -infinity where n is 0.
-template <class F>
-QLORA_INLINE float laneMax(int64_t n, F&& value) {
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = -__builtin_inff();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const float v = value(i + l);
-      lanes[l] = v > lanes[l] ? v : lanes[l];
-    }
-  }
-  for (; i < n; ++i) {
-    const float v = value(i);
-    lanes[0] = v > lanes[0] ? v : lanes[0];
-  }
-  for (int l = 1; l < kLanes; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-  return lanes[0];
-}
-
 /// e^x to within 2 units in the last place; 0 below about -87.3, infinity above 88.7. x is split into n ln 2 + r with
 /// |r| <= ln 2 / 2, e^r is a polynomial (coefficients: minimax on that interval), and 2^n is made from its bits.
 QLORA_SHARED float fastExp(float x) {

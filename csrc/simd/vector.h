@@ -30,8 +30,11 @@ constexpr int kVector = 4, kRegisters = 16;
 
 typedef float Vector __attribute__((vector_size(kVector * 4)));
 typedef float UnalignedVector __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
+typedef int32_t IntVector __attribute__((vector_size(kVector * 4)));
+typedef int32_t UnalignedIntVector __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
 
 QLORA_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+QLORA_INLINE IntVector load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVector*>(p); }
 QLORA_INLINE void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 QLORA_INLINE Vector broadcast(float x) {
 #if QLORA_ISA_avx512 || QLORA_ISA_avx512bf16
@@ -53,6 +56,17 @@ QLORA_INLINE Vector multiplyAdd(Vector a, Vector b, Vector c) {
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
+#endif
+}
+
+/// b where either is NaN.
+QLORA_INLINE Vector maximum(Vector a, Vector b) {
+#if QLORA_ISA_avx512 || QLORA_ISA_avx512bf16
+  return _mm512_max_ps(a, b);
+#elif QLORA_ISA_avx2
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
 #endif
 }
 

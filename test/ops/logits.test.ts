@@ -174,24 +174,75 @@ await forEachIsa(t, import.meta.url, async () => {
     await stream.close();
   });
 
-  await t.test('a large vocabulary, flat and steep, is cut where it should be', async (t) => {
-    const [V, draws] = [20011, 50];
-    for (const spread of [0.01, 1, 8]) {
-      const logits = Float32Array.from({ length: V }, () => spread * normal());
-      const options = { topP: 0.8 };
-      const p = probabilities([...logits], options);
-      const kept = p.filter((x) => x > 0).length;
+  for (const spread of [1 / 16, 2, 8]) {
+    await t.test(`what is left of a large vocabulary, spread ${spread}`, async (t) => {
+      const V = 20011;
       const stream = new Stream(testDevice);
-      const rows = new Float32Array(draws * V);
-      for (let row = 0; row < draws; row++) rows.set(logits, row * V);
-      const ids = await sample(warpLogits(Tensor.from(stream, rows, [draws, V]), options), key).read();
-      t.ok(
-        ids.every((id) => (p[id] as number) > 0),
-        `${kept} of ${V} kept`,
+      // In steps, so that many are equal; some forbidden, blocks of them at both ends.
+      const logits = Float32Array.from({ length: V }, (_, i) =>
+        i < 600 || i > 19500 || i % 7 === 0 ? Number.NEGATIVE_INFINITY : Math.round(32 * spread * normal()) / 32,
       );
-      t.ok(new Set(ids).size > Math.min(kept, draws) / 4, 'and they differ');
+      const leftOf = async (options: WarpOptions) => {
+        const out = await warpLogits(Tensor.from(stream, logits, [1, V]), options).read();
+        return Array.from(out.keys()).filter((i) => out[i] !== Number.NEGATIVE_INFINITY);
+      };
+      const order = Array.from(logits.keys())
+        .filter((i) => logits[i] !== Number.NEGATIVE_INFINITY)
+        .sort((a, b) => (logits[b] as number) - (logits[a] as number) || a - b);
+      const upwards = (ids: readonly number[]) => [...ids].sort((a, b) => a - b);
+      for (const topK of [1, 2, 70, 78, 79, 300, 5000, V - 1]) {
+        const least = logits[order[Math.min(topK, order.length) - 1] as number] as number;
+        const wanted = order.filter((i) => (logits[i] as number) >= least);
+        t.same(await leftOf({ topK }), upwards(wanted), `top-k ${topK}: ${wanted.length}`);
+      }
+      const p = probabilities([...logits], {});
+      const mass = (ids: readonly number[]) => ids.reduce((sum, i) => sum + (p[i] as number), 0);
+      const entropy = order.reduce((sum, i) => sum - (p[i] as number) * Math.log(p[i] as number), 0);
+      const distance = (i: number) => Math.abs(-Math.log(p[i] as number) - entropy);
+      for (const [part, keep] of [0.01, 0.2, 0.9, 0.99].flatMap(
+        (x) =>
+          [
+            [x, 1],
+            [x, 700],
+          ] as [number, number][],
+      )) {
+        const likeliest = await leftOf({ topP: part, keep });
+        t.same(likeliest, upwards(order.slice(0, likeliest.length)), `top-p ${part}, ${keep}: ${likeliest.length}`);
+        t.ok(likeliest.length >= keep && mass(likeliest) > part - 1e-5);
+        t.ok(likeliest.length === keep || mass(order.slice(0, likeliest.length - 1)) < part + 1e-5);
+
+        const typical = new Set(await leftOf({ typicalP: part, keep }));
+        const farthest = Math.max(...[...typical].map(distance));
+        const nearest = Math.min(...order.filter((i) => !typical.has(i)).map(distance));
+        t.ok(nearest > farthest - 1e-5, `typical ${part}, ${keep}: ${typical.size}`);
+        t.ok(typical.size >= keep && mass([...typical]) > part - 1e-5);
+        const nearer = [...typical].filter((i) => distance(i) < farthest - 1e-5);
+        t.ok(typical.size === keep || mass(nearer) < part + 1e-5, 'and no more');
+      }
       await stream.close();
+    });
+  }
+
+  await t.test('draws where whole blocks are forbidden', async (t) => {
+    const [left, draws] = [[255, 256, 700, 2999], 2000];
+    const logits = new Array(3001).fill(Number.NEGATIVE_INFINITY);
+    for (const [i, id] of left.entries()) logits[id] = Math.log((i + 1) / 10);
+    const actual = await frequencies(logits, {}, draws);
+    t.ok(actual.every((f, id) => left.includes(id) || f === 0));
+    for (const [i, id] of left.entries()) {
+      const p = (i + 1) / 10;
+      t.ok(Math.abs((actual[id] as number) - p) < 4.5 * Math.sqrt((p * (1 - p)) / draws), `${id}`);
     }
+  });
+
+  await t.test('NaN anywhere', async (t) => {
+    const V = 83;
+    const stream = new Stream(testDevice);
+    for (let i = 0; i < V; i++) {
+      const logits = Float32Array.from({ length: V }, normal).fill(Number.NaN, i, i + 1);
+      await t.rejects(argmax(Tensor.from(stream, logits, [1, V])).read(), { code: 'ERR_QLORA_NON_FINITE' }, `at ${i}`);
+    }
+    await stream.close();
   });
 
   await t.test('the best continuations of beams', async (t) => {
