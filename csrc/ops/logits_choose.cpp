@@ -96,16 +96,23 @@ void beamCandidates(Context& context, const BeamCandidates& a) {
   context.pool.parallelFor(B, [&](int64_t b, int) {
     Continuation* best = bestOfBeam + b * K;
     int64_t count = 0;
-    for (int64_t place = b * V; place < (b + 1) * V; ++place) {
-      const float score = logProbs[place] + running[b];
-      if (score == -__builtin_inff()) continue;
-      float key = score;
-      if (a.noise > 0) {
-        const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(place));
-        const double u = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
-        key += a.noise * static_cast<float>(-std::log(-std::log(u)));
+    const float* row = logProbs + b * V;
+    for (int64_t begin = 0; begin < V; begin += kLogitsBlock) {
+      const int64_t n = std::min(kLogitsBlock, V - begin);
+      // Rounding keeps the order, so no sum is above that of the largest.
+      if (a.noise == 0 && count == K && largestOf(row + begin, n) + running[b] <= best[K - 1].key) continue;
+      for (int64_t v = begin; v < begin + n; ++v) {
+        const int64_t place = b * V + v;
+        const float score = row[v] + running[b];
+        if (score == -__builtin_inff()) continue;
+        float key = score;
+        if (a.noise > 0) {
+          const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(place));
+          const double u = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
+          key += a.noise * static_cast<float>(-std::log(-std::log(u)));
+        }
+        insert(best, K, count, {key, score, static_cast<int32_t>(place)});
       }
-      insert(best, K, count, {key, score, static_cast<int32_t>(place)});
     }
     counts[b] = count;
   });
