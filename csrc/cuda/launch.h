@@ -140,8 +140,10 @@ void launchAt(const Context& context, Start start, void (*kernel)(Parameters...)
   static_cast<void>(start);
   const cudaStream_t stream = streamOf(context);
   checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
-  emulated::submit(stream,
-                   [=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
+  const size_t maxShared = emulated::maxSharedOf(capabilityOf(context));
+  emulated::submit(stream, [=] {
+    emulated::run(grid.where(), grid, block, sharedBytes, maxShared, [&] { std::apply(kernel, values); });
+  });
 #endif
 }
 
