@@ -13,7 +13,7 @@ import { quantizeWeight } from '../../lib/ops/quantize.js';
 import { randomUniform } from '../../lib/ops/random.js';
 import { Weight } from '../../lib/ops/weight.js';
 import { type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
-import { checkMisuse, forEachIsa } from '../support/op-harness.js';
+import { checkMisuse, checkSameBits, forEachIsa } from '../support/op-harness.js';
 import t, { type Test, testDevice } from '../support/testing.js';
 
 const onDevice = testDevice !== 'cpu';
@@ -94,8 +94,7 @@ async function checkGroup(t: Test, { dtype, M, K, layers, trained, kernels }: Gr
   for (const [i, { weight, bias, lora, residual }] of made.entries()) {
     const y = lora ? loraLinear(undefined, x, weight, bias, lora) : matmul(undefined, x, weight, bias);
     const alone = residual ? add(undefined, residual, y) : y;
-    const bits = Buffer.from((await (together[i] as Tensor).readBits()).buffer);
-    t.ok(bits.equals(Buffer.from((await alone.readBits()).buffer)), `${what}: ${i}`);
+    await checkSameBits(t, together[i] as Tensor, alone, `${what}: ${i}`);
     t.ok((await alone.read()).every(Number.isFinite), `${what}: finite`);
   }
   await stream.close();
