@@ -194,7 +194,6 @@ const cases: OpCase[] = [
   ...frozenCases(fourBit(64, true), 1, 70, 192),
   ...frozenCases(fourBit(64, false), 3, 33, 130),
   ...frozenCases(fourBit(32, false), 4, 21, 192), // ends in half a group, and in half a pair of rows
-  ...frozenCases(fourBit(32, false), 12, 7, 2048), // as many warps as a block of a GPU's has, and tokens of two tiles
   ...frozenCases(fourBit(128, true), 2, 9, 64),
   ...frozenCases(fourBit(32, true), 13, 20, 128),
   ...frozenCases(fourBit(64, true), 7, 100, 320),
