@@ -328,8 +328,8 @@ void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, s
     throw Error("ERR_QLORA_DEVICE", kernel + ": the grid is too large");
   }
   if (sharedBytes > maxShared) {
-    throw Error("ERR_QLORA_DEVICE", kernel + ": " + std::to_string(sharedBytes) +
-                                        " bytes of shared memory, at most " + std::to_string(maxShared));
+    throw Error("ERR_QLORA_DEVICE", kernel + ": " + std::to_string(sharedBytes) + " bytes of shared memory, at most " +
+                                        std::to_string(maxShared));
   }
   thread_local Engine own;
   engine = &own;
