@@ -5,7 +5,8 @@
  *     node dist/bench/cuda.js [--device cuda:0] [--part matmul,decode,train] [--json] [--python PATH]
  *       matmul   --m 1,4,16,64,256,1024,4096 --shape 4096x4096,4096x14336,14336x4096,8192x28672 (inputs x outputs)
  *       decode   --model llama-3.1-8b --batch 1 --prompt 64 --new 128
- *       train    --model llama-3.1-8b --batch 1 --sequence 2048 --checkpointing on --steps 4
+ *       train    --model llama-3.1-8b --batch 1 --sequence 2048 --checkpointing on (or off, or offloaded) --steps 4; the
+ *                loss after them is the same to the last bit with and without offloading
  *                --by-operation: which operations a step's time goes to; each is waited for, so that they sum to more
  *
  * `share` is of the bound that is nearer, the multiply-adds or the reading of memory as `roofline` measures both on this
@@ -229,33 +230,42 @@ async function benchTrain(core: ModelCore, fields: Line, roofline: Roofline): Pr
     column('tokens/s', 9, 'tokensPerSecond', 1),
     percent('share', 'share'),
     megabytes('memory', 'peakBytes'),
+    megabytes('of the host', 'pinnedBytes'),
+    column('loss', 11, 'loss', 7),
   ];
   const about = 'LoRA on all linear layers, AdamW; every token is a target';
   const emit = printer({ name: 'cuda-train', about, columns }, fields, format);
   const [sequence, steps, r] = [count('sequence', values.sequence), count('steps', values.steps), count('r', values.r)];
-  const checkpointing = choice('checkpointing', values.checkpointing, ['on', 'off']);
+  const checkpointing = choice('checkpointing', values.checkpointing, ['on', 'off', 'offloaded']);
   const { stream, config } = core;
   const adapter = createAdapter(core, 'bench', { r, alpha: r });
   const optimizer = await Optimizer.create(adapter.namedParameters, adamw, { totalSteps: steps, computeDtype: 'bf16' });
   const ids = Int32Array.from({ length: sequence }, (_, i) => (i * 7919 + 13) % config.vocabSize);
   const rows = Array.from({ length: batch }, () => [{ ids, labels: ids }]);
   const seconds: number[] = [];
-  const pass = { adapter: 'bench', checkpointing: checkpointing === 'on' ? 'blocks' : 'none' } as const;
+  const pass = {
+    adapter: 'bench',
+    checkpointing: checkpointing === 'off' ? 'none' : 'blocks',
+    keptInputs: checkpointing === 'offloaded' ? 'host' : 'device',
+  } as const;
+  let loss: number | undefined;
   for (let i = 0; i < steps + 2; i++) {
     await stream.sync();
     if (i === 2) await stream.usage();
     const start = performance.now();
     optimizer.zeroGradients();
-    enqueueLoss(core, new Tape(), rows, 1 / (batch * (sequence - 1)), pass).dispose();
+    using made = enqueueLoss(core, new Tape(), rows, 1 / (batch * (sequence - 1)), pass);
     optimizer.step(1e-4).dispose();
     await stream.sync();
     seconds.push((performance.now() - start) / 1000);
+    loss = (await made.read())[0];
   }
   const tokensPerSecond = rounded((batch * sequence) / median(seconds.slice(2)));
   const { forward, backward, recompute } = flopPerToken(core, sequence, r);
-  const flop = forward + backward + (checkpointing === 'on' ? recompute : 0);
+  const flop = forward + backward + (checkpointing === 'off' ? 0 : recompute);
   const share = rounded((tokensPerSecond * flop) / roofline.flops);
-  emit({ model, batch, sequence, checkpointing, tokensPerSecond, share, peakBytes: stream.memory().peakBytes });
+  const { peakBytes, pinnedPeakBytes: pinnedBytes } = stream.memory();
+  emit({ model, batch, sequence, checkpointing, tokensPerSecond, share, peakBytes, pinnedBytes, loss });
   if (values['by-operation']) await printOperations(stream, fields, steps);
   optimizer.dispose();
 }

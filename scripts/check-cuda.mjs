@@ -35,13 +35,19 @@ execFileSync(process.execPath, [join(root, 'scripts', 'build-cuda.mjs'), '--emul
 });
 const { conformanceFiles } = await import('../dist/test/support/conformance-files.js');
 const sum = { passed: 0, failed: 0 };
+const runs = [
+  ...conformanceFiles.map((file) => ({ file })),
+  // With the least shared memory that there is; and with rows dealt to as many blocks as on a large GPU.
+  ...['ops/projections', 'ops/attention'].map((file) => ({ file, like: { QLORA_CUDA_CAPABILITY: '75' } })),
+  { file: 'ops/projections', like: { QLORA_CUDA_MULTIPROCESSORS: '132' } },
+];
 // Each in a process of its own: all memory that a process keeps of the device is protected anew with every kernel.
-for (const file of conformanceFiles) {
+for (const { file, like } of runs) {
   const { stdout, status } = spawnSync(process.execPath, [tests, file], {
     cwd: root,
     encoding: 'utf8',
     stdio: ['ignore', 'pipe', 'inherit'],
-    env: { ...process.env, QLORA_CUDA: 'emulated' },
+    env: { ...process.env, ...like, QLORA_CUDA: 'emulated' },
   });
   const [, passed, failed] = /^(\d+) passed, (\d+) failed$/m.exec(stdout) ?? [];
   sum.passed += Number(passed ?? 0);

@@ -157,6 +157,15 @@ t.test('calls that fail', { skip: notEmulated }, async (t) => {
   t.equal(work('smallSteps', 'cudaMemcpyAsync:200'), 'updated', 'of a slot goes what is used');
 });
 
+t.test('the conformance suite on a device that breaks', { skip: notEmulated }, async (t) => {
+  const tests = fileURLToPath(new URL('cuda.js', import.meta.url));
+  const env = { ...process.env, QLORA_CUDA: 'emulated', QLORA_CUDA_FAIL: 'cudaLaunchKernel:20' };
+  const { status, stdout } = spawnSync(process.execPath, [tests, 'recording', 'rms-norm'], { env, encoding: 'utf8' });
+  t.equal(status, 1);
+  t.match(stdout, /not ok .*CUDA: \w+\.(?:cu|h):\d+ failed: an illegal memory access was encountered/);
+  t.match(stdout, /CUDA_LAUNCH_BLOCKING=1 node dist\/test\/cuda\.js ops\/recording.*\n.*\nleft out: ops\/rms-norm/);
+});
+
 t.test('what the allocator keeps is part of the budget', { skip: notEmulated }, async (t) => {
   const [before, after] = run('cuda-failures-child', ['budget'], { QLORA_CUDA: 'emulated' }) as number[];
   t.ok(before);

@@ -94,8 +94,8 @@ struct Gemm {
 };
 
 void gemm(Context& context, const Gemm& g);
-/// Products of one A, each as by itself: in one launch where gemmFew is for all of them, else one after the other in the
-/// same scratch.
+/// Products of one A, each as by itself: in one launch where gemmFew is for all of them, else one after the other in
+/// the same scratch.
 void gemms(Context& context, const Gemm* list, int count);
 
 // The kernels by themselves, for gemm.cu.

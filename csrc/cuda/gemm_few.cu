@@ -358,7 +358,8 @@ template <class Rows>
 void launchTokens(Context& context, const Gemm* list, int count) {
   const int64_t M = list[0].M;
   if (M <= 8) return launchFew<Rows, 1, FewShape<2, 16, 1>>(context, list, count);
-  if (M <= 16) return launchFew<Rows, 2, FewShape<2, 16, 1>>(context, list, count);
+  // 7.5 has no shared memory for a table and the sums of so many warps.
+  if (M <= 16 && capabilityOf(context) >= 80) return launchFew<Rows, 2, FewShape<2, 16, 1>>(context, list, count);
   if (M <= 32) return launchFew<Rows, 4, FewShape<2, 8, 1>>(context, list, count);
   launchFew<Rows, 8, FewShape<2, 8, 1>>(context, list, count);
 }

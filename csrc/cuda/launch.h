@@ -58,6 +58,21 @@ class CudaQueue : public DeviceQueue {
 /// 10 times the major number and the minor.
 inline int capabilityOf(const Context& context) { return 10 * context.device->major + context.device->minor; }
 
+/// Whether a device runs code that was compiled for just it, and not what its driver makes of code for an older one.
+inline bool runsOwnCode([[maybe_unused]] int capability) {
+#if defined(__CUDACC__)
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {
+    if (compiled == 10 * capability) return true;
+  }
+  return false;
+#else
+  return true;
+#endif
+}
+
+/// Whether kernels have wgmma and tensor maps: of 9.0 alone, which is always compiled as 9.0a (plugin.cmake).
+inline bool multipliesInGroups(const Context& context) { return capabilityOf(context) == 90 && runsOwnCode(90); }
+
 inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
 /// Blocks of a launch, which knows where it stands.
@@ -90,14 +105,6 @@ enum class Start {
 namespace detail {
 
 #if defined(__CUDACC__)
-/// Whether the device runs code that was compiled for it, and has early starts.
-inline bool startsEarly(int capability) {
-  for (const int compiled : {__CUDA_ARCH_LIST__}) {
-    if (compiled == 10 * capability) return capability >= 90;
-  }
-  return false;
-}
-
 inline void enqueue(const Context& context, Start start, const void* kernel, const Grid& grid, dim3 block,
                     size_t sharedBytes, void** arguments) {
   // More than every GPU has must be asked for.
@@ -114,7 +121,9 @@ inline void enqueue(const Context& context, Start start, const void* kernel, con
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  if (start == Start::early && startsEarly(capabilityOf(context))) {
+  const int capability = capabilityOf(context);
+  // Code for an older device does not wait for the kernel before.
+  if (start == Start::early && capability >= 90 && runsOwnCode(capability)) {
     config.attrs = &early;
     config.numAttrs = 1;
   }
@@ -140,8 +149,10 @@ void launchAt(const Context& context, Start start, void (*kernel)(Parameters...)
   static_cast<void>(start);
   const cudaStream_t stream = streamOf(context);
   checkLaunch(emulated::answer("cudaLaunchKernel"), grid);
-  emulated::submit(stream,
-                   [=] { emulated::run(grid.where(), grid, block, sharedBytes, [&] { std::apply(kernel, values); }); });
+  const size_t maxShared = emulated::maxSharedOf(capabilityOf(context));
+  emulated::submit(stream, [=] {
+    emulated::run(grid.where(), grid, block, sharedBytes, maxShared, [&] { std::apply(kernel, values); });
+  });
 #endif
 }
 

@@ -58,15 +58,16 @@ __global__ void integersKernel(int64_t M, int64_t K, const T* x, const uint8_t* 
   }
 }
 
-/// sum += x[:, columns] W[:, columns]^T in fp16. A thread an element of sum.
+/// sum += x[:, columns] W[:, columns]^T in fp16. A thread an element of sum; blockIdx.x goes over rows, which may be
+/// more than 65535 tiles.
 template <class T>
 __global__ void addOutliersKernel(int64_t M, int64_t N, int64_t K, const T* x, Elements w, const int32_t* columns,
                                   const int32_t* count, float* sum) {
   QLORA_SHARED_ARRAY(float, left, kTile*(kTile + 1));
   QLORA_SHARED_ARRAY(float, right, kTile*(kTile + 1));
   const int column = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const int64_t m = int64_t{blockIdx.y} * kTile + row, n = int64_t{blockIdx.x} * kTile + column;
-  const int64_t ownN = int64_t{blockIdx.x} * kTile + row;  // whose weights this thread fetches
+  const int64_t m = int64_t{blockIdx.x} * kTile + row, n = int64_t{blockIdx.y} * kTile + column;
+  const int64_t ownN = int64_t{blockIdx.y} * kTile + row;  // whose weights this thread fetches
   const int all = *count;
   float own = 0;
   for (int first = 0; first < all; first += kTile) {
@@ -123,7 +124,7 @@ void forwardInt8(Context& context, const Tensor& x, const Weight& weight, const 
                          .columnScale = weight.absmax.data<float>()}});
   dispatchFloat(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const dim3 grid(static_cast<unsigned>((N + kTile - 1) / kTile), static_cast<unsigned>((M + kTile - 1) / kTile));
+    const dim3 grid(static_cast<unsigned>((M + kTile - 1) / kTile), static_cast<unsigned>((N + kTile - 1) / kTile));
     launch(context, addOutliersKernel<T>, grid, dim3(kTile, kTile), 0, M, N, K, x.data<T>(), elementsOf(weight),
            columns, count, sum);
   });

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <optional>
+#include <set>
 
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
@@ -127,19 +129,43 @@ class Copy : public DeviceCopy {
   bool awaited_ = false;
 };
 
+/// The streams of a device's copies beside kernels. Whoever frees what they copy from or to waits for all of them, and
+/// not for the device, which nobody may do while another stream's graph is captured: that would be the end of it.
+class CopyStreams {
+ public:
+  void add(cudaStream_t stream) {
+    std::lock_guard lock(mutex_);
+    streams_.insert(stream);
+  }
+  void remove(cudaStream_t stream) {
+    std::lock_guard lock(mutex_);
+    streams_.erase(stream);
+  }
+  void wait() {
+    std::lock_guard lock(mutex_);
+    for (const cudaStream_t stream : streams_) cudaStreamSynchronize(stream);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<cudaStream_t> streams_;
+};
+
 /// Copies beside a stream, in an order of their own.
 class Copies {
  public:
-  Copies() {
+  explicit Copies(CopyStreams& all) : all_(all) {
     checkCuda(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "making an event");
     const cudaError_t error = cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
     if (error != cudaSuccess) cudaEventDestroy(ready_);
     checkCuda(error, "making a stream");
+    all_.add(stream_);
   }
   Copies(const Copies&) = delete;
   Copies& operator=(const Copies&) = delete;
   ~Copies() {
     cudaStreamSynchronize(stream_);
+    all_.remove(stream_);
     cudaEventDestroy(ready_);
     cudaStreamDestroy(stream_);
   }
@@ -154,13 +180,14 @@ class Copies {
   }
 
  private:
+  CopyStreams& all_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t ready_ = nullptr;
 };
 
 class Queue : public CudaQueue {
  public:
-  explicit Queue(int device) : device_(chosen(device)) {
+  Queue(int device, CopyStreams& copyStreams) : device_(chosen(device)), copyStreams_(copyStreams) {
     checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
   }
   ~Queue() override {
@@ -220,7 +247,7 @@ class Queue : public CudaQueue {
   std::unique_ptr<DeviceCopy> beginCopy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     leaveCapture();
     const cudaStream_t after = stream();
-    if (!copies_) copies_.emplace();
+    if (!copies_) copies_.emplace(copyStreams_);
     return copies_->begin(after, to, from, bytes, kind);
   }
 
@@ -230,6 +257,7 @@ class Queue : public CudaQueue {
   }
 
   const int device_;
+  CopyStreams& copyStreams_;
   Staging staging_;
   std::optional<Copies> copies_;  // where any was asked for
   Capture capture_ = Capture::none;
@@ -279,13 +307,14 @@ class CudaDevice : public Device {
 
   void releasePinned(void* pointer) override {
     cudaSetDevice(index);
-    cudaDeviceSynchronize();  // a copy may use it yet
+    copyStreams_.wait();  // a copy may use it yet
     cudaFreeHost(pointer);
   }
 
-  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index); }
+  std::unique_ptr<DeviceQueue> makeQueue() override { return std::make_unique<Queue>(index, copyStreams_); }
 
  private:
+  CopyStreams copyStreams_;
   const DeviceDescription description_;
 };
 

@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Tape } from '../../lib/autograd.js';
 import { hiddenStates, type TokenRows } from '../../lib/models/core.js';
+import type { DecoderPass } from '../../lib/models/decoder.js';
 import { fill, zeros } from '../../lib/ops/elementwise.js';
 import { linearCrossEntropy } from '../../lib/ops/linear-cross-entropy.js';
 import { dequantizeWeight } from '../../lib/ops/quantize.js';
@@ -13,7 +14,7 @@ import { forEachIsa, largestError } from '../support/op-harness.js';
 import { ReferenceModel, shift } from '../support/reference-model.js';
 import { readJson, referencesDir } from '../support/references.js';
 import { readSafetensors, valuesOf } from '../support/safetensors.js';
-import t, { type Test } from '../support/testing.js';
+import t, { type Test, testDevice } from '../support/testing.js';
 
 const cases = ['llama', 'llama3', 'llama-bias', 'deepseek-coder', 'qwen2', 'qwen2-yarn'];
 /** How far bf16 may be off: 2.5e-2, and where transformers' own bf16 is further off than that, as far as it. */
@@ -41,7 +42,7 @@ async function lossAndGradients(
   { core }: ReferenceModel,
   rows: LabelledRows[],
   targets: number,
-  checkpointing: 'none' | 'blocks',
+  pass: Pick<DecoderPass, 'checkpointing' | 'keptInputs'>,
 ): Promise<{ loss: number; gradients: Map<string, Float32Array> }> {
   const [adapter] = core.adapters.values();
   if (!adapter) throw new Error('no adapter is loaded');
@@ -52,7 +53,7 @@ async function lossAndGradients(
   let total = 0;
   for (const row of rows) {
     const tape = new Tape();
-    using hidden = hiddenStates(core, tape, row, { adapter: adapter.name, checkpointing });
+    using hidden = hiddenStates(core, tape, row, { adapter: adapter.name, ...pass });
     using labels = Tensor.from(core.stream, row.labels, [row.labels.length]);
     using loss = linearCrossEntropy(tape, hidden, core.weights.decoder.head, labels, { scale: 1 / targets });
     using one = new Tensor(core.stream, 'f32', [1]);
@@ -125,9 +126,12 @@ async function checkCase(t: Test, name: string): Promise<void> {
   await checkLoss(model, 'adapter', 'a');
   t.same(await model.greedy(prompt, 24, 'a'), adapter, 'greedy with adapter');
   let unpadded = 0;
-  for (const checkpointing of ['none', 'blocks'] as const) {
-    const { loss, gradients } = await lossAndGradients(model, rows, targets, checkpointing);
-    t.ok(Math.abs(loss - expected.loss.adapter) <= 1e-4, `loss of the tape, checkpointing ${checkpointing}`);
+  const passes = [{ checkpointing: 'none' }, { checkpointing: 'blocks' }] as const;
+  const offloaded = { checkpointing: 'blocks', keptInputs: 'host' } as const;
+  for (const pass of testDevice === 'cpu' ? passes : [...passes, offloaded]) {
+    const { loss, gradients } = await lossAndGradients(model, rows, targets, pass);
+    const off = Math.abs(loss - expected.loss.adapter);
+    t.ok(off <= 1e-4, `loss of the tape, ${Object.values(pass)}: ${off.toExponential(2)}`);
     checkGradients(gradients, 'adapter.grad');
     unpadded = loss;
   }
@@ -141,11 +145,11 @@ async function checkCase(t: Test, name: string): Promise<void> {
       length: input_ids.length,
       labels: shift(labels),
     };
-    const packed = await lossAndGradients(model, [row], targets, 'none');
+    const packed = await lossAndGradients(model, [row], targets, passes[0]);
     t.ok(Math.abs(packed.loss - loss) <= 1e-4, 'packed row: loss');
     checkGradients(packed.gradients, 'adapter.grad');
   }
-  const padded = await lossAndGradients(model, [paddedBatch(rows)], targets, 'none');
+  const padded = await lossAndGradients(model, [paddedBatch(rows)], targets, passes[0]);
   t.ok(Math.abs(padded.loss - unpadded) <= 1e-5, 'padded batch: loss');
   checkGradients(padded.gradients, 'adapter.grad');
 
@@ -160,7 +164,7 @@ async function checkCase(t: Test, name: string): Promise<void> {
   await quantized.loadAdapter('a', join(directory, 'adapter'));
   await checkLogits(quantized, 'nf4_adapter.logits.1', 'a');
   await checkLoss(quantized, 'nf4_adapter', 'a');
-  checkGradients((await lossAndGradients(quantized, rows, targets, 'none')).gradients, 'nf4_adapter.grad');
+  checkGradients((await lossAndGradients(quantized, rows, targets, passes[0])).gradients, 'nf4_adapter.grad');
 
   for (const computeDtype of ['bf16', 'f16'] as const) {
     await using half = await ReferenceModel.load(directory, computeDtype);

@@ -16,7 +16,7 @@ namespace {
 template <class Body>
 std::string complaint(unsigned threads, size_t shared, Body&& body) {
   try {
-    emulated::run("kernel", 2, threads, shared, body);
+    emulated::run("kernel", 2, threads, shared, emulated::maxSharedOf(75), body);
     return "";
   } catch (const Error& error) {
     return error.what();
@@ -51,13 +51,19 @@ void mistakes() {
   CHECK(has(complaint(32, 0, [] { laneIndex() ? (void)shuffle(1, 0) : syncWarp(); }), "different operations"));
   CHECK(has(complaint(40, 0, [] {}), "whole warps"));
   CHECK(has(complaint(2048, 0, [] {}), "at most 1024"));
-  CHECK(has(complaint(32, 300 << 10, [] {}), "at most 227 KiB"));
+  CHECK(has(complaint(32, 65 << 10, [] {}), "kernel: 66560 bytes of shared memory, at most 65536"));
   CHECK(has(complaint(32, 0,
                       [] {
                         QLORA_SHARED_ARRAY(float, large, 20000);
                         large[0] = 0;
                       }),
             "at most 48 KiB"));
+  CHECK(has(complaint(32, 40 << 10,
+                      [] {
+                        QLORA_SHARED_ARRAY(float, beside, 7000);
+                        beside[0] = 0;
+                      }),
+            "68960 bytes of shared memory, at most 65536"));
   alignas(16) float values[8] = {};
   CHECK(has(complaint(32, 0, [&] { (void)loadPack<4>(values + 1); }), "not aligned"));
 }

@@ -11,7 +11,7 @@ import { gradNorm } from '../../lib/ops/grad-norm.js';
 import { optimizerStep } from '../../lib/ops/optimizer.js';
 import { rmsNorm } from '../../lib/ops/rms-norm.js';
 import { Stream, Tensor } from '../../lib/tensor.js';
-import { normalNumbers } from '../support/op-harness.js';
+import { checkSameBits, normalNumbers } from '../support/op-harness.js';
 import { counters } from '../support/optimizer-traces.js';
 import t, { testDevice } from '../support/testing.js';
 
@@ -146,6 +146,30 @@ await t.test('what moves to the host comes back as it was', { skip: onCpu }, asy
     t.same(await back.read(), doubled);
     t.ok((await other.read()).every((v) => v === 0));
     t.equal(stream.memory().pinnedBytes, 0);
+  }
+  await stream.close();
+});
+
+// Copies that take far longer than the start of a kernel, and memory that others had before and want after.
+await t.test('kernels that begin early wait for copies beside them', { skip: onCpu }, async (t) => {
+  const stream = new Stream(testDevice);
+  const numbers = Float32Array.from({ length: 4 << 20 }, (_, i) => (i % 8191) - 4000);
+  const written = Tensor.from(stream, numbers, [numbers.length]);
+  for (const factor of [2, 3, 4]) {
+    const x = scale(undefined, written, factor);
+    x.startMove('host');
+    x.finishMove();
+    // It gets the memory that the copy has read.
+    const next = scale(undefined, written, -1);
+    const before = new Tensor(stream, 'f32', [x.size]);
+    stream.run('fill', before, Number.NaN);
+    before.dispose();
+    x.startMove('device');
+    x.finishMove();
+    const back = scale(undefined, x, 1);
+    await checkSameBits(t, back, scale(undefined, written, factor), 'what came back');
+    await checkSameBits(t, scale(undefined, next, -1), written, 'what was given its memory');
+    for (const tensor of [x, next, back]) tensor.dispose();
   }
   await stream.close();
 });

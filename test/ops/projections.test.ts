@@ -13,7 +13,7 @@ import { quantizeWeight } from '../../lib/ops/quantize.js';
 import { randomUniform } from '../../lib/ops/random.js';
 import { Weight } from '../../lib/ops/weight.js';
 import { type FloatDType, Stream, Tensor } from '../../lib/tensor.js';
-import { checkMisuse, forEachIsa } from '../support/op-harness.js';
+import { checkMisuse, checkSameBits, forEachIsa } from '../support/op-harness.js';
 import t, { type Test, testDevice } from '../support/testing.js';
 
 const onDevice = testDevice !== 'cpu';
@@ -56,6 +56,7 @@ const groups: Group[] = [
   { dtype: 'bf16', M: 1, K: 640, layers: [{ kind: 'blocks of 32', N: 24 }, { kind: 'blocks of 32', N: 130 }], kernels: 1 },
   { dtype: 'bf16', M: 4, K: 192, layers: [{ kind: 'fp4', N: 96, r: 8 }, { kind: 'double', N: 33, r: 5, bias: true }, { kind: 'double', N: 40, r: 16 }], kernels: 2 },
   { dtype: 'f16', M: 9, K: 256, layers: [{ kind: 'double', N: 80 }, { kind: 'double', N: 40, r: 8 }, { kind: 'double', N: 40, bias: true }], kernels: 2 },
+  { dtype: 'bf16', M: 12, K: 2048, layers: [{ kind: 'blocks of 32', N: 7 }, { kind: 'blocks of 32', N: 9 }], kernels: 1 }, // blocks of as many warps as there are
   { dtype: 'f16', M: 20, K: 128, layers: [{ kind: 'f16', N: 100 }, { kind: 'f16', N: 36, residual: true }], kernels: 1 },
   { dtype: 'f16', M: 8, K: 640, layers: [{ kind: 'f16', N: 70 }, { kind: 'f16', N: 4300 }], kernels: 1 },
   { dtype: 'bf16', M: 40, K: 192, layers: [{ kind: 'double', N: 65, r: 8 }, { kind: 'double', N: 130, r: 8, bias: true, residual: true }], kernels: 2 },
@@ -94,8 +95,7 @@ async function checkGroup(t: Test, { dtype, M, K, layers, trained, kernels }: Gr
   for (const [i, { weight, bias, lora, residual }] of made.entries()) {
     const y = lora ? loraLinear(undefined, x, weight, bias, lora) : matmul(undefined, x, weight, bias);
     const alone = residual ? add(undefined, residual, y) : y;
-    const bits = Buffer.from((await (together[i] as Tensor).readBits()).buffer);
-    t.ok(bits.equals(Buffer.from((await alone.readBits()).buffer)), `${what}: ${i}`);
+    await checkSameBits(t, together[i] as Tensor, alone, `${what}: ${i}`);
     t.ok((await alone.read()).every(Number.isFinite), `${what}: finite`);
   }
   await stream.close();

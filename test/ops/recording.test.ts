@@ -119,3 +119,37 @@ t.test('what a recording works in is its own', async (t) => {
   recording[Symbol.dispose]();
   await stream.close();
 });
+
+// A graph of one stream's operations is none of the other's business, which waits, takes and frees meanwhile.
+t.test('a recording is run while another stream comes and goes', async (t) => {
+  const comeAndGo = async () => {
+    for (let i = 0; i < 10; i++) {
+      const stream = new Stream(testDevice);
+      const y = new Tensor(stream, 'f32', [100_000]);
+      stream.run('fill', y, i);
+      if (testDevice !== 'cpu') {
+        y.startMove('host');
+        y.finishMove();
+        y.startMove('device');
+        y.finishMove();
+      }
+      t.ok((await y.read()).every((value) => value === i));
+      y.dispose();
+      await stream.close();
+    }
+  };
+  const record = async () => {
+    const stream = new Stream(testDevice);
+    const x = Tensor.from(stream, Float32Array.of(1, 2), [2]);
+    for (let i = 0; i < 20; i++) {
+      using sum = new Tensor(stream, 'f32', [2]);
+      using recording = stream.record(() => {
+        for (let k = 0; k < 50; k++) stream.run('add', x, x, sum);
+      });
+      for (let run = 0; run < 3; run++) recording.run();
+      t.same([...(await sum.read())], [2, 4]);
+    }
+    await stream.close();
+  };
+  await Promise.all([comeAndGo(), record()]);
+});

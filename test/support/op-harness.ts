@@ -126,6 +126,20 @@ export function largestError(actual: ArrayLike<number>, expected: ArrayLike<numb
   return worst;
 }
 
+/** That both hold the same bits; or else how many do not, and how far off they are. */
+export async function checkSameBits(t: Test, actual: Tensor, expected: Tensor, what: string): Promise<void> {
+  const [a, e] = [await actual.read(), await expected.read()];
+  let [first, count] = [-1, 0];
+  for (let i = 0; i < e.length; i++) {
+    if (Object.is(a[i], e[i])) continue;
+    if (count++ === 0) first = i;
+  }
+  const same = count === 0 && a.length === e.length;
+  const off = () =>
+    `: ${count} of [${expected.shape}] differ, first [${first}], ${a[first]} for ${e[first]}; error ${largestError(a, e, largest(e)).toExponential(2)}`;
+  t.ok(same, `${what}${same ? '' : off()}`);
+}
+
 /** Every case in every dtype that it names. */
 export async function checkOps(t: Test, cases: readonly OpCase[]): Promise<void> {
   for (const [index, c] of cases.entries()) {

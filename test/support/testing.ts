@@ -18,6 +18,8 @@ export interface Outcome {
   failures: string[];
   /** How many tests, by reason. */
   skipped: Map<string, number>;
+  /** The test that runs, and since when. */
+  running?: { path: string; since: number };
 }
 
 type Body = (t: Test) => unknown;
@@ -58,6 +60,7 @@ class DeviceTest {
     this.#queue = this.#queue.then(async () => {
       if (options.skip) return this.#skip(String(options.skip));
       const child = new DeviceTest(path, this.outcome);
+      this.outcome.running = { path, since: performance.now() };
       try {
         await body(child as unknown as Test);
         await child.finish();

@@ -5,7 +5,9 @@
 // before. Outside of kernels and copies the device's memory cannot be touched, so that a launcher that reads it on the
 // host crashes here as it would with a GPU. What tests want the devices to be like is in the environment:
 //   QLORA_CUDA_MEMORY        bytes of them all
-//   QLORA_CUDA_CAPABILITY    compute capability x 10 of each, as 70,90
+//   QLORA_CUDA_CAPABILITY    compute capability x 10 of each, as 70,90: which kernels are taken, and how much shared
+//                            memory a block may have; instructions are those of 9.0
+//   QLORA_CUDA_MULTIPROCESSORS   of each
 //   QLORA_CUDA_FAIL          as cudaMemcpyAsync:3, the call that fails, and after which all others fail, as after an
 //                            illegal access
 #pragma once
@@ -48,7 +50,6 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 cudaError_t cudaSetDevice(int device);
-cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);

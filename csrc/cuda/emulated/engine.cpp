@@ -76,7 +76,8 @@ class Engine {
     if (stacks_) munmap(stacks_, kMaxThreads * kFiberStack);
   }
 
-  void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, const std::function<void()>& body) {
+  void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, size_t maxShared,
+           const std::function<void()>& body) {
     threads_.resize(std::max<size_t>(threads_.size(), kMaxThreads));
     warps_.resize(kMaxThreads / kWarp);
     shared_.resize(kMaxShared / sizeof(SharedLine));
@@ -90,6 +91,7 @@ class Engine {
     body_ = &body;
     count_ = static_cast<int>(block.x * block.y * block.z);
     dynamicBytes_ = sharedBytes;
+    maxShared_ = maxShared;
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; ++x) runBlock({x, y, z}, grid, block);
@@ -158,7 +160,9 @@ class Engine {
     const size_t offset = (staticBytes_ + 127) / 128 * 128;
     staticBytes_ = offset + bytes;
     if (staticBytes_ > kStaticShared) complain("%zu bytes of shared arrays, at most 48 KiB", staticBytes_);
-    if (staticBytes_ + dynamicBytes_ > kMaxShared) complain("shared memory above 227 KiB");
+    if (staticBytes_ + dynamicBytes_ > maxShared_) {
+      complain("%zu bytes of shared memory, at most %zu", staticBytes_ + dynamicBytes_, maxShared_);
+    }
     arrays_.push_back({declaration, offset});
     return poisoned(offset, bytes);
   }
@@ -246,7 +250,7 @@ class Engine {
   const std::function<void()>* body_ = nullptr;
   int count_ = 0, atBarrier_ = 0;
   bool waited_ = false;  // successfully, since the scheduler looked
-  size_t staticBytes_ = 0, dynamicBytes_ = 0;
+  size_t staticBytes_ = 0, dynamicBytes_ = 0, maxShared_ = 0;
   uint64_t blocks_ = 0;
   char* stacks_ = nullptr;
   Fiber scheduler_;
@@ -313,7 +317,8 @@ void waitForCopies(int groupsLeft) {
   }
 }
 
-void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, const std::function<void()>& body) {
+void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, size_t maxShared,
+         const std::function<void()>& body) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp) {
     throw Error("ERR_QLORA_DEVICE", kernel + ": a block of " + std::to_string(threads) +
@@ -322,13 +327,13 @@ void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, c
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff) {
     throw Error("ERR_QLORA_DEVICE", kernel + ": the grid is too large");
   }
-  if (sharedBytes > kMaxShared) {
-    throw Error("ERR_QLORA_DEVICE",
-                kernel + ": " + std::to_string(sharedBytes) + " bytes of shared memory, at most 227 KiB");
+  if (sharedBytes > maxShared) {
+    throw Error("ERR_QLORA_DEVICE", kernel + ": " + std::to_string(sharedBytes) + " bytes of shared memory, at most " +
+                                        std::to_string(maxShared));
   }
   thread_local Engine own;
   engine = &own;
-  own.run(kernel, grid, block, sharedBytes, body);
+  own.run(kernel, grid, block, sharedBytes, maxShared, body);
 }
 
 }  // namespace qlora::emulated

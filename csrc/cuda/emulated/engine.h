@@ -14,7 +14,12 @@ namespace qlora::emulated {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStaticShared = 48 << 10;
-constexpr size_t kMaxShared = 227 << 10;  // of compute capability 9.0
+constexpr size_t kMaxShared = 227 << 10;  // of compute capability 9.0, which has the most
+
+/// What a block may have where compute capability is that tenth.
+constexpr size_t maxSharedOf(int capability) {
+  return capability == 90 ? kMaxShared : capability == 80 ? 163 << 10 : capability == 75 ? 64 << 10 : 99 << 10;
+}
 /// Bytes that a lane may give to the others of its warp at once.
 constexpr size_t kPayload = 64;
 
@@ -26,9 +31,10 @@ struct Place {
 /// Of the thread that runs. Of initial-exec, since kernels ask all the time.
 extern __attribute__((tls_model("initial-exec"))) constinit thread_local const Place* place;
 
-/// Runs body as each thread of each block. Throws ERR_QLORA_DEVICE, which begins with `kernel`, where something is
-/// wrong.
-void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, const std::function<void()>& body);
+/// Runs body as each thread of each block, which has `maxShared` bytes of shared memory at most. Throws
+/// ERR_QLORA_DEVICE, which begins with `kernel`, where something is wrong.
+void run(const std::string& kernel, dim3 grid, dim3 block, size_t sharedBytes, size_t maxShared,
+         const std::function<void()>& body);
 
 void syncThreads();
 /// Gives `bytes` of payload to the warp, and returns those of lane l at l x kPayload once all 32 have given. They stay
