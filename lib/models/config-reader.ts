@@ -11,7 +11,7 @@ const harmless = new Set([
   'forced_eos_token_id', 'length_penalty', 'max_length', 'min_length', 'no_repeat_ngram_size', 'num_beam_groups',
   'num_beams', 'num_return_sequences', 'remove_invalid_values', 'repetition_penalty', 'sep_token_id', 'suppress_tokens',
   'temperature', 'tf_legacy_loss', 'top_k', 'top_p', 'torchscript', 'typical_p', 'use_bfloat16', 'model_type',
-  'quantization_config',
+  'quantization_config', 'is_llama_config', 'max_sequence_length', 'neftune_noise_alpha', 'transformers.js_config',
 ]); // biome-ignore format: a list of names
 
 /** Reads config.json's fields one by one and remembers which were read, so that none that matters is ignored. */
