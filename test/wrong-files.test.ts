@@ -217,7 +217,10 @@ t.test('model folders', async (t) => {
   config((c) => Object.assign(c, { c: null, d: null, ...known, 'transformers.js_config': { dtype: 'q4' } }))(directory);
   await (await QuantizedModel.load(directory)).dispose();
   config((c) => Object.assign(c, { rope_interleaved: true }))(directory);
-  await t.rejects(QuantizedModel.load(directory), { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', message: /rope_interleaved/ });
+  await t.rejects(QuantizedModel.load(directory), {
+    code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD',
+    message: /rope_interleaved/,
+  });
 });
 
 t.test("Qwen2's windows: which layers have one, and what config.json gets wrong", async (t) => {
