@@ -18,6 +18,7 @@ const harmless = new Set([
 export class ConfigReader {
   readonly #fields: Readonly<Record<string, unknown>>;
   readonly #read = new Set<string>();
+  readonly #nested: ConfigReader[] = [];
   readonly #where: string;
 
   constructor(fields: Readonly<Record<string, unknown>>, where = 'config.json') {
@@ -67,12 +68,14 @@ export class ConfigReader {
     return value as number[];
   }
 
-  /** A nested object with a reader of its own; undefined where there is none. */
+  /** A nested object with a reader of its own, which finishes with this one; undefined where there is none. */
   object(name: string): ConfigReader | undefined {
     const value = this.#take(name);
     if (value === undefined) return undefined;
     if (typeof value !== 'object' || Array.isArray(value)) this.#wrong(name, 'an object', value);
-    return new ConfigReader(value as Record<string, unknown>, `${this.#where}, ${name}`);
+    const nested = new ConfigReader(value as Record<string, unknown>, `${this.#where}, ${name}`);
+    this.#nested.push(nested);
+    return nested;
   }
 
   has(name: string): boolean {
@@ -99,6 +102,7 @@ export class ConfigReader {
         },
       );
     }
+    for (const nested of this.#nested) nested.finish(allowed);
   }
 
   #take(name: string): unknown {
