@@ -221,6 +221,12 @@ t.test('model folders', async (t) => {
     code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD',
     message: /rope_interleaved/,
   });
+
+  const rope_scaling = { type: 'linear', factor: 2, finetuned: true };
+  config((c) => Object.assign(c, { rope_interleaved: false, rope_scaling }))(directory);
+  const hint = /allowUnknownConfig: \['finetuned'\]/;
+  await t.rejects(QuantizedModel.load(directory), { code: 'ERR_QLORA_CONFIG_UNKNOWN_FIELD', hint });
+  await (await QuantizedModel.load(directory, { allowUnknownConfig: ['finetuned'] })).dispose();
 });
 
 t.test("Qwen2's windows: which layers have one, and what config.json gets wrong", async (t) => {
