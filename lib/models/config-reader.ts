@@ -11,13 +11,14 @@ const harmless = new Set([
   'forced_eos_token_id', 'length_penalty', 'max_length', 'min_length', 'no_repeat_ngram_size', 'num_beam_groups',
   'num_beams', 'num_return_sequences', 'remove_invalid_values', 'repetition_penalty', 'sep_token_id', 'suppress_tokens',
   'temperature', 'tf_legacy_loss', 'top_k', 'top_p', 'torchscript', 'typical_p', 'use_bfloat16', 'model_type',
-  'quantization_config',
+  'quantization_config', 'is_llama_config', 'max_sequence_length', 'neftune_noise_alpha', 'transformers.js_config',
 ]); // biome-ignore format: a list of names
 
 /** Reads config.json's fields one by one and remembers which were read, so that none that matters is ignored. */
 export class ConfigReader {
   readonly #fields: Readonly<Record<string, unknown>>;
   readonly #read = new Set<string>();
+  readonly #nested: ConfigReader[] = [];
   readonly #where: string;
 
   constructor(fields: Readonly<Record<string, unknown>>, where = 'config.json') {
@@ -67,12 +68,14 @@ export class ConfigReader {
     return value as number[];
   }
 
-  /** A nested object with a reader of its own; undefined where there is none. */
+  /** A nested object with a reader of its own, which finishes with this one; undefined where there is none. */
   object(name: string): ConfigReader | undefined {
     const value = this.#take(name);
     if (value === undefined) return undefined;
     if (typeof value !== 'object' || Array.isArray(value)) this.#wrong(name, 'an object', value);
-    return new ConfigReader(value as Record<string, unknown>, `${this.#where}, ${name}`);
+    const nested = new ConfigReader(value as Record<string, unknown>, `${this.#where}, ${name}`);
+    this.#nested.push(nested);
+    return nested;
   }
 
   has(name: string): boolean {
@@ -99,6 +102,7 @@ export class ConfigReader {
         },
       );
     }
+    for (const nested of this.#nested) nested.finish(allowed);
   }
 
   #take(name: string): unknown {

@@ -22,7 +22,6 @@ export function readRope(fields: ConfigReader, headDim: number, maxPositions: nu
     rotaryDim: Math.trunc(headDim * share),
     scaling: scaling ? readScaling(scaling, maxPositions, ownOriginal) : ({ type: 'default' } as const),
   };
-  scaling?.finish();
   checkFactors(rope);
   return rope;
 }

@@ -1,5 +1,6 @@
 /** From a model folder to a decoder's weights: each tensor is read, and quantized at once, before the next is read. */
 import { QLoRAError } from '../errors.js';
+import { readBnbConfig } from '../io/bnb-checkpoint.js';
 import type { ModelFolder } from '../io/model-folder.js';
 import { Linear } from '../nn/linear.js';
 import { cast } from '../ops/elementwise.js';
@@ -12,7 +13,7 @@ import type { Block, DecoderWeights } from './decoder.js';
 import { readQuantizedWeight } from './quantized-weight.js';
 
 export interface WeightOptions {
-  /** undefined: as the files have them. */
+  /** undefined: as the files have them, which a quantized checkpoint's always are. */
   quantization: (ResolvedQuantizeOptions & { skipModules: readonly string[] }) | undefined;
   /** 'masters' makes every weight f32, to be trained. */
   storage: 'as-in-file' | 'masters';
@@ -46,8 +47,10 @@ export async function loadWeights(
   folder: ModelFolder,
   family: Family,
   config: DecoderConfig,
-  options: WeightOptions,
+  given: WeightOptions,
 ): Promise<LoadedWeights> {
+  // A checkpoint that is quantized already keeps what it left in 16 bits so.
+  const options = readBnbConfig(folder.config) ? { ...given, quantization: undefined } : given;
   const modules = listModules(family, config, folder.config);
   checkNames(folder, family, modules, config);
   const dense = new Map<string, Tensor>();

@@ -69,9 +69,10 @@ await forEachIsa(t, import.meta.url, async () => {
     });
   }
 
-  await t.test('biases and windows go through a checkpoint', async (t) => {
+  await t.test('biases, windows and layers left in 16 bits go through a checkpoint', async (t) => {
     const source = join(referencesDir('models'), 'qwen2-yarn');
-    await using model = await QuantizedModel.load(source, { computeDtype: 'f32' });
+    const quantization = { skipModules: ['q_proj', 'model.layers.0.mlp.down_proj'] };
+    await using model = await QuantizedModel.load(source, { computeDtype: 'f32', quantization });
     const directory = join(scratch, 'qwen2');
     await model.save(directory);
     const [got, want] = [tensorsOf(directory), tensorsOf(source)];
@@ -133,17 +134,18 @@ await forEachIsa(t, import.meta.url, async () => {
 
 /**
  * Quantizing the source gives the bytes of every NF4 weight, and without double quantization its block maxima; for FP4
- * 64 of 98,304 values differ (ties), and nested offsets may differ in the last bit.
+ * some in ten thousand values differ (ties), and nested offsets may differ in the last bit.
  */
 function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string, StoredTensor>, name: string): void {
   const { type, doubleQuant } = optionsOf(name);
   // FP4's code 8 is zero as code 0 is, and bitsandbytes' CPU build chooses otherwise between them.
   const canonical = (code: number) => (type === 'fp4' ? code % 8 && code : code);
-  let differing = 0;
+  let [differing, values] = [0, 0];
   for (const [key, tensor] of want) {
     if (!want.has(`${key}.absmax`) && !isQuantized(key)) continue;
     const [a, b] = [bytesOf(got.get(key) as StoredTensor), bytesOf(tensor)];
     if (want.has(`${key}.absmax`)) {
+      values += 2 * a.length;
       a.forEach((byte, i) => {
         const other = b[i] as number;
         if (canonical(byte >> 4) !== canonical(other >> 4)) differing++;
@@ -155,7 +157,7 @@ function compareFresh(t: Test, got: Map<string, StoredTensor>, want: Map<string,
       t.fail(`${key}: another map`);
     }
   }
-  t.ok(differing <= (type === 'fp4' ? 64 : 0), `quantized anew: ${differing} values differ`);
+  t.ok(differing <= (type === 'fp4' ? 1e-3 * values : 0), `quantized anew: ${differing} of ${values} differ`);
 }
 
 /** A model whose tensors are large beside its 4-bit layers; returns the bytes of the largest. */

@@ -54,12 +54,17 @@ export const reference = (name: string) => valuesOf(stored(name));
 export const clipping = tensorsOf('clipping.safetensors');
 export const lastStep = 12;
 
-/** The largest |a - e| over 1e-6 + 1e-6 |e|: at most 1 is what the references allow. */
-export function worst(actual: Float32Array, expected: Float32Array): number {
+/**
+ * The largest |a - e| over 1e-6 + 1e-6 |e|: at most 1 is what the references allow.
+ *
+ * @param summed what e is a sum of, where terms may cancel: the larger of both counts
+ */
+export function worst(actual: Float32Array, expected: Float32Array, summed?: Float32Array): number {
   if (actual.length !== expected.length) return Number.POSITIVE_INFINITY;
   let most = 0;
   for (const [i, e] of expected.entries()) {
-    const error = Math.abs((actual[i] as number) - e) / (1e-6 + 1e-6 * Math.abs(e));
+    const size = Math.max(Math.abs(e), summed?.[i] ?? 0);
+    const error = Math.abs((actual[i] as number) - e) / (1e-6 + 1e-6 * size);
     most = Math.max(most, Number.isNaN(error) ? Number.POSITIVE_INFINITY : error);
   }
   return most;
@@ -139,6 +144,12 @@ export function gradientOf({ grad, size }: Trace, step: number): Float32Array {
   const { shape } = stored(grad);
   const row = (step - 1) * (shape[1] as number);
   return reference(grad).slice(row, row + size);
+}
+
+/** Of each element. */
+export function largestGradient(trace: Trace): Float32Array {
+  const steps = Array.from({ length: lastStep }, (_, i) => gradientOf(trace, i + 1));
+  return Float32Array.from({ length: trace.size }, (_, i) => Math.max(...steps.map((g) => Math.abs(g[i] as number))));
 }
 
 export function counters(stream: Stream, scale: number): { counters: Tensor; lossScale: Tensor } {
