@@ -84,6 +84,7 @@ export async function randomModel(stream: Stream, name: keyof typeof llamaShapes
     family: llama,
     config,
     configJson,
+    allowUnknownConfig: [],
     weights,
     computeDtype: 'bf16',
     tokenizer: undefined,

@@ -26,7 +26,7 @@ export interface LoadOptions {
   computeDtype?: FloatDType;
   /** Default 'auto': CUDA's first device where it can be used, else the CPU. 'cuda:N' is never another. */
   device?: Device | 'auto';
-  /** Fields of config.json that the library does not know but may ignore. Unknown fields are an error unless null or false. */
+  /** Fields of config.json, also inside rope_scaling, that the library does not know but may ignore. Unknown fields are an error unless null or false. */
   allowUnknownConfig?: string[];
   /** Of a model named `owner/name`, and of its adapters: use what the cache holds, and ask no hub. Default: whether HF_HUB_OFFLINE is set. */
   offline?: boolean;

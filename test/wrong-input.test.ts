@@ -21,6 +21,8 @@ t.test('option names and values, at every door', async (t) => {
   const rows = [{ inputIds: [1, 2, 3] }];
   const base = { model, dataset: rows, outputDir: join(t.testdirName, 'out') };
   const trainer = await QLoRATrainer.create(base);
+  const quantized = join(t.testdir(), 'quantized');
+  await model.save(quantized);
   const create = (options: object) => QLoRATrainer.create({ ...base, ...options } as TrainerOptions);
   const load = (options: object) => QuantizedModel.load(tiny, options as LoadOptions);
   const unknown: [string, () => unknown, string, string][] = [
@@ -114,6 +116,11 @@ t.test('option names and values, at every door', async (t) => {
       'full fine-tuning of 4 bits',
       () => create({ model: tiny, lora: 'none' }),
       { code: 'ERR_QLORA_OPTION_CONFLICT', message: /lora: 'none'/ },
+    ],
+    [
+      'full fine-tuning of a checkpoint in 4 bits',
+      () => create({ model: quantized, lora: 'none', quantization: 'none' }),
+      { code: 'ERR_QLORA_OPTION_CONFLICT', message: /lora: 'none'.*quantized/, hint: /in 16 bits/ },
     ],
     ['a name twice', () => model.addLora('default'), { code: 'ERR_QLORA_ADAPTER_EXISTS', message: /'default'/ }],
     [

@@ -55,7 +55,7 @@ QLORA_DEVICE int wideBlock(int Hkv) { return static_cast<int>(blockIdx.x) / Hkv;
 template <class F>
 void dispatchWide(const Context& context, int64_t D, F&& f) {
   const auto withSize = [&](auto size) {
-    if (multipliesInGroups(context)) return f(size, std::true_type{});
+    if (hasWgmma(context)) return f(size, std::true_type{});
     f(size, std::false_type{});
   };
   if (D <= 64) return withSize(std::integral_constant<int, 64>{});

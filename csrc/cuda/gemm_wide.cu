@@ -253,7 +253,7 @@ void launchForm(Context& context, const Gemm& g) {
 }  // namespace
 
 bool isWide(const Context& context, const Gemm& g) {
-  return multipliesInGroups(context) && g.form != GemmForm::tn && g.M > kWideRows && g.N >= kBoxColumns && g.K > 0;
+  return hasWgmma(context) && g.form != GemmForm::tn && g.M > kWideRows && g.N >= kBoxColumns && g.K > 0;
 }
 
 int64_t wideCost(const Context& context, int64_t M, int64_t N) {

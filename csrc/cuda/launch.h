@@ -59,7 +59,7 @@ class CudaQueue : public DeviceQueue {
 inline int capabilityOf(const Context& context) { return 10 * context.device->major + context.device->minor; }
 
 /// Whether a device runs code that was compiled for just it, and not what its driver makes of code for an older one.
-inline bool runsOwnCode([[maybe_unused]] int capability) {
+inline bool hasNativeCode([[maybe_unused]] int capability) {
 #if defined(__CUDACC__)
   for (const int compiled : {__CUDA_ARCH_LIST__}) {
     if (compiled == 10 * capability) return true;
@@ -71,7 +71,7 @@ inline bool runsOwnCode([[maybe_unused]] int capability) {
 }
 
 /// Whether kernels have wgmma and tensor maps: of 9.0 alone, which is always compiled as 9.0a (plugin.cmake).
-inline bool multipliesInGroups(const Context& context) { return capabilityOf(context) == 90 && runsOwnCode(90); }
+inline bool hasWgmma(const Context& context) { return capabilityOf(context) == 90 && hasNativeCode(90); }
 
 inline cudaStream_t streamOf(const Context& context) { return static_cast<CudaQueue&>(*context.queue).stream(); }
 
@@ -123,7 +123,7 @@ inline void enqueue(const Context& context, Start start, const void* kernel, con
   early.val.programmaticStreamSerializationAllowed = 1;
   const int capability = capabilityOf(context);
   // Code for an older device does not wait for the kernel before.
-  if (start == Start::early && capability >= 90 && runsOwnCode(capability)) {
+  if (start == Start::early && capability >= 90 && hasNativeCode(capability)) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

@@ -3,7 +3,7 @@
 set(QLORA_CUDA AUTO CACHE STRING "build CUDA's plugin: ON, OFF, or AUTO where nvcc is found")
 option(QLORA_CUDA_EMULATED "build the plugin that computes on the CPU, for tests" OFF)
 set(QLORA_CUDA_ARCHITECTURES default CACHE STRING
-    "as CMAKE_CUDA_ARCHITECTURES; 'default' is $QLORA_CUDA_ARCHITECTURES or all that are known")
+    "as CMAKE_CUDA_ARCHITECTURES, but numbers; 'default' is $QLORA_CUDA_ARCHITECTURES or all that are known")
 set(QLORA_CUDA_WANTED ${QLORA_CUDA_ARCHITECTURES})
 if(QLORA_CUDA_WANTED STREQUAL "default")
   set(QLORA_CUDA_WANTED 75-real 80-real 86-real 89-real 90a-real 120-real 80-virtual)
@@ -13,6 +13,10 @@ if(QLORA_CUDA_WANTED STREQUAL "default")
 endif()
 # 9.0 has instructions that only its own code may use.
 list(TRANSFORM QLORA_CUDA_WANTED REPLACE "^90(-|$)" "90a\\1")
+if(";${QLORA_CUDA_WANTED};" MATCHES ";(native|all|all-major);")
+  message(FATAL_ERROR "QLORA_CUDA_ARCHITECTURES must name architectures, as 90a-real: ${CMAKE_MATCH_1} would leave 9.0 "
+                      "without its own instructions")
+endif()
 
 file(GLOB QLORA_SHARED_HEADERS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/core/*.h ${CMAKE_SOURCE_DIR}/csrc/ops/*.h)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${QLORA_SHARED_HEADERS})

@@ -10,7 +10,7 @@ namespace qlora::QLORA_ISA {
 
 /// The largest logit of each row [B]. NaN and +infinity come from a model that broke, and are refused; -infinity is a
 /// token that was forbidden.
-QLORA_INLINE const float* largestLogits(Context& context, const char* op, const float* logits, int64_t B, int64_t V) {
+QLORA_INLINE const float* checkedLargest(Context& context, const char* op, const float* logits, int64_t B, int64_t V) {
   float* largest = context.scratch.take<float>(B);
   context.pool.parallelFor(B, [&](int64_t row, int) { largest[row] = largestOrInfinity(logits + row * V, V); });
   for (int64_t row = 0; row < B; ++row) {
@@ -20,9 +20,9 @@ QLORA_INLINE const float* largestLogits(Context& context, const char* op, const 
 }
 
 /// As above, and refuses a row of nothing but -infinity.
-QLORA_INLINE const float* someLargestLogits(Context& context, const char* op, const float* logits, int64_t B,
-                                            int64_t V) {
-  const float* largest = largestLogits(context, op, logits, B, V);
+QLORA_INLINE const float* checkedLargestLeft(Context& context, const char* op, const float* logits, int64_t B,
+                                             int64_t V) {
+  const float* largest = checkedLargest(context, op, logits, B, V);
   for (int64_t row = 0; row < B; ++row) {
     if (largest[row] == -__builtin_inff()) failNoTokenLeft(op, row);
   }
@@ -32,12 +32,13 @@ QLORA_INLINE const float* someLargestLogits(Context& context, const char* op, co
 /// Rows are gone over in such blocks, so that those of which nothing is left or wanted cost a comparison.
 constexpr int64_t kLogitsBlock = 256;
 
-/// Calls f(begin, n) for each block of a row whose largest logit is at least `least`.
+/// Calls f(begin, n, largest) for each block of a row whose largest logit is at least `least`.
 template <class F>
 QLORA_INLINE void forBlocksFrom(float least, const float* z, int64_t V, F&& f) {
   for (int64_t begin = 0; begin < V; begin += kLogitsBlock) {
     const int64_t n = V - begin < kLogitsBlock ? V - begin : kLogitsBlock;
-    if (largestOf(z + begin, n) >= least) f(begin, n);
+    const float largest = largestOf(z + begin, n);
+    if (largest >= least) f(begin, n, largest);
   }
 }
 

@@ -19,21 +19,17 @@ uint64_t bitsOf(uint64_t seed, uint64_t stream, uint64_t index) {
 int32_t draw(const float* z, int64_t V, float largest, double uniform01, double* sums) {
   std::fill_n(sums, (V + kLogitsBlock - 1) / kLogitsBlock, 0.0);
   double total = 0;
-  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n, float) {
     total += sums[begin / kLogitsBlock] = BlockWeights(z + begin, n, largest).sum(n);
   });
+  // Ends within the row: these sums add up to the total, and less is wanted.
   const double wanted = uniform01 * total;
   double before = 0;
   int64_t block = 0;
-  // Of the last block that weighs something, though sums rounded otherwise may end before what is wanted.
-  for (int64_t b = 0; b * kLogitsBlock < V; ++b) {
-    if (sums[b] == 0) continue;
-    block = b;
-    if (before + sums[b] > wanted) break;
-    before += sums[b];
-  }
+  while (before + sums[block] <= wanted) before += sums[block++];
   const int64_t begin = block * kLogitsBlock, n = std::min(kLogitsBlock, V - begin);
   const BlockWeights weights(z + begin, n, largest);
+  // A block's sum was rounded otherwise: should the walk end before what is wanted, its last that weighs something.
   int64_t last = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (weights.of[i] == 0) continue;
@@ -63,7 +59,7 @@ void argmax(Context& context, const Argmax& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   int32_t* ids = a.ids.data<int32_t>();
-  const float* largest = someLargestLogits(context, "argmax", logits, B, V);
+  const float* largest = checkedLargestLeft(context, "argmax", logits, B, V);
   context.pool.parallelFor(B, [&](int64_t row, int) {
     const float* z = logits + row * V;
     int64_t i = 0;
@@ -77,7 +73,7 @@ void sample(Context& context, const Sample& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1), blocks = (V + kLogitsBlock - 1) / kLogitsBlock;
   const float* logits = a.logits.data<float>();
   int32_t* ids = a.ids.data<int32_t>();
-  const float* largest = someLargestLogits(context, "sample", logits, B, V);
+  const float* largest = checkedLargestLeft(context, "sample", logits, B, V);
   double* sumsOfThread = context.scratch.take<double>(context.pool.size() * blocks);
   context.pool.parallelFor(B, [&](int64_t row, int thread) {
     const uint64_t bits = bitsOf(a.seed, a.stream, static_cast<uint64_t>(row));
@@ -90,7 +86,7 @@ void beamCandidates(Context& context, const BeamCandidates& a) {
   const int64_t B = a.logProbs.dim(0), V = a.logProbs.dim(1), K = a.places.dim(0);
   const float* logProbs = a.logProbs.data<float>();
   const float* running = a.running.data<float>();
-  largestLogits(context, "beamCandidates", logProbs, B, V);
+  checkedLargest(context, "beamCandidates", logProbs, B, V);
   Continuation* bestOfBeam = context.scratch.take<Continuation>(B * K);
   int64_t* counts = context.scratch.take<int64_t>(B);
   context.pool.parallelFor(B, [&](int64_t b, int) {

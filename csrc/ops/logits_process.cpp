@@ -28,10 +28,10 @@ float kthLargest(const float* z, int64_t V, int64_t K, float* room) {
   };
   // The K-th largest of the blocks' largest has K at least as large: only those can be the first K.
   int64_t blocks = 0;
-  forBlocksFrom(kForbidden, z, V, [&](int64_t begin, int64_t n) { room[blocks++] = largestOf(z + begin, n); });
+  forBlocksFrom(kForbidden, z, V, [&](int64_t, int64_t, float largest) { room[blocks++] = largest; });
   const float least = K <= blocks ? nth(blocks) : kForbidden;
   int64_t count = 0;
-  forBlocksFrom(least, z, V, [&](int64_t begin, int64_t n) {
+  forBlocksFrom(least, z, V, [&](int64_t begin, int64_t n, float) {
     for (int64_t i = begin; i < begin + n; ++i) {
       if (z[i] >= least) room[count++] = z[i];
     }
@@ -47,7 +47,7 @@ struct Left {
 
 Left leftOf(const float* z, int64_t V, float largest) {
   Left left{};
-  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n, float) {
     left.weight += BlockWeights(z + begin, n, largest).sum(n);
     for (int64_t i = begin; i < begin + n; ++i) left.count += z[i] != kForbidden;
   });
@@ -57,7 +57,7 @@ Left leftOf(const float* z, int64_t V, float largest) {
 /// Of what is left all that weigh at least leastWeight; returns how many.
 int64_t collect(const float* z, int64_t V, float largest, float leastWeight, Candidate* candidates) {
   int64_t count = 0;
-  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n) {
+  forBlocksFrom(kLeastLeft, z, V, [&](int64_t begin, int64_t n, float) {
     const BlockWeights weights(z + begin, n, largest);
     for (int64_t i = 0; i < n; ++i) {
       if (z[begin + i] == kForbidden || weights.of[i] < leastWeight) continue;
@@ -171,7 +171,7 @@ void logSoftmax(Context& context, const LogSoftmax& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  const float* largest = someLargestLogits(context, "logSoftmax", logits, B, V);
+  const float* largest = checkedLargestLeft(context, "logSoftmax", logits, B, V);
   context.pool.parallelFor(B, [&](int64_t row, int) {
     const float *x = logits + row * V, most = largest[row];
     const float sum = laneSum(V, [&](int64_t i) { return fastExp(x[i] - most); });
@@ -184,7 +184,7 @@ void constrainLogits(Context& context, const ConstrainLogits& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1);
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  largestLogits(context, "constrainLogits", logits, B, V);
+  checkedLargest(context, "constrainLogits", logits, B, V);
   if (a.forbidden.defined()) {
     checkTokenIds("forbidden", a.forbidden.data<int32_t>(), a.forbidden.dim(0), V);
   }
@@ -210,14 +210,14 @@ void constrainLogits(Context& context, const ConstrainLogits& a) {
       for (int64_t i = 0; i < a.forbidden.dim(0); ++i) z[ids[i]] = kForbidden;
     }
   });
-  someLargestLogits(context, "constrainLogits", out, B, V);
+  checkedLargestLeft(context, "constrainLogits", out, B, V);
 }
 
 void warpLogits(Context& context, const WarpLogits& a) {
   const int64_t B = a.logits.dim(0), V = a.logits.dim(1), threads = context.pool.size();
   const float* logits = a.logits.data<float>();
   float* out = a.out.data<float>();
-  someLargestLogits(context, "warpLogits", logits, B, V);
+  checkedLargestLeft(context, "warpLogits", logits, B, V);
   const float temperature = std::max(a.temperature, kLeastTemperature);
   const int64_t K = a.topK == 0 ? V : std::min(std::max(a.topK, a.keep), V);
   const bool cuts = a.topP < 1 || a.typicalP < 1;
@@ -234,10 +234,15 @@ void warpLogits(Context& context, const WarpLogits& a) {
     if (!cuts) return;
     Candidate* candidates = candidatesOfThread + thread * V;
     const float largest = largestOf(z, V);
-    const double topP = static_cast<double>(a.topP);
-    const Left left = leftOf(z, V, largest);
-    int64_t n = collect(z, V, largest, topP < 1 ? leastWeightOfTopP(left, topP, a.keep) : 0.0f, candidates);
-    if (topP < 1) n = keepTopP(candidates, n, topP * left.weight, a.keep);
+    int64_t n = 0;
+    if (a.topP < 1) {
+      const double topP = static_cast<double>(a.topP);
+      const Left left = leftOf(z, V, largest);
+      n = collect(z, V, largest, leastWeightOfTopP(left, topP, a.keep), candidates);
+      n = keepTopP(candidates, n, topP * left.weight, a.keep);
+    } else {
+      n = collect(z, V, largest, 0, candidates);
+    }
     if (a.typicalP < 1) n = keepTypical(candidates, n, largest, static_cast<double>(a.typicalP), a.keep);
     std::fill(z, z + V, kForbidden);
     for (int64_t i = 0; i < n; ++i) z[candidates[i].id] = candidates[i].z;

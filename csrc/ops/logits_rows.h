@@ -1,4 +1,4 @@
-// What all operations on rows of logits check first: shapes, and, when they run, that the numbers can be compared.
+// Shapes that all operations on rows of logits check first, and their errors of values.
 #pragma once
 
 #include "core/check.h"

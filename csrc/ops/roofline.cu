@@ -118,7 +118,7 @@ void roofline(Context& context, const Roofline& a) {
   const double threads = static_cast<double>(kBlocks) * kThreads;
   double flop = threads * static_cast<double>(kSteps) * kSums * 2;
   if (a.compute != 0) flop = threads / kWarpSize * static_cast<double>(kSteps) * kProducts * (2 * 16 * 8 * 16);
-  const bool byGroups = a.compute != 0 && multipliesInGroups(context);
+  const bool byGroups = a.compute != 0 && hasWgmma(context);
   const int64_t groupBlocks = int64_t{4} * context.device->multiprocessors;
   if (byGroups) {
     flop = static_cast<double>(groupBlocks * kGroupSteps) * kGroups * kGroupRows * kColumns * kDepth * 2;

@@ -97,7 +97,7 @@ export class ConfigReader {
         'ERR_QLORA_CONFIG_UNKNOWN_FIELD',
         `${this.#where}: unknown field '${name}' (${JSON.stringify(value)?.slice(0, 100)}): it may change what the model computes, so it is not ignored`,
         {
-          hint: `${near ? `Did you mean '${near}'? ` : ''}If it changes nothing, pass allowUnknownConfig: ['${name}'].`,
+          hint: `${near ? `Did you mean '${near}'? ` : ''}If it changes nothing, pass allowUnknownConfig: ['${name}'] to QuantizedModel.load.`,
           detail: { field: name, value },
         },
       );

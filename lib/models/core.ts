@@ -29,6 +29,8 @@ export interface ModelCore {
   readonly config: DecoderConfig;
   /** config.json as it was read. */
   readonly configJson: Readonly<Record<string, unknown>>;
+  /** Fields of it that were allowed though nothing knows them. */
+  readonly allowUnknownConfig: readonly string[];
   readonly generation: GenerationConfig;
   readonly weights: LoadedWeights;
   readonly computeDtype: FloatDType;

@@ -53,6 +53,7 @@ async function loadFrom(folder: ModelFolder, options: CoreOptions): Promise<Mode
       family,
       config,
       configJson: folder.config,
+      allowUnknownConfig: options.allowUnknownConfig ?? [],
       generation: folder.generationConfig,
       weights,
       computeDtype: options.computeDtype,

@@ -28,12 +28,12 @@ export async function measureDrift(
 ): Promise<Drift> {
   const before = await probe(core, adapter);
   const base = adapter === undefined ? before : await probe(core, undefined);
-  const { computeDtype, configJson } = core;
+  const { computeDtype, allowUnknownConfig } = core;
   const merged = await loadCore(folder, {
     quantization: undefined,
     storage: 'as-in-file',
     computeDtype,
-    allowUnknownConfig: Object.keys(configJson), // the model that is loaded was accepted with them
+    allowUnknownConfig,
     signal,
   });
   try {

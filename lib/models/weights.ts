@@ -50,7 +50,15 @@ export async function loadWeights(
   given: WeightOptions,
 ): Promise<LoadedWeights> {
   // A checkpoint that is quantized already keeps what it left in 16 bits so.
-  const options = readBnbConfig(folder.config) ? { ...given, quantization: undefined } : given;
+  const stored = readBnbConfig(folder.config);
+  if (stored && given.storage === 'masters') {
+    throw new QLoRAError(
+      'ERR_QLORA_OPTION_CONFLICT',
+      `${folder.directory}: lora: 'none' trains the weights themselves, and these are quantized`,
+      { hint: 'Take the model in 16 bits, or train an adapter.' },
+    );
+  }
+  const options = stored ? { ...given, quantization: undefined } : given;
   const modules = listModules(family, config, folder.config);
   checkNames(folder, family, modules, config);
   const dense = new Map<string, Tensor>();

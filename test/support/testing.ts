@@ -60,6 +60,7 @@ class DeviceTest {
     this.#queue = this.#queue.then(async () => {
       if (options.skip) return this.#skip(String(options.skip));
       const child = new DeviceTest(path, this.outcome);
+      const before = this.outcome.running;
       this.outcome.running = { path, since: performance.now() };
       try {
         await body(child as unknown as Test);
@@ -68,6 +69,8 @@ class DeviceTest {
         const lacked = lackedOperation(error);
         if (lacked) this.#skip(lacked);
         else child.fail(error instanceof Error ? (error.stack ?? error.message) : String(error));
+      } finally {
+        this.outcome.running = before && { ...before, since: performance.now() };
       }
     });
     return this.#queue;

@@ -16,7 +16,7 @@ constexpr int kMaxThreads = 1024;
 constexpr size_t kStaticShared = 48 << 10;
 constexpr size_t kMaxShared = 227 << 10;  // of compute capability 9.0, which has the most
 
-/// What a block may have where compute capability is that tenth.
+/// Bytes of shared memory that a block may have, of a capability such as 75; what is not named has 99 KiB, as 8.6.
 constexpr size_t maxSharedOf(int capability) {
   return capability == 90 ? kMaxShared : capability == 80 ? 163 << 10 : capability == 75 ? 64 << 10 : 99 << 10;
 }
